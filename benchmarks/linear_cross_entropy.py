@@ -1,0 +1,217 @@
+"""linear + cross_entropy, forward and backward: time, peak extra memory and error of each provider, together.
+
+Times are taken in one process, the providers in rotation, so that a drifting clock hits all alike; beside
+them run the three matrix products of the shape alone (6 N H V operations), the floor of any method that makes
+every logit once.  Memory is that of one step above its inputs; on a CPU each provider gets a process of its
+own for it.  Errors are relative Frobenius errors against a chunked reference, in float64 for float32 inputs
+and in float32 for the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import head, recording
+from benchmarks.head import PROVIDERS, Case, Inputs
+from benchmarks.recording import Row
+from structfly import measure
+
+KERNEL = "linear_cross_entropy"
+FLOOR = "three products"
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "shapes": ["2048x256x32000"],
+        "dtype": "float32",
+        "ignored": 0.0,
+        "providers": ["eager", "inductor", "structfly"],
+        "matmul": 2048,
+    },
+    "cuda": {
+        "shapes": ["16384x2048x131072", "8192x4096x128256", "16384x768x50257"],
+        "dtype": "bfloat16",
+        "ignored": 0.05,
+        "providers": list(PROVIDERS),
+        "matmul": 8192,
+    },
+}
+# What structfly must reach on a CPU: its time over eager's and over Inductor's, its memory over eager's.
+CPU_BARS = (("time_s", "eager", 0.85), ("time_s", "inductor", 1.05), ("peak_extra_bytes", "eager", 1 / 6))
+
+
+def matmul_rate(device: str, dtype: str, size: int, repeats: int) -> Row:
+    """A square product of torch.mm, in operations a second."""
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    timing = measure.median_time(lambda: a @ b, device, repeats=repeats)
+    rates = measure.summarize([2 * size**3 / seconds for seconds in timing.samples])
+    return Row(
+        kernel="matmul",
+        provider="torch.mm",
+        mode=f"{size}x{size}x{size} {dtype}",
+        metric="rate_flop_per_s",
+        p20=rates.p20,
+        p50=rates.median,
+        p80=rates.p80,
+        samples=rates.samples,
+    )
+
+
+def make_products(inputs: Inputs) -> Callable[[], object]:
+    """The products of the shape alone: logits, dx and dw."""
+    x, w = inputs.x.detach(), inputs.w.detach()
+
+    def products() -> None:
+        z = x @ w.T
+        z @ w
+        z.T @ x
+
+    return products
+
+
+def measure_case(case: Case, providers: Sequence[str], options: dict[str, Any], repeats: int) -> list[Row]:
+    """All rows of one case."""
+    mode = f"{case.shape} {case.dtype} {case.logits} logits, {case.ignored:.0%} ignored, forward+backward"
+    inputs = head.make_inputs(case)
+    exact = head.truth(inputs)
+    torch.compiler.reset()
+    steps: dict[str, Callable[[], Any]] = {}
+    rows: list[Row] = []
+    for provider in providers:
+        step = steps[provider] = head.make_step(head.make_loss(provider, options), inputs)
+        for name, error in head.errors(step(), inputs, exact).items():
+            metric = f"relative_error_{name}"
+            rows.append(Row.of_value(error, kernel=KERNEL, provider=provider, mode=mode, metric=metric))
+    del exact
+    steps[FLOOR] = make_products(inputs)
+    timings = measure.times_in_rotation(steps, case.device, repeats=repeats)
+    rows += [Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode) for name, timing in timings.items()]
+    del steps, inputs
+    peak_memory = head.peak_memory_in_own_process if case.device == "cpu" else head.peak_memory
+    for provider in providers:
+        peak = peak_memory(case, provider, options)
+        above = {"peak_extra_bytes": peak, "peak_extra_above_gradients_bytes": peak - case.gradient_bytes}
+        for metric, size in above.items():
+            rows.append(Row.of_value(size, kernel=KERNEL, provider=provider, mode=mode, metric=metric))
+    return rows
+
+
+def case_table(mode: str, rows: Sequence[Row]) -> Table:
+    """The providers of one case, with ratios to eager, Inductor and the floor."""
+    values = {(row.provider, row.metric): row for row in rows}
+
+    def ratio(provider: str, metric: str, base: str) -> str:
+        if (provider, metric) not in values or (base, metric) not in values:
+            return ""
+        return f"{values[provider, metric].p50 / values[base, metric].p50:.3f}"
+
+    def show(provider: str, metric: str, form: str, unit: float = 1.0) -> str:
+        return format(values[provider, metric].p50 / unit, form) if (provider, metric) in values else ""
+
+    table = Table(title=mode, title_justify="left")
+    table.add_column("provider")
+    for heading in (
+        "ms (p20 to p80)",
+        "x eager",
+        "x inductor",
+        "x floor",
+        "extra MiB",
+        "above grads",
+        "x eager",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_column("error: loss, dx, dw", justify="right")
+    for provider in dict.fromkeys(row.provider for row in rows):
+        time = values[provider, "time_s"]
+        table.add_row(
+            provider,
+            f"{time.p50 * 1e3:.2f} ({time.p20 * 1e3:.2f} to {time.p80 * 1e3:.2f})",
+            *(ratio(provider, "time_s", base) for base in ("eager", "inductor", FLOOR)),
+            show(provider, "peak_extra_bytes", ".0f", 2**20),
+            show(provider, "peak_extra_above_gradients_bytes", ".0f", 2**20),
+            ratio(provider, "peak_extra_bytes", "eager"),
+            " ".join(show(provider, f"relative_error_{name}", ".1e") for name in ("loss", "dx", "dw")),
+        )
+    return table
+
+
+def bars(rows: Sequence[Row]) -> list[str]:
+    """One line for each of ``CPU_BARS`` and mode that both providers were measured in."""
+    values = {(row.mode, row.provider, row.metric): row.p50 for row in rows}
+    lines = []
+    for (mode, provider, metric), value in values.items():
+        for barred, base, limit in CPU_BARS:
+            if provider == "structfly" and metric == barred and (mode, base, metric) in values:
+                ratio = value / values[mode, base, metric]
+                word = "met" if ratio <= limit else "MISSED"
+                lines.append(f"{word}: {metric} {ratio:.3f} x {base}'s, at most {limit:.3f} wanted ({mode})")
+    return lines
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; what is not given depends on the device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", metavar="NxHxV", help="rows x features x classes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--ignored", type=float, help="share of rows with target -100")
+    parser.add_argument("--logits", nargs="+", choices=("random", "trained"), default=["random"])
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
+    parser.add_argument("--options", type=json.loads, default={}, help="structfly's options, as JSON")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
+    chosen = parser.parse_args(arguments)
+    for name, value in DEFAULTS[chosen.device].items():
+        if getattr(chosen, name, None) is None:
+            setattr(chosen, name, value)
+    try:
+        chosen.shapes = [tuple(map(int, shape.split("x", 2))) for shape in chosen.shapes]
+        if not all(len(shape) == 3 and min(shape) > 0 for shape in chosen.shapes):
+            raise ValueError
+    except ValueError:
+        parser.error("--shapes takes rows x features x classes, three positive integers such as 2048x256x32000")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    chosen = parse_arguments(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
+    console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
+    rows = []
+    for n, h, v in chosen.shapes:
+        for logits in chosen.logits:
+            case = Case(
+                rows=n,
+                features=h,
+                classes=v,
+                dtype=chosen.dtype,
+                device=chosen.device,
+                logits=logits,
+                ignored=chosen.ignored,
+            )
+            measured = measure_case(case, chosen.providers, chosen.options, chosen.repeats)
+            console.print(case_table(measured[0].mode, measured))
+            rows += measured
+    if chosen.device == "cpu":
+        for line in bars(rows):
+            console.print(line, highlight=False)
+    environment = measure.environment(chosen.device)
+    console.print(" | ".join(f"{key} {value}" for key, value in environment.items()))
+    if chosen.output:
+        command = recording.command_line("benchmarks.linear_cross_entropy", arguments or sys.argv[1:])
+        for path in recording.write(chosen.output, [rate, *rows], environment=environment, command=command):
+            console.print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Shipped device profiles: what the cost model assumes about a device that nobody has measured.
+
+The H100 and H200 rows are sustained rates of large products and copies as committed under benchmarks/results; the rest
+are deliberately modest, so that a rewrite is chosen for the work it saves and not for a rate nobody has seen.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from structfly.records import DeviceProfile
+
+MIB = 2**20
+_CPU_FLOPS_PER_THREAD = 50e9
+_CPU_BANDWIDTH_PER_THREAD = 8e9
+_CPU_BANDWIDTH_CAP = 100e9
+
+# name prefix -> (16-bit rate, TF32 rate, float32 rate, float64 rate, bandwidth)
+_CUDA_RATES = {
+    "NVIDIA H200": (700e12, 350e12, 50e12, 50e12, 4.0e12),
+    "NVIDIA H100": (700e12, 350e12, 50e12, 50e12, 2.8e12),
+    "NVIDIA A100": (240e12, 120e12, 18e12, 18e12, 1.4e12),
+}
+_CUDA_OTHER = (60e12, 30e12, 12e12, 0.4e12, 0.5e12)
+
+
+def device_profile(device: torch.device) -> DeviceProfile:
+    """The profile of ``device``; reads its name, and for CPUs the number of threads torch may use."""
+    return _cuda(device) if device.type == "cuda" else _cpu()
+
+
+def _cpu() -> DeviceProfile:
+    threads = torch.get_num_threads()
+    single = threads * _CPU_FLOPS_PER_THREAD
+    return DeviceProfile(
+        name=f"CPU, {threads} threads",
+        kind="cpu",
+        matrix_rate={torch.float32: single, torch.float64: single / 2},
+        bandwidth=min(threads * _CPU_BANDWIDTH_PER_THREAD, _CPU_BANDWIDTH_CAP),
+        launch_seconds=5e-6,
+        call_seconds=150e-6,
+        half_rate_rows=48,
+        fast_rows=256,
+        workspace_cap=256 * MIB,
+    )
+
+
+def _cuda(device: torch.device) -> DeviceProfile:
+    name = torch.cuda.get_device_name(device)
+    rates = next((row for prefix, row in _CUDA_RATES.items() if name.startswith(prefix)), _CUDA_OTHER)
+    half, tf32, single, double, bandwidth = rates
+    return DeviceProfile(
+        name=name,
+        kind="cuda",
+        matrix_rate={
+            torch.bfloat16: half,
+            torch.float16: half,
+            torch.float32: tf32 if torch.backends.cuda.matmul.allow_tf32 else single,
+            torch.float64: double,
+        },
+        bandwidth=bandwidth,
+        launch_seconds=4e-6,
+        call_seconds=60e-6,
+        half_rate_rows=128,
+        fast_rows=2048,
+        workspace_cap=1024 * MIB,
+    )

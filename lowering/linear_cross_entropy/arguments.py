@@ -1,0 +1,81 @@
+"""The op's arguments, once: the schema and the tuple that every part of the op reads them through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.linear_cross_entropy.chunked import Head, Wanted
+
+# The ABI version goes up with any change of the schema, of the fakes or of the autograd formula, so that a compile
+# cache filled by another version is never served.
+NAME = "structfly::linear_cross_entropy_v1"
+BACKWARD_NAME = "structfly::linear_cross_entropy_backward_v1"
+DEVICES = ("cpu", "cuda")
+
+ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? row_weight, "
+    "Tensor? class_mask, Tensor? adapter_x, Tensor? adapter_weight, float adapter_scale, str epilogue, "
+    "SymInt num_classes, int? ignore_index, float label_smoothing, str reduction, ScalarType loss_dtype, "
+    "bool[] gradients, str schedule, int workspace"
+)
+GRADIENTS = "Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_adapter_x, Tensor grad_adapter_weight"
+
+# The arguments that have gradients, in the order of ``gradients``.
+DIFFERENTIABLE = ("x", "weight", "bias", "adapter_x", "adapter_weight")
+
+
+class Arguments(NamedTuple):
+    """The op's arguments, in the schema's order; meanings as in
+    :func:`~structfly.lowering.linear_cross_entropy.reference.linear_cross_entropy_reference`, and:
+
+    ``loss_dtype`` is the dtype of the returned loss, ``gradients`` says for x, weight, bias, adapter_x and
+    adapter_weight whether a gradient will be asked for, ``schedule`` is "forward" or "backward", and ``workspace``
+    the bytes one chunk of logits may take.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    class_weight: Tensor | None
+    row_weight: Tensor | None
+    class_mask: Tensor | None
+    adapter_x: Tensor | None
+    adapter_weight: Tensor | None
+    adapter_scale: float
+    epilogue: str
+    num_classes: int
+    ignore_index: int | None
+    label_smoothing: float
+    reduction: str
+    loss_dtype: torch.dtype
+    gradients: Sequence[bool]
+    schedule: str
+    workspace: int
+
+    @property
+    def head(self) -> Head:
+        return Head(
+            x=self.x,
+            weight=self.weight,
+            bias=self.bias,
+            target=self.target,
+            class_weight=self.class_weight,
+            class_mask=self.class_mask,
+            adapter_x=self.adapter_x,
+            adapter_weight=self.adapter_weight,
+            adapter_scale=self.adapter_scale,
+            epilogue=self.epilogue,
+            num_classes=self.num_classes,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+
+    @property
+    def wanted_in_forward(self) -> Wanted | None:
+        wanted = Wanted(*self.gradients)
+        return wanted if self.schedule == "forward" and any(wanted) else None

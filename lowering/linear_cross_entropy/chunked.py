@@ -1,0 +1,216 @@
+"""The head in chunks of rows: logits of one chunk exist at a time, overwritten by their own gradient.
+
+Per chunk of R rows: z = x W^T (2RHC operations), the row step makes losses and dz in place, dx = dz W and
+dW += dz^T x (4RHC), so a forward that makes its gradients costs 6NHC in all, the same three products as eager.
+The scheme is that of Liger (Hsu et al. 2024) and of torch's chunked op; here the row step, the sums' dtypes and the
+chunk length follow :mod:`~structfly.lowering.linear_cross_entropy.schedule`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowStep
+from structfly.lowering.linear_cross_entropy.schedule import (
+    accumulation_dtype,
+    gradient_scale,
+    row_stride,
+    rows_per_chunk,
+    saved_dtype,
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The inputs of the head; shapes as in
+    :func:`~structfly.lowering.linear_cross_entropy.reference.linear_cross_entropy_reference`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    class_weight: Tensor | None
+    class_mask: Tensor | None
+    adapter_x: Tensor | None
+    adapter_weight: Tensor | None
+    adapter_scale: float
+    epilogue: str
+    num_classes: int
+    ignore_index: int | None
+    label_smoothing: float
+
+    @property
+    def accumulation(self) -> torch.dtype:
+        """float32, float64 for float64 inputs: the dtype of losses and coefficients."""
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    adapter_x: bool
+    adapter_weight: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients in the dtype of :func:`saved_dtype`; an empty tensor where one is not wanted."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    adapter_x: Tensor
+    adapter_weight: Tensor
+
+
+def allocate_gradients(head: Head, wanted: Wanted) -> Gradients:
+    """Uninitialised gradients of the inputs' shapes and strides; empty ones where not wanted.  Also the op's fake."""
+    inputs = (head.x, head.weight, head.bias, head.adapter_x, head.adapter_weight)
+    return Gradients(
+        *(
+            torch.empty_like(tensor, dtype=saved_dtype(tensor.dtype)) if want and tensor is not None else _nothing(head)
+            for tensor, want in zip(inputs, wanted, strict=True)
+        )
+    )
+
+
+def _nothing(head: Head) -> Tensor:
+    return head.x.new_empty(0)
+
+
+def class_terms(head: Head) -> ClassTerms:
+    """What the rows share, restricted to the live classes."""
+    classes = slice(head.num_classes)
+    weight = None if head.class_weight is None else head.class_weight.to(head.accumulation)
+    return ClassTerms(
+        epilogue=parse_epilogue(head.epilogue),
+        bias=None if head.bias is None else head.bias[classes],
+        mask=None if head.class_mask is None else head.class_mask[classes],
+        weight=weight,
+        weight_sum=None if weight is None else weight.sum(),
+        label_smoothing=head.label_smoothing,
+        ignore_index=head.ignore_index,
+        gradient_scale=gradient_scale(head.x.dtype),
+    )
+
+
+def run_chunks(
+    head: Head,
+    coefficient: Tensor | None,
+    wanted: Wanted | None,
+    workspace: int,
+    row_step: RowStep,
+) -> tuple[Tensor, Gradients | None]:
+    """Losses of all rows and, where ``wanted`` is given, gradients of ``sum_n coefficient_n loss_n``.
+
+    Args:
+        coefficient: (N,) in ``head.accumulation``, or None for ones.
+        wanted: None computes losses alone (2NHC operations).
+        workspace: bytes the logits of one chunk may take.
+        row_step: the row step for the device.
+
+    Returns:
+        (N,) losses in ``head.accumulation`` and the gradients.
+    """
+    rows, dtype = head.x.shape[0], head.x.dtype
+    terms = class_terms(head)
+    length = rows_per_chunk(rows, head.num_classes, dtype, workspace)
+    losses = torch.empty(rows, dtype=head.accumulation, device=head.x.device)
+    sums = None if wanted is None else _Sums(head, wanted, -(-rows // length))
+    buffer = head.x.new_empty(length, row_stride(head.num_classes))
+    weight = head.weight[: head.num_classes].t()
+    for start in range(0, rows, length):
+        part = slice(start, min(start + length, rows))
+        logits = buffer[: part.stop - start, : head.num_classes]
+        torch.mm(head.x[part], weight, out=logits)
+        if head.adapter_x is not None and head.adapter_weight is not None:
+            adapter = head.adapter_weight[: head.num_classes].t()
+            logits.addmm_(head.adapter_x[part], adapter, alpha=head.adapter_scale)
+        row_coefficient = None if coefficient is None else coefficient[part]
+        losses[part] = row_step(logits, head.target[part], row_coefficient, terms, gradient=sums is not None)
+        if sums is not None:
+            sums.add(logits, part)
+    del buffer
+    return losses, None if sums is None else sums.gradients()
+
+
+class _Sums:
+    """The gradient products of one chunk after another, each summed in the dtype the schedule asks for.
+
+    A gradient of another dtype than its sum is allocated at the end, when the chunk's logits are gone.
+    """
+
+    def __init__(self, head: Head, wanted: Wanted, chunks: int) -> None:
+        self._head, self._wanted = head, wanted
+        self._unscale = 1.0 / gradient_scale(head.x.dtype)
+        rows = Wanted(wanted.x, False, False, wanted.adapter_x, False)
+        self._rows = allocate_gradients(head, rows)
+        self._weight = self._sum(wanted.weight, head.weight, chunks)
+        self._bias = None
+        if wanted.bias and head.bias is not None:
+            self._bias = torch.zeros_like(head.bias, dtype=head.accumulation)
+        self._adapter = self._sum(wanted.adapter_weight, head.adapter_weight, chunks)
+
+    def _sum(self, want: bool, parameter: Tensor | None, chunks: int) -> Tensor | None:
+        if not want or parameter is None:
+            return None
+        total = torch.empty_like(parameter, dtype=accumulation_dtype(parameter.dtype, chunks))
+        # The first chunk writes the live classes; nothing else writes the others, or anything where there are no rows.
+        total[self._head.num_classes if chunks else 0 :].zero_()
+        return total
+
+    def add(self, dz: Tensor, part: slice) -> None:
+        """Add the chunk ``part`` whose logits' gradient is ``dz`` (R, C)."""
+        head, unscale, classes = self._head, self._unscale, self._head.num_classes
+        scale = unscale * head.adapter_scale
+        beta = 0.0 if part.start == 0 else 1.0
+        if self._wanted.x:
+            _multiply(self._rows.x[part], dz, head.weight[:classes], 0.0, unscale)
+        if self._weight is not None:
+            _multiply(self._weight[:classes], dz.t(), head.x[part], beta, unscale)
+        if self._bias is not None:
+            self._bias[:classes].add_(dz.sum(0, dtype=self._bias.dtype), alpha=unscale)
+        if self._wanted.adapter_x and head.adapter_weight is not None:
+            _multiply(self._rows.adapter_x[part], dz, head.adapter_weight[:classes], 0.0, scale)
+        if self._adapter is not None and head.adapter_x is not None:
+            _multiply(self._adapter[:classes], dz.t(), head.adapter_x[part], beta, scale)
+
+    def gradients(self) -> Gradients:
+        """All gradients, rounded to their own dtypes."""
+        head = self._head
+        return Gradients(
+            x=self._rows.x,
+            weight=self._rounded(self._weight, head.weight),
+            bias=self._rounded(self._bias, head.bias),
+            adapter_x=self._rows.adapter_x,
+            adapter_weight=self._rounded(self._adapter, head.adapter_weight),
+        )
+
+    def _rounded(self, total: Tensor | None, parameter: Tensor | None) -> Tensor:
+        if total is None or parameter is None:
+            return _nothing(self._head)
+        return total.to(saved_dtype(parameter.dtype))
+
+
+# Rows of the output at a time where a CPU product has to upcast its operands.
+_UPCAST_ROWS = 2048
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> None:
+    """``out = beta out + alpha a b``, summed in float32 where ``out`` is float32 and the operands are not."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, beta=beta, alpha=alpha)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
+    else:  # no mixed product on CPUs
+        b = b.to(out.dtype)
+        for start in range(0, out.shape[0], _UPCAST_ROWS):
+            part = slice(start, start + _UPCAST_ROWS)
+            out[part].addmm_(a[part].to(out.dtype), b, beta=beta, alpha=alpha)

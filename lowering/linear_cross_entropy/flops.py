@@ -1,0 +1,40 @@
+"""FLOP formulas for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+A module of its own, imported when something is compiled: torch's flop counter imports triton, which importing
+structfly must not do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from structfly.lowering.linear_cross_entropy import op as _op  # noqa: F401  defines the ops
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.chunked import Wanted
+
+
+def _products(x: Any, adapter: Any, classes: int, wanted: Sequence[bool] | None) -> int:
+    """Floating-point operations of the matrix products of one pass; a multiply-add counts two."""
+    rows, hidden = x
+    body, low_rank = 2 * rows * hidden * classes, 0 if adapter is None else 2 * rows * adapter[1] * classes
+    total = body + low_rank
+    if wanted is not None:
+        flags = Wanted(*wanted)
+        total += body * (flags.x + flags.weight) + low_rank * (flags.adapter_x + flags.adapter_weight)
+    return total
+
+
+@register_flop_formula(torch.ops.structfly.linear_cross_entropy_v1)
+def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    call = Arguments(*shapes)
+    return _products(call.x, call.adapter_x, call.num_classes, call.gradients if call.schedule == "forward" else None)
+
+
+@register_flop_formula(torch.ops.structfly.linear_cross_entropy_backward_v1)
+def _backward_flops(grad_loss: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    call = Arguments(*shapes)
+    return _products(call.x, call.adapter_x, call.num_classes, call.gradients)

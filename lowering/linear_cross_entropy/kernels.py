@@ -1,0 +1,118 @@
+"""What the op does at run time: check, weigh the rows, run the chunks, reduce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton
+from torch import Tensor
+
+from structfly.compat import assert_on_device
+from structfly.errors import StructflyError
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.chunked import Wanted, allocate_gradients, run_chunks
+from structfly.lowering.linear_cross_entropy.rows import RowStep
+from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
+from structfly.lowering.linear_cross_entropy.schedule import saved_dtype
+
+
+def _row_step(x: Tensor) -> RowStep:
+    return row_step_triton if x.is_cuda and x.dtype != torch.float64 else row_step_aten
+
+
+def _check(call: Arguments) -> None:
+    """Refuse what the schema cannot: a target out of range as torch refuses it, combinations with no meaning."""
+    if call.reduction not in ("none", "sum", "mean"):
+        raise StructflyError(f"reduction is {call.reduction!r}; allowed: 'none', 'sum', 'mean'")
+    if call.schedule not in ("forward", "backward"):
+        raise StructflyError(f"schedule is {call.schedule!r}; allowed: 'forward', 'backward'")
+    if call.schedule == "forward" and call.reduction == "none" and any(call.gradients):
+        raise StructflyError("reduction='none' has no scalar upstream gradient; use schedule='backward'")
+    if call.row_weight is not None and call.reduction != "sum":
+        raise StructflyError(f"row_weight goes with reduction='sum', not {call.reduction!r}")
+    target = call.target
+    wrong = (target < 0) | (target >= call.num_classes)
+    if call.ignore_index is not None:
+        wrong &= target != call.ignore_index
+    if target.is_cuda:
+        assert_on_device(~wrong.any(), f"a target is out of bounds for {call.num_classes} classes")
+    elif bool(wrong.any()):
+        raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
+
+
+def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
+    """What makes the reduction: ``loss = sum_n weight_n loss_n / count``; None means ones, the count is float64."""
+    dtype = call.head.accumulation
+    if call.reduction == "mean":
+        live = torch.ones_like(call.target, dtype=dtype)
+        if call.ignore_index is not None:
+            live = (call.target != call.ignore_index).to(dtype)
+        if call.class_weight is not None:
+            live = live * call.class_weight.to(dtype)[torch.where(live != 0, call.target, 0)]
+        return None, live.sum(dtype=torch.float64)
+    weight = None if call.row_weight is None else call.row_weight.to(dtype)
+    return weight, torch.ones((), dtype=torch.float64, device=call.x.device)
+
+
+def _coefficient(
+    call: Arguments, weight: Tensor | None, count: Tensor, upstream: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """Fold ``upstream / count`` into the coefficients where the dtype has the range for it, else keep them near one.
+
+    Returns the coefficients for the row step and the factor left over for the float32 gradients.
+    """
+    rows = call.x.shape[0]
+    factor = (torch.ones_like(count) if upstream is None else upstream) / count
+    factor = torch.where(count == 0, 0.0, factor)  # no live row: the loss is NaN, the gradients are 0
+    factor = factor.to(call.head.accumulation)
+    one = torch.ones_like(factor)
+    if saved_dtype(call.x.dtype) == call.x.dtype:
+        scaled = factor.expand(rows) if weight is None else weight * factor
+        return scaled.contiguous(), one
+    if weight is None or rows == 0:
+        return None, factor
+    largest = weight.abs().amax()
+    largest = torch.where(largest > 0, largest, one)
+    return weight / largest, factor * largest
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Arguments(*arguments)
+    _check(call)
+    head = call.head
+    with torch.autocast(call.x.device.type, enabled=False):
+        weight, count = _weights(call)
+        wanted = call.wanted_in_forward
+        coefficient, rest = _coefficient(call, weight, count)
+        losses, gradients = run_chunks(head, coefficient, wanted, call.workspace, _row_step(call.x))
+        if call.reduction == "none":
+            loss = losses
+        else:
+            if weight is not None:
+                losses = torch.where(weight != 0, losses * weight, 0.0)
+            loss = losses.sum(dtype=torch.float64) / count
+    if gradients is None:
+        gradients = allocate_gradients(head, Wanted(False, False, False, False, False))
+    return loss.to(call.loss_dtype), rest, *gradients
+
+
+def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call = Arguments(*arguments)
+    head, wanted = call.head, Wanted(*call.gradients)
+    with torch.autocast(call.x.device.type, enabled=False):
+        weight, count = _weights(call)
+        grad_loss = grad_loss.to(head.accumulation)
+        if call.reduction == "none":
+            coefficient, rest = _coefficient(call, grad_loss, count)
+        else:
+            coefficient, rest = _coefficient(call, weight, count, grad_loss)
+        _, gradients = run_chunks(head, coefficient, wanted, call.workspace, _row_step(call.x))
+        assert gradients is not None
+        if saved_dtype(call.x.dtype) == call.x.dtype:
+            return tuple(gradients)
+        inputs = (call.x, call.weight, call.bias, call.adapter_x, call.adapter_weight)
+        return tuple(
+            gradient if tensor is None else gradient.mul_(rest).to(tensor.dtype)
+            for gradient, tensor in zip(gradients, inputs, strict=True)
+        )

@@ -1,0 +1,62 @@
+"""How the op behaves under autocast and vmap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.linear_cross_entropy.arguments import (
+    BACKWARD_NAME,
+    DEVICES,
+    DIFFERENTIABLE,
+    NAME,
+    Arguments,
+)
+from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
+
+_AUTOCAST = torch.library.Library("structfly", "FRAGMENT")
+
+
+def _register_autocast(device: str) -> None:
+    """Cast what the linear multiplies to the autocast dtype, as autocast does for ``linear``."""
+
+    def autocast(*arguments: Any) -> tuple[Tensor, ...]:
+        call = Arguments(*arguments)
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+        inputs: dict[str, Any] = {name: cast(getattr(call, name)) for name in DIFFERENTIABLE}
+        call = call._replace(**inputs)
+        with torch.autocast(device, enabled=False):
+            return linear_cross_entropy(*call)
+
+    _AUTOCAST.impl("linear_cross_entropy_v1", autocast, f"Autocast{device.upper()}")
+
+
+for _device in DEVICES:
+    _register_autocast(_device)
+
+
+def _one_by_one(op: Any) -> Any:
+    """A vmap rule that runs the op once per batch entry: one entry already fills the device."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        results = []
+        for index in range(info.batch_size):
+            entry = [
+                value if dim is None or not isinstance(value, Tensor) else value.select(dim, index)
+                for value, dim in zip(arguments, in_dims, strict=True)
+            ]
+            results.append(op(*entry))
+        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
+torch.library.register_vmap(NAME, _one_by_one(torch.ops.structfly.linear_cross_entropy_v1.default))
+torch.library.register_vmap(BACKWARD_NAME, _one_by_one(torch.ops.structfly.linear_cross_entropy_backward_v1.default))

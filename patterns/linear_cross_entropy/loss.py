@@ -1,0 +1,126 @@
+"""The anchors: nodes that turn logits, or their log-softmax, into a cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from structfly.compat import expression
+from structfly.rewriter.calls import Call, read
+from structfly.rewriter.linear import is_cast
+from structfly.rewriter.region import Region, example
+from structfly.rewriter.views import VIEWS, view_input
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """A loss as written.
+
+    Attributes:
+        anchor: the node whose value the rewrite replaces.
+        logits: its input: logits, or log-probabilities if ``of_log_softmax``.
+        of_log_softmax: the input is a log-softmax.
+        target: class indices, shaped as the rows of the logits (with a size-1 class dimension for a gather).
+        class_dim: the class dimension of ``logits``.
+        reduction: "none", "sum" or "mean".
+        ignore_index: None if no target value is ignored.
+        label_smoothing: in [0, 1].
+        class_weight: (C,) or None.
+        negated: the anchor's value is minus the loss (a gathered log-probability).
+    """
+
+    anchor: fx.Node
+    logits: fx.Node
+    of_log_softmax: bool
+    target: fx.Node
+    class_dim: int
+    reduction: str = "none"
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    class_weight: fx.Node | None = None
+    negated: bool = False
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        """What losses that share a linear must agree on."""
+        return (self.ignore_index, self.label_smoothing, self.class_weight, self.of_log_softmax, self.negated)
+
+
+def loss_forms(region: Region) -> Iterator[LossForm | tuple[fx.Node, str]]:
+    """Every anchor of a region: a form, or the anchor with the reason why its form is not supported."""
+    for node in region.graph.nodes:
+        call = read(node)
+        if call is None:
+            continue
+        if call.op in ("cross_entropy", "nll_loss"):
+            form = _index_loss(call)
+            yield form if isinstance(form, LossForm) else (node, form)
+        elif call.op in ("gather", "take_along_dim") and _is_log_softmax(call["input"]):
+            form = _gathered(call)
+            yield form if isinstance(form, LossForm) else (node, form)
+
+
+def _index_loss(call: Call) -> LossForm | str:
+    logits, target = example(call["input"]), example(call["target"])
+    if logits is None or target is None:
+        return "the logits or targets are not tensors of this graph"
+    if target.is_floating_point():
+        return "the targets are probabilities (soft targets); only class indices are supported"
+    if call.get("size_average") is not None or call.get("reduce") is not None:
+        return "size_average and reduce are deprecated; write reduction= instead"
+    weight = call.get("weight")
+    weight_value = example(weight)
+    if weight_value is not None and weight_value.requires_grad:
+        return "the class weights require a gradient, which cross_entropy does not give either"
+    smoothing = call.get("label_smoothing", 0.0)
+    ignore_index, reduction = call.get("ignore_index", -100), call.get("reduction", "mean")
+    if not isinstance(smoothing, (int, float)) or not isinstance(ignore_index, int):
+        return "label_smoothing or ignore_index is not a constant"
+    return LossForm(
+        anchor=call.node,
+        logits=call["input"],
+        of_log_softmax=call.op == "nll_loss",
+        target=call["target"],
+        class_dim=0 if logits.ndim == 1 else 1,
+        reduction=str(reduction),
+        ignore_index=ignore_index,
+        label_smoothing=float(smoothing),
+        class_weight=weight if isinstance(weight, fx.Node) else None,
+    )
+
+
+def _gathered(call: Call) -> LossForm | str:
+    values, index = example(call["input"]), example(call["index"])
+    dim = call.get("dim")
+    if values is None or index is None or not isinstance(dim, int) or index.ndim != values.ndim:
+        return "a gather whose index does not have the log-probabilities' rank"
+    dim %= values.ndim
+    for place, (have, want) in enumerate(zip(index.shape, values.shape, strict=True)):
+        if expression(have) != (1 if place == dim else expression(want)):
+            return "a gather that does not take exactly one class from every row"
+    return LossForm(call.node, call["input"], True, call["index"], dim, negated=True)
+
+
+def _is_log_softmax(node: object) -> bool:
+    while isinstance(node, fx.Node):
+        call = read(node)
+        if call is None:
+            return False
+        if call.op == "log_softmax":
+            return True
+        if call.op in VIEWS:
+            node = view_input(node)
+        elif call.op in ("contiguous", "clone") or is_cast(call):
+            node = call["input"]
+        else:
+            return False
+    return False
+
+
+def needs_gradient(node: fx.Node | None) -> bool:
+    """Whether a value takes part in differentiation, as far as its example tells."""
+    value = example(node)
+    return isinstance(value, torch.Tensor) and value.requires_grad

@@ -1,0 +1,148 @@
+"""Logits split over several losses: chunked code, and losses unrolled over rows.
+
+One linear whose rows are split, chunked, unbound or indexed, each part feeding a loss of its own, is one head with
+per-token losses: the parts' targets are put together, the op gives all tokens' losses, and each part takes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from structfly.patterns.linear_cross_entropy.logits import LogitsPath
+from structfly.patterns.linear_cross_entropy.loss import LossForm
+from structfly.rewriter.calls import read
+from structfly.rewriter.editor import Editor
+from structfly.rewriter.region import Region, example
+from structfly.rewriter.views import VIEWS, Piece, piece_of
+
+
+@dataclass(frozen=True)
+class Member:
+    """One part: its interval of rows and its loss."""
+
+    piece: Piece
+    path: LogitsPath
+    form: LossForm
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Parts that tile one row dimension.
+
+    Attributes:
+        members: in the order of their rows.
+        shared_views: how many of the paths' views lie before the split.
+        dim: the row dimension that is split, among the shared views' result without its class dimension.
+    """
+
+    members: tuple[Member, ...]
+    shared_views: int
+    dim: int
+
+
+def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) -> Pieces | str:
+    """Put several losses on one linear together, or say why they cannot be."""
+    first, form = parts[0]
+    shared = _shared_views([path for path, _ in parts])
+    members = []
+    for path, other in parts:
+        if other.options != form.options:
+            return "losses of parts of the logits differ in their options"
+        if (path.epilogue, path.bias, path.dead, path.num_classes) != (
+            first.epilogue,
+            first.bias,
+            first.dead,
+            first.num_classes,
+        ):
+            return "parts of the logits are scaled or masked differently"
+        rest = path.views[shared:]
+        piece = piece_of(rest[0]) if rest else None
+        if piece is None:
+            return "the logits feed several losses that do not take parts of fixed size of their rows"
+        if not all(view.ordered for view in rest[1:]) or path.class_dim != _rank(other.logits) - 1:
+            return "a part of the logits is transposed or sliced further before its loss"
+        members.append(Member(piece, path, other))
+    members.sort(key=lambda member: member.piece.start)
+    end = 0
+    for member in members:
+        if member.piece.start != end or member.piece.dim != members[0].piece.dim:
+            return "the losses' parts of the logits overlap or leave rows out"
+        end += member.piece.length
+    whole = members[0].path.views[shared]
+    source = example(whole.call["input"])
+    if source is None or source.shape[members[0].piece.dim] != end:
+        return "the losses' parts of the logits leave rows out"
+    class_dim = first.views[shared - 1].class_dim if shared else source.ndim - 1
+    dim = members[0].piece.dim
+    if dim == class_dim:
+        return "the logits are split along the classes"
+    anchors = [member.form.anchor for member in members]
+    if any(not _ready(region, member.form.target, anchors) for member in members):
+        return "a part's targets are computed from more than views after another part's loss"
+    return Pieces(tuple(members), shared, dim - (dim > class_dim))
+
+
+def _ready(region: Region, target: fx.Node, anchors: Sequence[fx.Node]) -> bool:
+    """Whether ``target`` exists before the first loss, or is only a view of what does."""
+    first = min(anchors, key=region.order.__getitem__)
+    while region.order[target] > region.order[first]:
+        call = read(target)
+        if call is None or call.op not in VIEWS or not isinstance(call["input"], fx.Node):
+            return False
+        target = call["input"]
+    return True
+
+
+def _rank(node: fx.Node) -> int:
+    value = example(node)
+    return -1 if value is None else value.ndim
+
+
+def _shared_views(paths: Sequence[LogitsPath]) -> int:
+    """How many views all paths have in common: the same nodes, up to where they part."""
+    count = 0
+    for nodes in zip(*(path.view_nodes for path in paths), strict=False):
+        if any(node is not nodes[0] for node in nodes):
+            break
+        count += 1
+    return count
+
+
+def whole_target(pieces: Pieces, rows: fx.Node, editor: Editor) -> fx.Node:
+    """All parts' targets, in the shape of the hidden states ``rows`` where the split was, less its last dimension."""
+    parts = []
+    for member in pieces.members:
+        editor.hoist(member.form.target)
+        part = _part(rows, pieces.dim, member.piece, editor)
+        shape = editor.call(torch.select, part, -1, 0)
+        parts.append(editor.method("reshape_as", member.form.target, shape))
+    join = torch.stack if pieces.members[0].piece.drops else torch.cat
+    return editor.call(join, tuple(parts), pieces.dim)
+
+
+def part_losses(pieces: Pieces, member: Member, losses: fx.Node, editor: Editor) -> fx.Node:
+    """The value of one member's loss, from ``losses`` of all rows in the split's shape."""
+    form = member.form
+    part = _part(losses, pieces.dim, member.piece, editor)
+    if form.reduction == "none":
+        return editor.method("reshape_as", part, form.target)
+    total = editor.call(torch.sum, part)
+    if form.reduction == "sum":
+        return total
+    target = editor.call(torch.reshape, form.target, (-1,))
+    live = editor.call(torch.ne, target, form.ignore_index)
+    if form.class_weight is None:
+        return editor.call(torch.div, total, editor.call(torch.sum, live))
+    index = editor.call(torch.where, live, target, 0)
+    weights = editor.call(torch.where, live, editor.call(torch.index_select, form.class_weight, 0, index), 0)
+    return editor.call(torch.div, total, editor.call(torch.sum, weights))
+
+
+def _part(source: fx.Node, dim: int, piece: Piece, editor: Editor) -> fx.Node:
+    if piece.drops:
+        return editor.call(torch.select, source, dim, piece.start)
+    return editor.call(torch.narrow, source, dim, piece.start, piece.length)

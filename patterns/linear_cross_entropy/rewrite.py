@@ -1,0 +1,149 @@
+"""Writing the fused head into the graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.patterns.linear_cross_entropy.logits import LogitsPath, example_of
+from structfly.patterns.linear_cross_entropy.menu import FusedCandidate
+from structfly.patterns.linear_cross_entropy.pieces import part_losses, whole_target
+from structfly.patterns.linear_cross_entropy.site import HeadSite
+from structfly.patterns.linear_cross_entropy.weighted_sum import Weights, write_weights
+from structfly.rewriter.editor import Editor
+from structfly.rewriter.views import RowView
+
+
+def rewrite_head(site: HeadSite, candidate: FusedCandidate, editor: Editor) -> None:
+    """Insert the op before the loss, let the loss's users use it, and remove the logits."""
+    if site.pieces is not None:
+        _rewrite_pieces(site, candidate, editor)
+    elif site.total is not None:
+        editor.before(site.total.root)
+        weights = write_weights(site.total, site.form, editor)
+        loss = _op(site, candidate, editor, _hidden(site, site.path.views, editor), site.form.target, weights.rows)
+        editor.replace(site.total.root, _finish(site, loss, weights, editor))
+    else:
+        loss = _op(site, candidate, editor, _hidden(site, site.path.views, editor), site.form.target, None)
+        if site.reduction == "none":
+            loss = editor.method("reshape_as", loss, site.form.target)
+        editor.replace(site.form.anchor, editor.call(torch.neg, loss) if site.form.negated else loss)
+    editor.erase(site.dead_nodes)
+
+
+def _finish(site: HeadSite, loss: fx.Node, weights: Weights, editor: Editor) -> fx.Node:
+    constant = -weights.constant if site.form.negated else weights.constant
+    if constant != 1.0:
+        loss = editor.call(torch.mul, loss, constant)
+    if weights.count is not None:
+        loss = editor.call(torch.div, loss, weights.count)
+    return loss
+
+
+def _rewrite_pieces(site: HeadSite, candidate: FusedCandidate, editor: Editor) -> None:
+    pieces = site.pieces
+    assert pieces is not None
+    rows = _hidden(site, site.path.views[: pieces.shared_views], editor)
+    target = whole_target(pieces, rows, editor)
+    losses = _op(site, candidate, editor, rows, target, None)
+    losses = editor.method("reshape_as", losses, target)
+    for member in pieces.members:
+        editor.before(member.form.anchor)
+        loss = part_losses(pieces, member, losses, editor)
+        loss = editor.method("to", loss, example_of(member.form.anchor).dtype)
+        editor.replace(member.form.anchor, editor.call(torch.neg, loss) if member.form.negated else loss)
+
+
+def _hidden(site: HeadSite, views: tuple[RowView, ...], editor: Editor) -> fx.Node:
+    """The hidden states, moved as the logits were, classes (now hidden units) last."""
+    return _moved(site.path.linear.x, views, site, editor)
+
+
+def _moved(x: fx.Node, views: tuple[RowView, ...], site: HeadSite, editor: Editor) -> fx.Node:
+    x = _cast(x, site.dtype, editor)
+    width = editor.size(x, -1)
+    class_dim = example_of(x).ndim - 1
+    for view in views:
+        x = view.replay(editor, x, width)
+        class_dim = view.class_dim
+    if class_dim != example_of(x).ndim - 1:
+        x = editor.call(torch.movedim, x, class_dim, -1)
+    return x
+
+
+def _cast(node: fx.Node, dtype: torch.dtype, editor: Editor) -> fx.Node:
+    return node if example_of(node).dtype == dtype else editor.method("to", node, dtype)
+
+
+def _matrix(rows: fx.Node, editor: Editor) -> fx.Node:
+    value = example_of(rows)
+    return rows if value.ndim == 2 else editor.call(torch.reshape, rows, (-1, editor.size(rows, -1)))
+
+
+def _weight(node: fx.Node, transposed: bool, site: HeadSite, editor: Editor) -> fx.Node:
+    node = _cast(node, site.dtype, editor)
+    return editor.method("t", node) if transposed else node
+
+
+def _op(
+    site: HeadSite,
+    candidate: FusedCandidate,
+    editor: Editor,
+    rows: fx.Node,
+    target: fx.Node,
+    row_weight: fx.Node | None,
+) -> fx.Node:
+    """The op's loss for hidden states ``rows`` of shape (..., H) and targets of as many entries."""
+    path = site.path
+    linear, adapter = path.linear, path.linear.adapter
+    views = path.views if site.pieces is None else path.views[: site.pieces.shared_views]
+    weight = _weight(linear.weight, linear.transposed, site, editor)
+    classes: int | fx.Node = editor.size(weight, 0) if path.num_classes is None else path.num_classes
+    adapter_x = None if adapter is None else _matrix(_moved(adapter.x, views, site, editor), editor)
+    adapter_weight = None if adapter is None else _weight(adapter.weight, adapter.transposed, site, editor)
+    target = editor.call(torch.reshape, target, (-1,))
+    arguments = Arguments(
+        x=_matrix(rows, editor),  # type: ignore[arg-type]
+        weight=weight,  # type: ignore[arg-type]
+        bias=_bias(path, site, editor),  # type: ignore[arg-type]
+        target=_cast(target, torch.int64, editor),  # type: ignore[arg-type]
+        class_weight=site.form.class_weight,  # type: ignore[arg-type]
+        row_weight=row_weight,  # type: ignore[arg-type]
+        class_mask=_live_classes(path, weight, classes, editor),  # type: ignore[arg-type]
+        adapter_x=adapter_x,  # type: ignore[arg-type]
+        adapter_weight=adapter_weight,  # type: ignore[arg-type]
+        adapter_scale=linear.adapter_scale,
+        epilogue=path.epilogue,
+        num_classes=classes,  # type: ignore[arg-type]
+        ignore_index=site.form.ignore_index,
+        label_smoothing=site.form.label_smoothing,
+        reduction=site.reduction,
+        loss_dtype=site.loss_dtype,
+        gradients=list(site.gradients),
+        schedule=candidate.schedule,
+        workspace=candidate.workspace,
+    )
+    return editor.getitem(editor.call(torch.ops.structfly.linear_cross_entropy_v1.default, *arguments), 0)
+
+
+def _bias(path: LogitsPath, site: HeadSite, editor: Editor) -> fx.Node | None:
+    """The linear's own bias and the vector added to its value, as one vector over all classes."""
+    vectors = [vector for vector in (path.linear.bias, path.bias) if vector is not None]
+    flat = [_cast(editor.call(torch.reshape, vector, (-1,)), site.dtype, editor) for vector in vectors]
+    if len(flat) == 2 and path.num_classes is not None:
+        flat = [editor.call(torch.narrow, vector, 0, 0, path.num_classes) for vector in flat]
+    return editor.call(torch.add, *flat) if len(flat) == 2 else next(iter(flat), None)
+
+
+def _live_classes(path: LogitsPath, weight: fx.Node, classes: int | fx.Node, editor: Editor) -> fx.Node | None:
+    live: fx.Node | None = None
+    for dead in path.dead:
+        if dead.mask is None:
+            index = editor.call(torch.arange, classes, device=example_of(weight).device)
+            flags = editor.call(torch.lt, index, dead.start)
+        else:
+            flags = editor.call(torch.reshape, dead.mask, (-1,))
+            flags = editor.call(torch.logical_not, flags) if dead.value else flags
+        live = flags if live is None else editor.call(torch.logical_and, live, flags)
+    return live

@@ -1,0 +1,192 @@
+"""Per-token losses that end in one scalar: ``(loss * mask).sum() / mask.sum()`` and its spellings.
+
+A scalar that is linear in the per-token losses l, S = sum_n w_n l_n, has one upstream factor for all rows, so the
+gradients can be made in the forward pass with w as row weights (coefficient class A of the head: one pass, 6NHV).
+Reading walks from l to S through linear steps.  Writing sends ones through the same steps: between two sums every step
+scales or reshapes, so what comes out is the weight of each loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from structfly.compat import expression
+from structfly.patterns.linear_cross_entropy.loss import LossForm, needs_gradient
+from structfly.rewriter.calls import Call, flat, read
+from structfly.rewriter.editor import Editor
+from structfly.rewriter.linear import is_cast
+from structfly.rewriter.region import example
+
+_RESHAPES = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
+_COPIES = ("contiguous", "clone")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One linear step; ``losses`` is its operand that carries the losses."""
+
+    call: Call
+    losses: fx.Node
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """How per-token losses become a scalar.
+
+    Attributes:
+        root: the node whose value is the scalar: the last sum or mean.
+        steps: the linear steps from the losses to ``root``, in order.
+    """
+
+    root: fx.Node
+    steps: tuple[Step, ...]
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The nodes that a rewrite makes superfluous."""
+        return tuple(step.call.node for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Row weights as nodes.
+
+    Attributes:
+        rows: (N,) weights, or None for ones.
+        constant: a number that scales the sum.
+        count: what the sum is divided by (a mean), or None.
+    """
+
+    rows: fx.Node | None
+    constant: float
+    count: int | fx.Node | None
+
+
+def read_weighted_sum(form: LossForm) -> WeightedSum | None:
+    """The scalar that the per-token losses of ``form`` end in, or None if they do not end in one."""
+    steps: list[Step] = []
+    node = form.anchor
+    while len(node.users) == 1:
+        (user,) = node.users
+        call, value = read(user), example(user)
+        if call is None or value is None or not _is_linear(call, node):
+            return None
+        steps.append(Step(call, node))
+        if call.op in ("sum", "mean") and value.ndim == 0:
+            return WeightedSum(user, tuple(steps))
+        node = user
+    return None
+
+
+def _is_linear(call: Call, losses: fx.Node) -> bool:
+    if call.op in ("mul", "div"):
+        factor = _factor(call, losses)
+        plain = factor is not losses and call.get("rounding_mode") is None and not needs_gradient(factor)
+        return plain and (call.op == "mul" or call["input"] is losses) and _keeps_shape(call, losses)
+    if call["input"] is not losses:
+        return False
+    if call.op in ("neg", *_RESHAPES, *_COPIES) or is_cast(call):
+        return True
+    if call.op == "where":
+        return _is_zero(call["other"]) and call["condition"] is not losses and _keeps_shape(call, losses)
+    if call.op == "masked_fill":
+        return _is_zero(call["value"]) and isinstance(call["mask"], fx.Node)
+    if call.op == "sum":
+        return call.get("dtype") is None
+    result = example(call.node)  # a mean over some dimensions would need their sizes
+    return call.op == "mean" and result is not None and result.ndim == 0 and call.get("dtype") is None
+
+
+def _factor(call: Call, losses: fx.Node) -> Any:
+    return call["other"] if call["input"] is losses else call["input"]
+
+
+def _keeps_shape(call: Call, losses: fx.Node) -> bool:
+    before, after = example(losses), example(call.node)
+    assert before is not None
+    assert after is not None
+    return [expression(size) for size in before.shape] == [expression(size) for size in after.shape]
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0
+
+
+@dataclass
+class _Stage:
+    """The steps between two sums: ones that went in, weights that come out, and the sum's dimensions."""
+
+    ones: fx.Node
+    weights: fx.Node
+    summed: tuple[int, ...] = ()
+
+
+def write_weights(total: WeightedSum, form: LossForm, editor: Editor) -> Weights:
+    """Insert the nodes that make the row weights of ``total``."""
+    value = example(form.anchor)
+    dtype = torch.float64 if value is not None and value.dtype == torch.float64 else torch.float32
+    ones = editor.call(torch.ones_like, form.target, dtype=dtype)
+    stages = [_Stage(ones, ones)]
+    constant, weighted = 1.0, False
+    for step in total.steps:
+        call, stage = step.call, stages[-1]
+        if call.op == "neg":
+            constant = -constant
+        elif call.op in ("mul", "div"):
+            factor = _factor(call, step.losses)
+            if isinstance(factor, fx.Node):
+                function = torch.mul if call.op == "mul" else torch.div
+                stage.weights = editor.call(function, stage.weights, editor.method("to", factor, dtype))
+                weighted = True
+            else:
+                constant = constant * factor if call.op == "mul" else constant / factor
+        elif call.op == "where":
+            stage.weights = editor.call(torch.where, call["condition"], stage.weights, 0.0)
+            weighted = True
+        elif call.op == "masked_fill":
+            stage.weights = editor.call(torch.masked_fill, stage.weights, call["mask"], 0.0)
+            weighted = True
+        elif call.op in _RESHAPES:
+            stage.weights = editor.like(call.node, stage.weights, *call.node.args[1:], **call.node.kwargs)
+        elif call.op == "sum" and call.node is not total.root:
+            stages.append(_next_stage(call, stage, editor))
+    count = _count(total, stages[-1], editor)
+    if not weighted:
+        return Weights(None, constant, count)
+    return Weights(editor.call(torch.reshape, _collapse(stages, editor), (-1,)), constant, count)
+
+
+def _next_stage(call: Call, stage: _Stage, editor: Editor) -> _Stage:
+    value = stage.weights.meta["example_value"]
+    dims = call.get("dim")
+    stage.summed = tuple(sorted(dim % value.ndim for dim in flat(dims)))
+    sums = editor.call(torch.sum, stage.weights, stage.summed, call.get("keepdim", False))
+    if call.get("keepdim", False):
+        stage.summed = ()
+    ones = editor.call(torch.ones_like, sums)
+    return _Stage(ones, ones)
+
+
+def _collapse(stages: list[_Stage], editor: Editor) -> fx.Node:
+    """Every summand has the weight of its sum."""
+    later: fx.Node | None = None
+    for stage in reversed(stages):
+        weights = stage.weights
+        if later is not None:
+            for dim in stage.summed:
+                later = editor.call(torch.unsqueeze, later, dim)
+            weights = editor.call(torch.mul, weights, later)
+        later = editor.method("reshape_as", weights, stage.ones)
+    assert later is not None
+    return later
+
+
+def _count(total: WeightedSum, stage: _Stage, editor: Editor) -> int | fx.Node | None:
+    if total.steps[-1].call.op != "mean":
+        return None
+    count = stage.weights.meta["example_value"].numel()
+    return count if isinstance(count, int) else editor.method("numel", stage.weights)

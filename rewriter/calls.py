@@ -1,0 +1,158 @@
+"""Canonical reading of one node: every spelling of an operation has one name and named arguments.
+
+``F.log_softmax(z, -1)``, ``torch.log_softmax(z, dim=-1)`` and ``z.log_softmax(-1)`` all read as
+``Call("log_softmax", {"input": z, "dim": -1})``.  The table is explicit, so that an operation nobody thought about
+is unknown rather than guessed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation: canonical name, node, and arguments by name; absent ones are absent."""
+
+    op: str
+    node: fx.Node
+    arguments: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+
+# Parameter names; a leading "*" takes all remaining positional arguments.
+_BINARY = ("input", "other")
+_REDUCE = ("input", "dim", "keepdim")
+
+# name -> (parameters of the function spelling, function spellings, method spellings)
+_TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[str, ...]]] = {
+    "linear": (("input", "weight", "bias"), (F.linear,), ()),
+    "matmul": (_BINARY, (torch.matmul, operator.matmul, torch.mm), ("matmul", "mm", "__matmul__")),
+    "addmm": (("input", "mat1", "mat2"), (torch.addmm,), ("addmm",)),
+    "einsum": (("equation", "*operands"), (torch.einsum, torch.functional.einsum), ()),
+    "add": (_BINARY, (torch.add, operator.add, operator.iadd), ("add", "add_")),
+    "sub": (_BINARY, (torch.sub, operator.sub, operator.isub), ("sub", "sub_")),
+    "mul": (_BINARY, (torch.mul, operator.mul, operator.imul), ("mul", "mul_")),
+    "div": (_BINARY, (torch.div, torch.true_divide, operator.truediv, operator.itruediv), ("div", "div_")),
+    "neg": (("input",), (torch.neg, operator.neg), ("neg", "neg_")),
+    "tanh": (("input",), (torch.tanh, F.tanh), ("tanh", "tanh_")),
+    "where": (("condition", "input", "other"), (torch.where,), ()),
+    "masked_fill": (("input", "mask", "value"), (torch.masked_fill,), ("masked_fill", "masked_fill_")),
+    "setitem": (("input", "index", "value"), (operator.setitem,), ("__setitem__",)),
+    "to": (("input", "*to"), (), ("to", "type")),
+    "type_as": (_BINARY, (), ("type_as",)),
+    "float": (("input",), (), ("float",)),
+    "half": (("input",), (), ("half",)),
+    "bfloat16": (("input",), (), ("bfloat16",)),
+    "double": (("input",), (), ("double",)),
+    "contiguous": (("input",), (), ("contiguous",)),
+    "clone": (("input",), (torch.clone,), ("clone",)),
+    "view": (("input", "*shape"), (), ("view",)),
+    "reshape": (("input", "*shape"), (torch.reshape,), ("reshape",)),
+    "flatten": (("input", "start_dim", "end_dim"), (torch.flatten,), ("flatten",)),
+    "unflatten": (("input", "dim", "sizes"), (torch.unflatten,), ("unflatten",)),
+    "squeeze": (("input", "dim"), (torch.squeeze,), ("squeeze",)),
+    "unsqueeze": (("input", "dim"), (torch.unsqueeze,), ("unsqueeze",)),
+    "transpose": (("input", "dim0", "dim1"), (torch.transpose, torch.swapaxes), ("transpose", "swapaxes")),
+    "permute": (("input", "*dims"), (torch.permute,), ("permute",)),
+    "movedim": (("input", "source", "destination"), (torch.movedim, torch.moveaxis), ("movedim", "moveaxis")),
+    "t": (("input",), (torch.t,), ("t",)),
+    "getattr": (("input", "name"), (builtins.getattr,), ()),
+    "getitem": (("input", "index"), (operator.getitem,), ("__getitem__",)),
+    "select": (("input", "dim", "index"), (torch.select,), ("select",)),
+    "narrow": (("input", "dim", "start", "length"), (torch.narrow,), ("narrow",)),
+    "split": (("input", "split_size", "dim"), (torch.split,), ("split",)),
+    "chunk": (("input", "chunks", "dim"), (torch.chunk,), ("chunk",)),
+    "tensor_split": (("input", "sections", "dim"), (torch.tensor_split,), ("tensor_split",)),
+    "unbind": (("input", "dim"), (torch.unbind,), ("unbind",)),
+    "size": (("input", "dim"), (), ("size",)),
+    "dim": (("input",), (), ("dim", "ndimension")),
+    "numel": (("input",), (torch.numel,), ("numel", "nelement")),
+    "sum": (_REDUCE, (torch.sum,), ("sum",)),
+    "mean": (_REDUCE, (torch.mean,), ("mean",)),
+    "log_softmax": (("input", "dim"), (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
+    "gather": (("input", "dim", "index"), (torch.gather,), ("gather",)),
+    "take_along_dim": (("input", "index", "dim"), (torch.take_along_dim,), ("take_along_dim",)),
+    "nll_loss": (
+        ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
+        (F.nll_loss,),
+        (),
+    ),
+    "cross_entropy": (
+        (
+            "input",
+            "target",
+            "weight",
+            "size_average",
+            "ignore_index",
+            "reduce",
+            "reduction",
+            "label_smoothing",
+        ),
+        (F.cross_entropy,),
+        (),
+    ),
+}
+
+_FUNCTIONS = {function: (name, row[0]) for name, row in _TABLE.items() for function in row[1]}
+_FUNCTIONS[F.log_softmax] = ("log_softmax", ("input", "dim", "_stacklevel", "dtype"))
+_METHODS = {method: (name, row[0]) for name, row in _TABLE.items() for method in row[2]}
+_METHODS["where"] = ("where", ("input", "condition", "other"))
+# Keyword names that differ between spellings of one operation.
+_SYNONYMS = {"split_size_or_sections": "split_size", "indices": "index", "axis0": "dim0", "axis1": "dim1"}
+_INPLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+
+
+def read(node: object) -> Call | None:
+    """The canonical call of a node, or None for anything the table does not know."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return None
+    known: tuple[str, tuple[str, ...]] | None
+    if node.op == "call_function":
+        known = _FUNCTIONS.get(node.target) if callable(node.target) else None
+    else:
+        known = _METHODS.get(str(node.target))
+    if known is None:
+        return None
+    name, parameters = known
+    arguments: dict[str, Any] = {_SYNONYMS.get(key, key): value for key, value in node.kwargs.items()}
+    for index, parameter in enumerate(parameters):
+        if parameter.startswith("*"):
+            rest = tuple(node.args[index:])
+            if rest or parameter[1:] not in arguments:
+                arguments[parameter[1:]] = rest
+            break
+        if index < len(node.args):
+            arguments[parameter] = node.args[index]
+    else:
+        if len(node.args) > len(parameters):
+            return None
+    return Call(name, node, arguments)
+
+
+def mutates(node: fx.Node) -> bool:
+    """True if the node writes into its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return node.op == "call_function" and (node.target is operator.setitem or node.target in _INPLACE_OPERATORS)
+
+
+def flat(values: object) -> tuple[Any, ...]:
+    """``(2, 3)`` from both ``f(x, 2, 3)`` and ``f(x, (2, 3))``."""
+    if isinstance(values, (tuple, list)):
+        return tuple(values[0]) if len(values) == 1 and isinstance(values[0], (tuple, list)) else tuple(values)
+    return (values,)

@@ -1,0 +1,102 @@
+"""From menus to choices: one solver over all sites of a graph, and a reason in words for each choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from structfly.records import Candidate, CostValues, DeviceProfile, Menu, Site
+from structfly.records.report import format_bytes
+from structfly.rewriter.roofline import evaluate
+from structfly.rewriter.solver import Option, solve
+
+
+@dataclass(frozen=True)
+class Order:
+    """A site with its menu.
+
+    Attributes:
+        site: the site.
+        menu: what its rule offers.
+        profile: the device it runs on.
+        always: choose among the rewrites only (``rewrite="always"``).
+    """
+
+    site: Site
+    menu: Menu
+    profile: DeviceProfile
+    always: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The solver's choice at one site.
+
+    Attributes:
+        candidate: the chosen one.
+        values: its cost at the example sizes.
+        kept: the cost of leaving the site alone.
+        reason: why this one.
+    """
+
+    candidate: Candidate
+    values: CostValues
+    kept: CostValues
+    reason: str
+
+
+def choose(orders: Sequence[Order]) -> list[Choice]:
+    """Minimise the predicted time of all sites together, under each site's peak and the graph's saved memory.
+
+    Saved bytes beyond what the sites need in any case may reach the largest peak limit, and no more.
+    """
+    costs = [[evaluate(c.cost, order.site.sizes, order.profile) for c in order.menu.candidates] for order in orders]
+    eligible = [
+        [number for number, candidate in enumerate(order.menu.candidates) if candidate.rewrites or not order.always]
+        for order in orders
+    ]
+    options = [
+        [
+            Option(
+                values[n].seconds,
+                {"saved bytes": float(values[n].saved_bytes)},
+                float(values[n].transient_bytes),
+            )
+            for n in numbers
+        ]
+        for values, numbers in zip(costs, eligible, strict=True)
+    ]
+    shared: dict[str, int] = {}
+    for order in orders:
+        shared.update(order.menu.shared_bytes)
+    allowance = sum(order.menu.own_bytes for order in orders) + sum(shared.values())
+    allowance += max((order.menu.peak_limit for order in orders), default=0)
+    solution = solve(
+        options, peaks=[order.menu.peak_limit for order in orders], limits={"saved bytes": float(allowance)}
+    )
+    return [
+        _explained(order, values, numbers[picked], index in solution.relaxed)
+        for index, (order, values, numbers, picked) in enumerate(
+            zip(orders, costs, eligible, solution.chosen, strict=True)
+        )
+    ]
+
+
+def _explained(order: Order, costs: Sequence[CostValues], number: int, relaxed: bool) -> Choice:
+    candidates, limit = order.menu.candidates, format_bytes(order.menu.peak_limit)
+    kept = next(values for candidate, values in zip(candidates, costs, strict=True) if not candidate.rewrites)
+    chosen, values = candidates[number], costs[number]
+    fast = [v.seconds for c, v in zip(candidates, costs, strict=True) if c.rewrites]
+    if relaxed:
+        reason = f"nothing fits the limit of {limit}; this takes the least, {format_bytes(values.transient_bytes)}"
+    elif not chosen.rewrites:
+        best = min(fast, default=float("inf"))
+        reason = (
+            f"predicted to be fastest as it is: {values.seconds * 1e6:.3g} us, best rewrite {best * 1e6:.3g} us; "
+            "rewrite='always' overrides this"
+        )
+    elif kept.transient_bytes > order.menu.peak_limit:
+        reason = f"fastest within the limit of {limit}; left alone it would take {format_bytes(kept.transient_bytes)}"
+    else:
+        reason = f"predicted to be fastest within the limit of {limit}"
+    return Choice(chosen, values, kept, reason)

@@ -1,0 +1,206 @@
+"""The engine: find sites, let the solver choose among their candidates, write the choices into the graph.
+
+Reading comes first and changes nothing.  Writing is one transaction per site.  A rule that raises never breaks the
+user's program unless ``strict`` is set: its site is left as it was and the report says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from structfly.config import Config
+from structfly.errors import RewriteError
+from structfly.records import DeviceProfile, Miss, Site, SiteReport, Status
+from structfly.rewriter.choosing import Choice, Order, choose
+from structfly.rewriter.editor import Editor
+from structfly.rewriter.inputs import ExtraInput, with_placeholders
+from structfly.rewriter.region import Region, qualified_name, regions_of, source_line
+from structfly.rewriter.rule import Rule
+
+log = logging.getLogger("structfly.rewriter")
+
+Profiles = Callable[[torch.device], DeviceProfile]
+
+
+@dataclass
+class Outcome:
+    """What the engine did to one graph.
+
+    Attributes:
+        module: what to compile: the graph module given, or a copy that takes further inputs.
+        sites: the report's lines, in graph order.
+        inputs: graph inputs that rewrites added, after the graph's own.
+        changed: whether the graph was changed.
+        seconds: time taken.
+    """
+
+    module: fx.GraphModule
+    sites: list[SiteReport] = field(default_factory=list)
+    inputs: list[ExtraInput] = field(default_factory=list)
+    changed: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Found:
+    rule: Rule[Any]
+    site: Site
+    region: Region
+
+
+def rewrite_graph(gm: fx.GraphModule, rules: Sequence[Rule[Any]], config: Config, profiles: Profiles) -> Outcome:
+    """Rewrite ``gm`` in place and say what was done.
+
+    Args:
+        gm: a Dynamo graph; its nodes carry example values.
+        rules: the rules to run.
+        config: budgets, switches and overrides.
+        profiles: gives the profile of a device.
+
+    Raises:
+        RewriteError: a rule raised, and ``config.strict`` is set.
+    """
+    return _Run(gm, rules, config, profiles).run()
+
+
+class _Run:
+    """One run over one graph."""
+
+    def __init__(self, gm: fx.GraphModule, rules: Sequence[Rule[Any]], config: Config, profiles: Profiles) -> None:
+        self.gm, self.rules, self.config, self.profiles = gm, rules, config, profiles
+        self.outcome = Outcome(gm)
+        self.lines: list[tuple[tuple[int, int], SiteReport]] = []
+
+    def run(self) -> Outcome:
+        start = time.perf_counter()
+        regions = regions_of(self.gm)
+        found = [item for number, region in enumerate(regions) for item in self._find(number, region)]
+        for item, choice in self._choose(found):
+            self._apply(item, choice)
+        if self.outcome.inputs:
+            self.outcome.module = with_placeholders(self.gm, self.outcome.inputs)
+        if self.outcome.changed:
+            for module in (self.outcome.module, *(region.owner for region in regions[1:])):
+                module.graph.lint()
+                module.recompile()
+        self.outcome.sites = [line for _, line in sorted(self.lines, key=lambda entry: entry[0])]
+        self.outcome.seconds = time.perf_counter() - start
+        for site in self.outcome.sites:
+            log.info("%s %s at %s: %s", site.rule, site.status, site.name or site.nodes[:1], site.reason)
+        return self.outcome
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def _find(self, number: int, region: Region) -> list[_Found]:
+        found: list[_Found] = []
+        for rule in self.rules:
+            try:
+                results = rule.find(region)
+            except Exception as error:
+                self._failed(rule.name, None, (number, -1), error)
+                continue
+            for result in furthest(results):
+                place = (number, region.order[result.node])
+                closed = region.why_closed(result.node)
+                if isinstance(result, Miss) or closed:
+                    self._missed(rule, result, closed, place)
+                elif not self.config.for_site(result.name).rule_enabled(rule.name):
+                    reason = f"the rule {rule.name} is switched off here by the configuration"
+                    self._say(result, place, "kept", reason)
+                else:
+                    found.append(_Found(rule, result, region))
+        return found
+
+    def _choose(self, found: Sequence[_Found]) -> list[tuple[_Found, Choice]]:
+        items: list[_Found] = []
+        orders: list[Order] = []
+        for item in found:
+            settings = self.config.for_site(item.site.name)
+            try:
+                profile = self.profiles(item.site.device)
+                menu = item.rule.menu(item.site, profile, settings)
+            except Exception as error:
+                self._failed(item.rule.name, item.site, self._place(item), error)
+                continue
+            items.append(item)
+            orders.append(Order(item.site, menu, profile, settings.rewrite == "always"))
+        return list(zip(items, choose(orders), strict=True)) if orders else []
+
+    # ------------------------------------------------------------------------------------------------ writing
+
+    def _apply(self, item: _Found, choice: Choice) -> None:
+        site, place = item.site, self._place(item)
+        if choice.candidate.rewrites:
+            editor = Editor(item.region.graph, site.node, allow_inputs=item.region.owner is self.gm)
+            try:
+                item.rule.rewrite(site, choice.candidate, editor)
+            except Exception as error:
+                editor.rollback()
+                self._failed(item.rule.name, site, place, error)
+                return
+            editor.commit()
+            self.outcome.inputs.extend(editor.inputs)
+            self.outcome.changed = True
+        self._say(site, place, "rewritten" if choice.candidate.rewrites else "kept", choice.reason, choice)
+
+    # ------------------------------------------------------------------------------------------------ reporting
+
+    def _place(self, item: _Found) -> tuple[int, int]:
+        return (0, item.region.order[item.site.node])
+
+    def _say(
+        self, site: Site, place: tuple[int, int], status: Status, reason: str, choice: Choice | None = None
+    ) -> None:
+        line = SiteReport(site.rule, status, reason, site.name, site.replaces, source_line(site.node))
+        if choice is not None:
+            line = _with_costs(line, choice)
+        self.lines.append((place, line))
+
+    def _missed(self, rule: Rule[Any], result: Site | Miss, closed: str, place: tuple[int, int]) -> None:
+        reason = result.reason if isinstance(result, Miss) and not closed else closed
+        name = result.name or qualified_name(result.node)
+        line = SiteReport(rule.name, "missed", reason, name, (result.node.name,), source_line(result.node))
+        self.lines.append((place, line))
+
+    def _failed(self, rule: str, site: Site | None, place: tuple[int, int], error: Exception) -> None:
+        reason = f"structfly's own failure, please report it: {type(error).__name__}: {error}"
+        if self.config.strict:
+            raise RewriteError(f"rule {rule}: {reason}; strict=False leaves the site as it is instead") from error
+        log.warning("rule %s: %s", rule, reason, exc_info=error)
+        line = SiteReport(rule, "failed", reason)
+        if site is not None:
+            line = SiteReport(rule, "failed", reason, site.name, site.replaces, source_line(site.node))
+        self.lines.append((place, line))
+
+
+def _with_costs(line: SiteReport, choice: Choice) -> SiteReport:
+    from dataclasses import replace
+
+    return replace(
+        line,
+        candidate=choice.candidate.name,
+        seconds=choice.values.seconds,
+        seconds_kept=choice.kept.seconds,
+        peak_bytes=choice.values.transient_bytes,
+        peak_bytes_kept=choice.kept.transient_bytes,
+    )
+
+
+def furthest(results: Iterable[Site | Miss]) -> list[Site | Miss]:
+    """One result per anchor: its site if there is one, else the attempt that got furthest."""
+    best: dict[fx.Node, Miss] = {}
+    sites: list[Site] = []
+    for result in results:
+        if isinstance(result, Site):
+            sites.append(result)
+        elif result.anchor not in best or result.progress > best[result.anchor].progress:
+            best[result.anchor] = result
+    matched = {site.node for site in sites}
+    return [*sites, *(miss for anchor, miss in best.items() if anchor not in matched)]

@@ -1,0 +1,128 @@
+"""Regions: the graphs inside a compiled graph, and what every rule asks of their nodes.
+
+The main graph and the bodies of checkpoint and invoke_subgraph nodes are open to rewrites.  Bodies of custom autograd
+functions, of control flow and of transforms are closed: a rule's finds there become misses that say so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from structfly import compat
+
+
+@dataclass(frozen=True)
+class Region:
+    """One graph and its surroundings.
+
+    Attributes:
+        owner: the module that owns ``graph``.
+        checkpointed: True inside an activation-checkpoint body, whose forward runs twice.
+        closed: why nothing may be rewritten here, or "".
+    """
+
+    owner: fx.GraphModule
+    checkpointed: bool = False
+    closed: str = ""
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.owner.graph
+
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        """Position of every node in the graph."""
+        return {node: index for index, node in enumerate(self.graph.nodes)}
+
+    @cached_property
+    def _transformed(self) -> frozenset[fx.Node]:
+        depth, inside = 0, []
+        for node in self.graph.nodes:
+            depth += compat.functorch_nesting(node)
+            if depth > 0:
+                inside.append(node)
+        return frozenset(inside)
+
+    def why_closed(self, node: fx.Node) -> str:
+        """Why ``node`` may not be rewritten, or ""."""
+        if node in self._transformed:
+            return "inside a torch.func transform, under which structfly's ops are not shown to work"
+        return self.closed
+
+
+def regions_of(gm: fx.GraphModule) -> list[Region]:
+    """The main graph first, then every body inside it, each once."""
+    return list(_walk(Region(gm), set()))
+
+
+_CLOSED = {
+    "autograd_function_apply": "inside a custom autograd function, whose own backward would no longer match",
+}
+
+
+def _walk(region: Region, seen: set[int]) -> Iterator[Region]:
+    seen.add(id(region.owner))
+    yield region
+    for node in region.graph.nodes:
+        kind = compat.subgraph_kind(node)
+        if kind is None:
+            continue
+        for argument in (*node.args, *node.kwargs.values()):
+            if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+                continue
+            body = getattr(region.owner, str(argument.target), None)
+            if not isinstance(body, fx.GraphModule) or id(body) in seen:
+                continue
+            closed = region.closed
+            if kind not in ("checkpoint", "plain"):
+                closed = closed or _CLOSED.get(kind, f"inside the body of {kind}, which structfly does not enter")
+            yield from _walk(Region(body, region.checkpointed or kind == "checkpoint", closed), seen)
+
+
+# ------------------------------------------------------------------------------------------------------- names
+
+
+def example(node: object) -> torch.Tensor | None:
+    """The example value of a node if it is one tensor, else None."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def qualified_name(node: fx.Node, parameter: fx.Node | None = None) -> str:
+    """The module a node belongs to, as ``named_modules`` would call it, without the outermost variable.
+
+    A node made by an ``nn.Linear`` carries that module's name; otherwise the module that owns ``parameter`` counts,
+    then the innermost module around the node.
+    """
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if stack and isinstance(stack[-1][1], type) and issubclass(stack[-1][1], torch.nn.Linear):
+        return _clean(stack[-1][0])
+    if parameter is not None and parameter.op == "placeholder":
+        source = compat.source_of_input(parameter)
+        if source:
+            return _clean(source).removesuffix(".weight")
+    return _clean(stack[-1][0]) if stack else ""
+
+
+def _clean(path: str) -> str:
+    path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", path)
+    root, _, rest = path.partition(".")
+    return rest or re.sub(r"^[LG]\['([^']+)'\]$", r"\1", root)
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n\s*(?P<code>[^\n]*)')
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's program a node comes from, as "file:line: code", or ""."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    file, line, code = frames[-1]
+    return f"{file}:{line}: {code.strip()}"

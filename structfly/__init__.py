@@ -1,0 +1,23 @@
+"""structfly: a torch.compile backend for linear-heavy models.
+
+>>> step = torch.compile(step, backend="structfly")   # no import of structfly needed
+>>> print(structfly.explain(step)(*batch))            # what was rewritten, what was not, and why
+"""
+
+from structfly.config import Config
+from structfly.errors import ConfigError, RewriteError, StructflyError, UnsupportedError
+from structfly.explanation import explain
+from structfly.records import Report, SiteReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Report",
+    "RewriteError",
+    "SiteReport",
+    "StructflyError",
+    "UnsupportedError",
+    "explain",
+]

@@ -1,0 +1,68 @@
+"""The torch.compile backend: registered as ``"structfly"`` through the entry-point group ``torch_dynamo_backends``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+
+from structfly import compat
+from structfly.config import Config, load_config
+from structfly.lowering.device_profile import device_profile
+from structfly.patterns import DEFAULT_RULES
+from structfly.rewriter.engine import Outcome, rewrite_graph
+
+log = logging.getLogger("structfly")
+
+RULE_NAMES = tuple(rule.name for rule in DEFAULT_RULES)
+
+
+def structfly(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Rewrite a Dynamo graph and hand it to Inductor.
+
+    Args:
+        gm: the graph.
+        example_inputs: its inputs, real or fake.
+        options: structfly's configuration; see docs/configuration.md.
+        mode: an Inductor mode, as in ``torch.compile(mode=...)``.
+
+    Raises:
+        ConfigError: an option is unknown or has a wrong value; nothing has been compiled then.
+        RewriteError: a rule failed and ``strict`` is set.
+    """
+    config = read_config(options, mode)
+    outcome = rewrite(gm, config)
+    example_inputs = [*example_inputs, *(extra.node.meta["example_value"] for extra in outcome.inputs)]
+    return with_inputs(compat.compile_with_inductor(outcome.module, example_inputs, config.inductor_options()), outcome)
+
+
+def read_config(options: Mapping[str, object] | None, mode: str | None = None) -> Config:
+    """The validated configuration, with the default rules' names known."""
+    return load_config(options, mode, known_rules=RULE_NAMES)
+
+
+def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
+    """Run the default rules over a graph, in place."""
+    import structfly.lowering.linear_cross_entropy.flops  # noqa: F401  not at the top: it imports triton
+
+    return rewrite_graph(gm, DEFAULT_RULES, config, device_profile)
+
+
+def with_inputs(function: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:
+    """``function`` with the inputs that rewrites added supplied before every call."""
+    if not outcome.inputs:
+        return function
+    providers = [extra.provide for extra in outcome.inputs]
+
+    def call(*arguments: Any) -> Any:
+        return function(*arguments, *(provide() for provide in providers))
+
+    return call

@@ -1,0 +1,158 @@
+"""The only module that names private parts of torch.
+
+Checked against torch 2.11 and 2.13.  Everything else in structfly reaches these parts through the functions here,
+so that a new torch release is one file's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+# ------------------------------------------------------------------------------------------------ graph vocabulary
+
+
+def is_enter_autocast(node: fx.Node) -> bool:
+    """True for the node that opens an autocast region."""
+    return node.op == "call_function" and node.target is torch.amp.autocast_mode._enter_autocast
+
+
+def is_exit_autocast(node: fx.Node) -> bool:
+    """True for the node that closes an autocast region."""
+    return node.op == "call_function" and node.target is torch.amp.autocast_mode._exit_autocast
+
+
+def functorch_nesting(node: fx.Node) -> int:
+    """+1 where a torch.func transform (grad, vmap, jvp) opens in the graph, -1 where one closes, else 0."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if not name.endswith("_nesting"):
+        return 0
+    if name.endswith("_increment_nesting"):
+        return 1
+    return -1 if name.endswith("_decrement_nesting") else 0
+
+
+_CHECKPOINT_BODIES = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+_PLAIN_BODIES = ("invoke_subgraph",)
+
+
+def subgraph_kind(node: fx.Node) -> str | None:
+    """What a node that carries graph bodies is: "checkpoint", "plain", its operator's name, or None without bodies."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None
+    name = node.target.name()
+    if name in _CHECKPOINT_BODIES:
+        return "checkpoint"
+    return "plain" if name in _PLAIN_BODIES else name
+
+
+def source_of_input(node: fx.Node) -> str:
+    """Where the user's program keeps an input, e.g. ``L['self']._modules['head']._parameters['weight']``, or ""."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+# ------------------------------------------------------------------------------------------------ symbolic shapes
+
+
+def expression(size: int | torch.SymInt) -> sympy.Expr:
+    """The size as a sympy expression; reading it adds no guard."""
+    if isinstance(size, torch.SymInt):
+        return cast(sympy.Expr, size.node.expr)
+    return sympy.Integer(size)
+
+
+def size_hints(value: Tensor) -> dict[sympy.Symbol, int]:
+    """The example values of the symbols in a tensor's shape; reading them adds no guard."""
+    hints: dict[sympy.Symbol, int] = {}
+    for size in value.shape:
+        if isinstance(size, torch.SymInt):
+            environment = size.node.shape_env
+            for symbol in size.node.expr.free_symbols:
+                known = (
+                    environment.backed_var_to_val
+                    if hasattr(environment, "backed_var_to_val")
+                    else environment.var_to_val
+                )
+                hint = known.get(symbol)
+                if hint is not None:
+                    hints[symbol] = int(hint)
+    return hints
+
+
+def fake_mode_of(values: Iterable[object]) -> Any:
+    """The fake mode that example values were made under, or None for real tensors."""
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+@contextmanager
+def example_mode(mode: Any) -> Iterator[None]:
+    """Run operations on example values: under their fake mode, outside the compiler's trace, adding no guard."""
+    with ExitStack() as stack:
+        stack.enter_context(torch._guards.tracing(None))
+        if mode is not None:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ run time
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Fail the running CUDA program if ``condition`` () is False, without waiting for the device."""
+    torch._assert_async(condition, message)
+
+
+# ------------------------------------------------------------------------------------------------ compiling
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, object]
+) -> Callable[..., Any]:
+    """Inductor on a Dynamo graph."""
+    import torch._inductor
+
+    return cast(Callable[..., Any], torch._inductor.compile(gm, example_inputs, options=dict(options) or None))
+
+
+def inductor_modes() -> dict[str, dict[str, object]]:
+    """Inductor's modes and the options each stands for."""
+    import torch._inductor
+
+    return cast(dict[str, dict[str, object]], torch._inductor.list_mode_options())
+
+
+def inductor_options() -> frozenset[str]:
+    """Names of all options Inductor knows."""
+    import torch._inductor
+
+    return frozenset(torch._inductor.list_options())
+
+
+def original_callable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What the user wrote, under any torch.compile wrapping."""
+    if isinstance(function, torch._dynamo.OptimizedModule):
+        return cast(Callable[..., Any], function._orig_mod)
+    return cast(Callable[..., Any], getattr(function, "_torchdynamo_orig_callable", function))
+
+
+@contextmanager
+def graph_breaks() -> Iterator[list[str]]:
+    """Collects why Dynamo broke graphs while the context was open; filled when it closes."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    start = len(graph_break_reasons)
+    found: list[str] = []
+    try:
+        yield found
+    finally:
+        found.extend(str(reason.reason) for reason in graph_break_reasons[start:] if reason.graph_break)

@@ -1,0 +1,86 @@
+"""What a rule finds in a graph and what it offers there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx
+
+from structfly.records.cost import Cost
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a graph that a rule can rewrite; rules subclass it with what they bound.
+
+    Attributes:
+        rule: the rule's name.
+        name: qualified name of the module or parameter concerned, for overrides and reports.
+        node: the node the report points at.
+        replaces: names of the nodes that a rewrite removes.
+        device: where it runs.
+        sizes: example values of the symbols in its costs.
+    """
+
+    rule: str
+    name: str
+    node: fx.Node
+    replaces: tuple[str, ...]
+    device: torch.device
+    sizes: Mapping[sympy.Symbol, int] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of running a site.
+
+    Attributes:
+        name: short, unique within the site, shown in reports.
+        cost: its cost.
+        rewrites: False for the candidate that leaves the site alone.
+    """
+
+    name: str
+    cost: Cost
+    rewrites: bool = True
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A failed match: the condition that failed, as a value.
+
+    Attributes:
+        rule: the rule's name.
+        node: the node that caused it.
+        reason: what was wrong and, where there is one, the remedy.
+        progress: how far the match got; of several attempts at one anchor the furthest is reported.
+        anchor: the node the attempt began at.
+        name: qualified name, if it was reached.
+    """
+
+    rule: str
+    node: fx.Node
+    reason: str
+    progress: int
+    anchor: fx.Node
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What a rule offers at one site.
+
+    Attributes:
+        candidates: the ways of running it; exactly one has ``rewrites=False``.
+        peak_limit: transient bytes a candidate may take.
+        own_bytes: saved bytes that are this site's own in any case (the gradients of its activations).
+        shared_bytes: saved bytes that are needed once however many sites share them (a tied weight's gradient), by key.
+    """
+
+    candidates: tuple[Candidate, ...]
+    peak_limit: int
+    own_bytes: int = 0
+    shared_bytes: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,58 @@
+"""Run functions through structfly's pass without paying for Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from structfly.backend import read_config, rewrite, with_inputs
+from structfly.records import SiteReport
+
+ALWAYS: Mapping[str, object] = {"rewrite": "always", "strict": True}
+
+
+class Rewritten:
+    """A function compiled with structfly's pass alone; ``sites`` and ``graphs`` collect what happened.
+
+    ``then`` is the backend that runs the rewritten graph: "eager" runs it as it is, "aot_eager" traces forward and
+    backward as Inductor would.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        options: Mapping[str, object] = ALWAYS,
+        *,
+        then: str = "eager",
+        dynamic: bool | None = None,
+    ) -> None:
+        self.sites: list[SiteReport] = []
+        self.graphs: list[fx.GraphModule] = []
+        self._options = options
+        self._then = torch._dynamo.lookup_backend(then)
+        torch._dynamo.reset()
+        self._compiled = torch.compile(function, backend=self._backend, dynamic=dynamic)
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        outcome = rewrite(gm, read_config(self._options))
+        self.sites.extend(outcome.sites)
+        self.graphs.append(gm)
+        examples = [*example_inputs, *(extra.node.meta["example_value"] for extra in outcome.inputs)]
+        return with_inputs(self._then(outcome.module, examples), outcome)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._compiled(*arguments, **named)
+
+    @property
+    def statuses(self) -> list[str]:
+        return [site.status for site in self.sites]
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        """Calls of structfly's head op in all graphs and their bodies."""
+        op = torch.ops.structfly.linear_cross_entropy_v1.default
+        bodies = [module for gm in self.graphs for module in gm.modules() if isinstance(module, fx.GraphModule)]
+        return [node for body in bodies for node in body.graph.nodes if node.target is op]

@@ -1,0 +1,151 @@
+"""Random calls of the op, for every test that needs one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from structfly.lowering.linear_cross_entropy.arguments import DIFFERENTIABLE, Arguments
+from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
+from structfly.lowering.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+EPILOGUES = ("", "mul:0.5", "div:3.0,tanh,mul:3.0", "mul:-1.25", "tanh,mul:4.0,tanh")
+
+
+def make_call(
+    *,
+    rows: int = 13,
+    hidden: int = 8,
+    classes: int = 37,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    bias: bool = False,
+    class_weight: bool = False,
+    row_weight: bool = False,
+    class_mask: bool = False,
+    rank: int = 0,
+    ignored: float = 0.2,
+    cut: int = 0,
+    frozen: frozenset[str] = frozenset(),
+    transposed: bool = False,
+    device: str = "cpu",
+    **options: Any,
+) -> Arguments:
+    """One call of the op on random tensors; ``options`` replaces any other argument."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(name: str, *shape: int) -> Tensor:
+        value = torch.randn(*shape, generator=generator).to(dtype)
+        return value.requires_grad_(name not in frozen)
+
+    num_classes = classes - cut
+    target = torch.randint(0, num_classes, (rows,), generator=generator)
+    ignore_index = options.get("ignore_index", -100)
+    if ignore_index is not None:
+        target.masked_fill_(torch.rand(rows, generator=generator) < ignored, ignore_index)
+    weight = tensor("weight", hidden, classes) if transposed else tensor("weight", classes, hidden)
+    if transposed:
+        weight = weight.detach().t().requires_grad_("weight" not in frozen)
+    mask = None
+    if class_mask:  # a masked class is no target
+        mask = torch.rand(classes, generator=generator) < 0.8
+        mask[target.clamp_min(0)] = True
+    call = Arguments(
+        x=tensor("x", rows, hidden),
+        weight=weight,
+        bias=tensor("bias", classes) if bias else None,
+        target=target,
+        class_weight=torch.rand(num_classes, generator=generator) + 0.1 if class_weight else None,
+        row_weight=torch.randn(rows, generator=generator) if row_weight else None,
+        class_mask=mask,
+        adapter_x=tensor("adapter_x", rows, rank) if rank else None,
+        adapter_weight=tensor("adapter_weight", classes, rank) if rank else None,
+        adapter_scale=0.5,
+        epilogue="",
+        num_classes=num_classes,
+        ignore_index=-100,
+        label_smoothing=0.0,
+        reduction="sum" if row_weight else "mean",
+        loss_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        gradients=(),
+        schedule="forward",
+        workspace=2**20,
+    )
+    call = call._replace(**options)
+    moved: dict[str, Any] = {
+        name: value.detach().to(device).requires_grad_(value.requires_grad)
+        for name, value in call._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    call = call._replace(**moved)
+    if call.reduction == "none":
+        call = call._replace(schedule="backward")
+    wanted = [getattr(call, name) is not None and getattr(call, name).requires_grad for name in DIFFERENTIABLE]
+    return call._replace(gradients=wanted)
+
+
+@st.composite
+def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Arguments:
+    """Random shapes, dtypes, options and chunk lengths."""
+    dtype = draw(st.sampled_from(dtypes))
+    classes = draw(st.integers(2, 70))
+    reduction = draw(st.sampled_from(("mean", "sum", "none")))
+    bytes_per_row = 80 * dtype.itemsize
+    return make_call(
+        rows=draw(st.integers(0, 40)),
+        hidden=draw(st.integers(1, 9)),
+        classes=classes,
+        cut=draw(st.integers(0, min(3, classes - 2))),
+        dtype=dtype,
+        seed=draw(st.integers(0, 2**16)),
+        bias=draw(st.booleans()),
+        class_weight=draw(st.booleans()),
+        row_weight=reduction == "sum" and draw(st.booleans()),
+        class_mask=draw(st.booleans()),
+        rank=draw(st.sampled_from((0, 0, 2))),
+        ignored=draw(st.sampled_from((0.0, 0.3, 1.0))),
+        frozen=frozenset(draw(st.sets(st.sampled_from(DIFFERENTIABLE), max_size=2))),
+        transposed=draw(st.booleans()),
+        epilogue=draw(st.sampled_from(EPILOGUES)),
+        label_smoothing=draw(st.sampled_from((0.0, 0.0, 0.1))),
+        reduction=reduction,
+        ignore_index=draw(st.sampled_from((-100, 0, None))),
+        schedule=draw(st.sampled_from(("forward", "backward"))),
+        workspace=draw(st.integers(1, 50)) * bytes_per_row,
+    )
+
+
+def run(call: Arguments, *leaves: Tensor) -> Tensor:
+    """The op's loss, its differentiable tensors replaced by ``leaves`` (those that are not None, in order)."""
+    return linear_cross_entropy(*with_leaves(call, leaves))[0]
+
+
+def run_reference(call: Arguments, *leaves: Tensor) -> Tensor:
+    """The reference's loss in the leaves' dtype, as float32 at least."""
+    call = with_leaves(call, leaves)
+    names = ("bias", "class_mask", "adapter_x", "adapter_weight", "adapter_scale", "epilogue", "num_classes")
+    options: dict[str, Any] = {
+        name: getattr(call, name) for name in (*names, "ignore_index", "label_smoothing", "reduction")
+    }
+    weights: dict[str, Any] = {
+        name: None if getattr(call, name) is None else getattr(call, name).to(call.x.dtype)
+        for name in ("class_weight", "row_weight")
+    }
+    loss = linear_cross_entropy_reference(call.x, call.weight, call.target, **options, **weights)
+    return loss if loss.dtype == torch.float64 else loss.to(call.loss_dtype)
+
+
+def leaves_of(call: Arguments) -> list[Tensor]:
+    """The differentiable tensors that are there, in order."""
+    return [tensor for name in DIFFERENTIABLE if (tensor := getattr(call, name)) is not None]
+
+
+def with_leaves(call: Arguments, leaves: tuple[Tensor, ...]) -> Arguments:
+    """The call with its differentiable tensors replaced."""
+    names = [name for name in DIFFERENTIABLE if getattr(call, name) is not None]
+    replaced: dict[str, Any] = dict(zip(names, leaves, strict=True))
+    return call._replace(**replaced)

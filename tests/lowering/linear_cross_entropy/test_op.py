@@ -1,0 +1,221 @@
+"""The op against its reference in float64, and its contracts with torch."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+from torch.library import opcheck
+
+from structfly.errors import StructflyError, UnsupportedError
+from structfly.lowering.linear_cross_entropy import flops, transforms
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.chunked import Gradients
+from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
+from tests.lowering.linear_cross_entropy.cases import calls, leaves_of, make_call, run, run_reference
+from tests.oracle import assert_like_eager
+
+OP = torch.ops.structfly.linear_cross_entropy_v1
+BACKWARD = torch.ops.structfly.linear_cross_entropy_backward_v1
+_REGISTERED = (flops, transforms)  # imported for what they register
+
+
+def upstream_for(call: Arguments) -> Tensor:
+    shape = call.target.shape if call.reduction == "none" else ()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@settings(max_examples=150)
+@given(call=calls())
+def test_as_accurate_as_the_reference(call: Arguments) -> None:
+    assert_like_eager(
+        partial(run, call), partial(run_reference, call), leaves_of(call), call.x.dtype, upstream_for(call)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"epilogue": "div:3.0,tanh,mul:3.0", "bias": True}, {"label_smoothing": 0.1}])
+def test_as_accurate_as_the_reference_at_size(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    call = make_call(dtype=dtype, rows=500, hidden=64, classes=1003, workspace=128 * 1008 * dtype.itemsize, **options)
+    assert_like_eager(partial(run, call), partial(run_reference, call), leaves_of(call), dtype, roundings=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epilogue": "div:3.0,tanh,mul:3.0", "bias": True, "class_mask": True},
+        {"label_smoothing": 0.1, "class_weight": True, "rank": 4},
+        {"reduction": "none", "ignore_index": None},
+        {"row_weight": True, "cut": 3},
+        {"schedule": "backward", "transposed": True},
+    ],
+)
+def test_as_accurate_as_the_reference_on_cuda(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    call = make_call(
+        dtype=dtype, rows=500, hidden=64, classes=1003, workspace=128 * 1008 * dtype.itemsize, device="cuda", **options
+    )
+    upstream = upstream_for(call).cuda()
+    fast, reference = partial(run, call), partial(run_reference, call)
+    assert_like_eager(fast, reference, leaves_of(call), dtype, upstream, roundings=1)
+
+
+@settings(max_examples=60)
+@given(call=calls(dtypes=(torch.float32, torch.float64)))
+def test_chunk_length_does_not_change_the_loss(call: Arguments) -> None:
+    whole = run(call._replace(workspace=2**30), *leaves_of(call))
+    torch.testing.assert_close(run(call, *leaves_of(call)), whole, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@settings(max_examples=25)
+@given(call=calls(dtypes=(torch.float32, torch.bfloat16)))
+def test_same_bits_every_time(call: Arguments) -> None:
+    for first, second in zip(linear_cross_entropy(*call), linear_cross_entropy(*call), strict=True):
+        assert torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"schedule": "backward", "bias": True}, {"rank": 2}])
+def test_opcheck(options: dict[str, Any]) -> None:
+    results = opcheck(OP.default, tuple(make_call(**options)))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_the_backward_op() -> None:
+    call = make_call(schedule="backward", bias=True, frozen=frozenset({"x", "weight", "bias"}))
+    arguments = (torch.tensor(0.5), *call._replace(gradients=[True, True, True, False, False]))
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    assert set(opcheck(BACKWARD.default, arguments, test_utils=tests).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_rows_ignored(reduction: str) -> None:
+    call = make_call(ignored=1.0, reduction=reduction, bias=True)
+    loss = run(call, *leaves_of(call))
+    gradients = torch.autograd.grad(loss, leaves_of(call), torch.ones_like(loss))
+    assert bool(loss.isnan().all()) == (reduction == "mean")  # as torch
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_only_wanted_gradients_are_made() -> None:
+    call = make_call(bias=True, frozen=frozenset({"weight"}))
+    gradients = Gradients(*linear_cross_entropy(*call)[2:])
+    assert gradients.x.shape == call.x.shape
+    assert gradients.weight.numel() == 0
+    assert call.bias is not None
+    assert gradients.bias.shape == call.bias.shape
+
+
+def test_a_gradient_that_was_left_out_is_refused() -> None:
+    call = make_call()._replace(gradients=[True, False, False, False, False])
+    with pytest.raises(StructflyError, match="gradient of 'weight'"):
+        linear_cross_entropy(*call)[0].backward()
+
+
+@pytest.mark.parametrize("bad", [37, -1, -100])
+def test_a_target_out_of_range_is_refused_as_torch_does(bad: int) -> None:
+    call = make_call(ignore_index=None)
+    call.target[3] = bad
+    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+        linear_cross_entropy(*call)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reduction": "max"}, "reduction is 'max'"),
+        ({"schedule": "later"}, "schedule is 'later'"),
+        ({"epilogue": "relu"}, "step 'relu'"),
+        ({"row_weight": torch.ones(13)}, "row_weight goes with"),
+        ({"reduction": "none"}, "use schedule='backward'"),
+    ],
+)
+def test_meaningless_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(StructflyError, match=message):
+        linear_cross_entropy(*make_call()._replace(**changes))
+
+
+@pytest.mark.parametrize("schedule", ["forward", "backward"])
+def test_backward_can_run_twice(schedule: str) -> None:
+    call = make_call(schedule=schedule)
+    loss = run(call, *leaves_of(call))
+    first = torch.autograd.grad(loss, leaves_of(call), torch.tensor(3.0), retain_graph=True)
+    second = torch.autograd.grad(loss, leaves_of(call), torch.tensor(3.0))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["forward", "backward"])
+def test_differentiating_twice_is_refused(schedule: str) -> None:
+    call = make_call(schedule=schedule)
+    (gradient,) = torch.autograd.grad(run(call, *leaves_of(call)), [call.x], create_graph=True)
+    with pytest.raises(UnsupportedError, match="differentiated twice"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16, 2.0**-14])
+@pytest.mark.parametrize("schedule", ["forward", "backward"])
+def test_float16_keeps_its_accuracy_under_a_gradient_scaler(schedule: str, scale: float) -> None:
+    call = make_call(dtype=torch.float16, rows=300, classes=500, schedule=schedule, workspace=64 * 512 * 2)
+    upstream = torch.tensor(scale)
+    leaves = leaves_of(call)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    mine = torch.autograd.grad(run(call, *leaves), leaves, upstream)
+    reference = torch.autograd.grad(run_reference(call, *exact), exact, upstream.double())
+    for gradient, true in zip(mine, reference, strict=True):
+        bound = true.abs() * 2e-3 + 2.0**-24 + true.norm() / true.numel() ** 0.5 * 2e-3
+        assert ((gradient.double() - true).abs() <= bound).all()
+
+
+def test_bfloat16_weight_gradient_over_chunks_is_as_accurate_as_in_one() -> None:
+    call = make_call(dtype=torch.bfloat16, rows=2048, classes=64, hidden=16, ignored=0.0)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves_of(call)]
+    (reference,) = torch.autograd.grad(run_reference(call, *exact), [exact[1]])
+
+    def error(loss: Tensor) -> float:
+        (gradient,) = torch.autograd.grad(loss, [call.weight])
+        return float((gradient.double() - reference).norm() / reference.norm())
+
+    whole, *parts = (
+        error(run(call._replace(workspace=2048 // chunks * 64 * 2), *leaves_of(call))) for chunks in (1, 2, 4, 64)
+    )
+    assert whole <= 1.05 * error(run_reference(call, *leaves_of(call)))
+    assert max(parts) <= 1.05 * whole  # summed in bfloat16: 1.09, 1.25 and more
+
+
+def test_vmap_runs_entry_by_entry() -> None:
+    call = make_call(frozen=frozenset({"x", "weight"}))
+    batch = torch.stack([call.x, call.x * 2, call.x - 1])
+    together = torch.vmap(lambda x: OP.default(*call._replace(x=x))[0])(batch)
+    one_by_one = torch.stack([linear_cross_entropy(*call._replace(x=x))[0] for x in batch])
+    assert torch.equal(together, one_by_one)
+
+
+def test_autocast_runs_the_products_in_its_dtype() -> None:
+    call = make_call()
+    low = call._replace(x=call.x.bfloat16(), weight=call.weight.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(*call)[0]
+    loss.backward()
+    assert torch.equal(loss, linear_cross_entropy(*low)[0])
+    assert call.x.grad is not None
+    assert call.x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("schedule", "forward", "backward"), [("forward", 3, 0), ("backward", 1, 3)], ids=["6NHC", "8NHC"]
+)
+def test_flop_count(schedule: str, forward: int, backward: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    call = make_call(schedule=schedule)
+    product = 2 * 13 * 8 * 37
+    with FlopCounterMode(display=False) as counter:
+        loss = run(call, *leaves_of(call))
+        assert counter.get_total_flops() == forward * product
+        loss.backward()
+    assert counter.get_total_flops() == (forward + backward) * product

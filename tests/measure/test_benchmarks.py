@@ -1,0 +1,102 @@
+"""What the benchmarks measure against, and what they write."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import head, linear_cross_entropy, recording
+from benchmarks.head import Case
+from benchmarks.recording import Row
+from structfly.measure import Timing
+
+
+def case(logits: str = "random", ignored: float = 0.2) -> Case:
+    return Case(rows=50, features=8, classes=70, dtype="float32", device="cpu", logits=logits, ignored=ignored)
+
+
+@pytest.mark.parametrize("logits", ["random", "trained"])
+def test_truth_is_the_definition_in_float64(logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "REFERENCE_ROWS", 16)  # several chunks, the last one short
+    inputs = head.make_inputs(case(logits))
+    assert (inputs.t == head.IGNORED).any()
+    x, w = (tensor.detach().double().requires_grad_() for tensor in (inputs.x, inputs.w))
+    loss = head.plain_loss(x, w, inputs.t)
+    loss.backward()
+    assert x.grad is not None
+    assert w.grad is not None
+    exact = head.truth(inputs)
+    for made, expected in zip(exact, (loss.detach(), x.grad, w.grad), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_errors_are_those_of_the_gradients_left() -> None:
+    inputs = head.make_inputs(case())
+    exact = head.truth(inputs)
+    loss = head.make_step(head.make_loss("eager", {}), inputs)()
+    assert all(error < 1e-5 for error in head.errors(loss, inputs, exact).values())
+    assert inputs.x.grad is not None
+    inputs.x.grad *= 1.01
+    assert head.errors(loss, inputs, exact)["dx"] == pytest.approx(0.01, rel=1e-3)
+    inputs.x.grad = None
+    with pytest.raises(ValueError, match="left no gradient"):
+        head.errors(loss, inputs, exact)
+
+
+def test_trained_logits_are_peaked() -> None:
+    random, trained = (head.truth(head.make_inputs(case(logits))).loss for logits in ("random", "trained"))
+    assert trained < random
+
+
+def rows(structfly_time: float, structfly_bytes: float) -> list[Row]:
+    timings = {"eager": 1.0, "inductor": 0.8, "structfly": structfly_time}
+    times = [Row.of_timing(Timing(t, t, t, (t,)), kernel="k", provider=p, mode="m") for p, t in timings.items()]
+    sizes = {"eager": 600.0, "inductor": 400.0, "structfly": structfly_bytes}
+    metric = "peak_extra_bytes"
+    return times + [Row.of_value(b, kernel="k", provider=p, mode="m", metric=metric) for p, b in sizes.items()]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "size", "words"),
+    [
+        (0.84, 99.0, ["met", "met", "met"]),
+        (0.85, 101.0, ["met", "MISSED", "MISSED"]),
+        (0.86, 99.0, ["MISSED", "MISSED", "met"]),
+    ],
+)
+def test_bars(seconds: float, size: float, words: list[str]) -> None:
+    lines = linear_cross_entropy.bars(rows(seconds, size))
+    assert sorted(line.split(":")[0] for line in lines) == sorted(words)
+
+
+def test_results_are_written_with_their_provenance(tmp_path: Path) -> None:
+    timing = Timing(2.0, 1.0, 3.0, (3.0, 1.0, 2.0))
+    row = Row.of_timing(timing, kernel="k", provider="p", mode="m, with a comma")
+    environment = {"torch": "2", "date": "2026-01-01"}
+    table, raw = recording.write(tmp_path / "new" / "a.b", [row], environment=environment, command="run me")
+    assert (table.name, raw.name) == ("a.b.csv", "a.b.json")
+    with table.open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["mode"] == "m, with a comma"
+    assert (line["p20"], line["p50"], line["p80"]) == ("1.0", "2.0", "3.0")
+    assert (line["torch"], line["date"], line["command"]) == ("2", "2026-01-01", "run me")
+    assert "samples" not in line
+    kept = json.loads(raw.read_text())
+    assert kept["rows"][0]["samples"] == [3.0, 1.0, 2.0]
+    assert kept["command"] == "run me"
+
+
+def test_a_command_line_leaves_out_where_results_go() -> None:
+    line = recording.command_line("benchmarks.x", ["--output", "somewhere/else", "--options", '{"a": 1}'])
+    assert line == "python -m benchmarks.x --options '{\"a\": 1}'"
+
+
+def test_shapes_are_read_and_checked() -> None:
+    chosen = linear_cross_entropy.parse_arguments(["--device", "cpu", "--shapes", "2x3x4", "5x6x7"])
+    assert chosen.shapes == [(2, 3, 4), (5, 6, 7)]
+    assert chosen.dtype == "float32"
+    for wrong in ("2x3", "2x3x0", "2x3x4x5", "a"):
+        with pytest.raises(SystemExit):
+            linear_cross_entropy.parse_arguments(["--device", "cpu", "--shapes", wrong])

@@ -1,0 +1,107 @@
+"""structfly.measure against callables whose time and memory are known."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from structfly import measure
+from structfly.errors import UnsupportedError
+
+MIB = 2**20
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak counter is Linux's")
+
+
+def touch(mebibytes: int) -> torch.Tensor:
+    return torch.ones(mebibytes * MIB // 4)
+
+
+@on_linux
+@pytest.mark.parametrize("mebibytes", [32, 128])
+def test_peak_counts_what_one_call_allocates(mebibytes: int) -> None:
+    peak = measure.peak_extra_memory(lambda: touch(mebibytes), "cpu")
+    assert abs(peak - mebibytes * MIB) < 4 * MIB
+
+
+@on_linux
+def test_peak_counts_memory_freed_before_the_call_ends() -> None:
+    def fn() -> None:
+        touch(64).sum()
+        touch(96).sum()
+
+    peak = measure.peak_extra_memory(fn, "cpu")
+    assert abs(peak - 96 * MIB) < 4 * MIB
+
+
+@on_linux
+def test_peak_leaves_out_what_was_there_before() -> None:
+    kept = touch(128)
+    peak = measure.peak_extra_memory(lambda: kept.sum(), "cpu")
+    assert peak < 4 * MIB
+
+
+@on_linux
+def test_peak_leaves_out_an_earlier_peak_and_the_warmup() -> None:
+    calls = []
+
+    def fn() -> torch.Tensor:
+        calls.append(1)
+        return touch(128 if len(calls) == 1 else 16)
+
+    peak = measure.peak_extra_memory(fn, "cpu", warmups=1)
+    assert len(calls) == 2
+    assert abs(peak - 16 * MIB) < 4 * MIB
+
+
+def test_peak_refuses_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(UnsupportedError, match=r"darwin.*measure on Linux"):
+        measure.peak_extra_memory(lambda: None, "cpu")
+
+
+@pytest.mark.parametrize("function", [measure.peak_extra_memory, measure.median_time])
+def test_other_devices_are_refused(function: object) -> None:
+    assert callable(function)
+    with pytest.raises(UnsupportedError, match="'meta': allowed are cpu and cuda"):
+        function(lambda: None, "meta")
+
+
+def test_median_time_of_a_sleep() -> None:
+    timing = measure.median_time(lambda: time.sleep(0.02), "cpu", repeats=5, warmups=0)
+    assert len(timing.samples) == 5
+    assert 0.02 <= timing.p20 <= timing.median <= timing.p80
+    assert timing.median < 0.2
+
+
+def test_rotation_interleaves_and_drops_the_warmups() -> None:
+    order: list[str] = []
+    fns = {name: lambda name=name: order.append(name) for name in "ab"}
+    timings = measure.times_in_rotation(fns, "cpu", repeats=3, warmups=2)
+    assert order == ["a", "b"] * 5
+    assert {name: len(timing.samples) for name, timing in timings.items()} == {"a": 3, "b": 3}
+
+
+def test_no_measured_call_is_an_error() -> None:
+    with pytest.raises(ValueError, match="repeats is 0"):
+        measure.median_time(lambda: None, "cpu", repeats=0)
+
+
+def test_percentiles() -> None:
+    timing = measure.summarize([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
+    assert timing.samples == (5.0, 1.0, 2.0, 4.0, 3.0, 6.0)
+    assert (timing.p20, timing.median, timing.p80) == (2.0, 3.5, 5.0)
+    assert measure.summarize([7.0]) == (7.0, 7.0, 7.0, (7.0,))
+
+
+def test_environment_is_complete_and_anonymous() -> None:
+    import platform
+    from pathlib import Path
+
+    values = measure.environment()
+    assert set(values) == {"device", "threads", "system", "python", "torch", "triton", "structfly", "date"}
+    assert all(values.values())
+    assert values["torch"] == torch.__version__
+    text = " ".join(values.values())
+    assert platform.node() not in text
+    assert str(Path.home()) not in text

@@ -1,0 +1,462 @@
+"""Forms that real code writes, each a function (x, w, b, ids, labels) of a scalar or per-token loss.
+
+Shapes: x (B, T, H), w (V, H), b (V,), ids (B, T) in [0, V), labels (B, T) ids with some entries -100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Form(NamedTuple):
+    """A spelling, and how many rewritten sites it makes with which schedule."""
+
+    function: Loss
+    schedules: tuple[str, ...] = ("forward",)
+
+
+class NearMiss(NamedTuple):
+    """Code that is almost a form, and what the report must say."""
+
+    function: Loss
+    reason: str
+
+
+FORMS: dict[str, Form] = {}
+NEAR_MISSES: dict[str, NearMiss] = {}
+
+
+def form(*schedules: str) -> Callable[[Loss], Loss]:
+    def register(function: Loss) -> Loss:
+        FORMS[function.__name__] = Form(function, schedules or ("forward",))
+        return function
+
+    return register
+
+
+def near_miss(reason: str) -> Callable[[Loss], Loss]:
+    def register(function: Loss) -> Loss:
+        NEAR_MISSES[function.__name__] = NearMiss(function, reason)
+        return function
+
+    return register
+
+
+def _rows(z: Tensor) -> Tensor:
+    return z.reshape(-1, z.shape[-1])
+
+
+# ------------------------------------------------------------------ (1) cross_entropy and the spellings of linear
+
+
+@form()
+def plain(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w, b).view(-1, w.shape[0]), labels.view(-1))
+
+
+@form()
+def two_dimensional(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x.flatten(0, 1), w), labels.flatten())
+
+
+@form()
+def matmul_transposed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(x @ w.t()), labels.view(-1))
+
+
+@form()
+def matmul_property(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(torch.matmul(x, w.T)), labels.view(-1))
+
+
+@form()
+def matmul_swapped(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(x.matmul(w.transpose(0, 1))), labels.view(-1))
+
+
+@form()
+def weight_stored_transposed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(x @ w.t().contiguous()), labels.view(-1))
+
+
+@form()
+def einsum(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(torch.einsum("btd,vd->btv", x, w)), labels.view(-1))
+
+
+@form()
+def einsum_ellipsis(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(torch.einsum("vd,...d->...v", w, x)), labels.view(-1))
+
+
+@form()
+def addmm(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(torch.addmm(b, x.reshape(-1, x.shape[-1]), w.t()), labels.view(-1))
+
+
+@form()
+def bias_added(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(x @ w.t() + b), labels.view(-1))
+
+
+@form()
+def two_biases(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w, b) + b * 2), labels.view(-1))
+
+
+@form()
+def low_rank_update(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    down, up = w[:3] * 0.5, w[:, :3] * 0.5
+    return F.cross_entropy(_rows(F.linear(x, w, b) + F.linear(F.linear(x, down), up) * 0.7), labels.view(-1))
+
+
+@form()
+def summed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), reduction="sum")
+
+
+@form("backward")
+def per_token(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), reduction="none")
+
+
+@form()
+def class_dimension_one(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w, b).transpose(1, 2), labels)
+
+
+@form("backward")
+def class_dimension_one_per_token(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w, b).permute(0, 2, 1), labels, reduction="none")
+
+
+@form()
+def other_ignore_index(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w, b)), ids.view(-1), ignore_index=0)
+
+
+@form()
+def smoothed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), label_smoothing=0.1)
+
+
+@form()
+def class_weighted(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    weight = torch.linspace(0.5, 2.0, w.shape[0], dtype=w.dtype)
+    return F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), weight=weight)
+
+
+@form()
+def class_weighted_smoothed_sum(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    weight = torch.linspace(0.5, 2.0, w.shape[0], dtype=w.dtype)
+    return F.cross_entropy(_rows(F.linear(x, w)), labels.view(-1), weight, label_smoothing=0.2, reduction="sum")
+
+
+@form()
+def single_row(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x[0, 0], w, b), ids[0, 0])
+
+
+@form()
+def rows_by_index(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    last = torch.full((x.shape[0],), x.shape[1] - 1)
+    return F.cross_entropy(F.linear(x, w, b)[torch.arange(x.shape[0]), last], ids[:, 0])
+
+
+# ------------------------------------------------------------------------------ (2), (3) Hugging Face, torchtitan
+
+
+@form()
+def shifted_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w).float() if x.dtype != torch.float64 else F.linear(x, w)
+    shifted = z[..., :-1, :].contiguous()
+    return F.cross_entropy(shifted.view(-1, z.size(-1)), labels[..., 1:].contiguous().view(-1))
+
+
+@form()
+def shifted_labels_per_item(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    labels = F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous().view(-1)
+    z = F.linear(x, w)[:, slice(0, None), :]
+    z = z.float() if x.dtype != torch.float64 else z
+    return F.cross_entropy(z.view(-1, w.shape[0]), labels, ignore_index=-100, reduction="sum") / 7
+
+
+@form()
+def flattened_then_float(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w).flatten(0, 1)
+    z = z.float() if x.dtype != torch.float64 else z
+    return F.cross_entropy(z, labels.flatten(0, 1), reduction="sum", ignore_index=-100) / 11
+
+
+@form()
+def soft_capped(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)
+    z = torch.tanh(z / 3.0) * 3.0
+    return F.cross_entropy(_rows(z), labels.view(-1))
+
+
+@form()
+def scaled_in_place(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    z /= 2.5
+    return F.cross_entropy(_rows(z * 0.5), labels.view(-1))
+
+
+@form()
+def constant_times_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(-0.25 * F.linear(x, w, b)), labels.view(-1))
+
+
+# ------------------------------------------------------------------------------------ (4), (5) log-probabilities
+
+
+@form()
+def log_softmax_nll(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(F.linear(x, w, b), dim=-1).view(-1, w.shape[0]), labels.view(-1))
+
+
+@form("backward")
+def gathered(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.linear(x, w, b).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+@form()
+def gathered_mean(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    logp = torch.gather(torch.log_softmax(F.linear(x, w, b), -1), 2, ids.unsqueeze(2)).squeeze(2)
+    return -logp.mean()
+
+
+@form("backward")
+def unrolled_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    logps = []
+    for row, index in zip(F.linear(x, w, b), ids, strict=True):
+        logps.append(F.log_softmax(row, dim=-1).gather(-1, index.unsqueeze(-1)).squeeze(-1))
+    return torch.stack(logps)
+
+
+# ------------------------------------------------------------------------------------- (7) weighted sums of tokens
+
+
+@form()
+def masked_mean(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    mask = (ids % 3 > 0).to(x.dtype)
+    losses = F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), reduction="none").view(ids.shape)
+    return (losses * mask).sum() / mask.sum()
+
+
+@form()
+def mean_of_sequence_means(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    mask = ids % 3 > 0
+    losses = F.cross_entropy(F.linear(x, w, b).transpose(1, 2), labels, reduction="none")
+    return ((mask * losses).sum(dim=-1) / (mask.sum(-1) + 1)).mean()
+
+
+@form()
+def weighted_log_probabilities(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    advantage = torch.linspace(-1.0, 1.0, ids.numel(), dtype=x.dtype).view(ids.shape)
+    logp = F.linear(x, w).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return -(logp * advantage).masked_fill(ids == 0, 0.0).sum()
+
+
+@form()
+def where_kept(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), reduction="none")
+    return torch.where(ids.view(-1) > 1, losses, 0.0).sum() * 0.125
+
+
+@form()
+def plain_mean_of_tokens(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), reduction="none").mean()
+
+
+# ------------------------------------------------------------------------ (12), (14), (15) several losses, chunks
+
+
+@form("forward", "forward")
+def two_losses_one_weight(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    first = F.cross_entropy(_rows(F.linear(x, w)), labels.view(-1))
+    return first + 0.3 * F.cross_entropy(_rows(F.linear(x * 2, w)), labels.roll(1, 1).view(-1))
+
+
+@form("backward")
+def split_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, total = _rows(F.linear(x, w, b)), torch.zeros((), dtype=x.dtype)
+    for part, target in zip(z.split(4), labels.view(-1).split(4), strict=True):
+        total = total + F.cross_entropy(part, target, reduction="sum")
+    return total / 11
+
+
+@form("backward")
+def chunk_means(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, weight = _rows(F.linear(x, w, b)), torch.linspace(0.5, 2.0, w.shape[0], dtype=w.dtype)
+    pairs = zip(z.chunk(3), labels.view(-1).chunk(3), strict=True)
+    return torch.stack([F.cross_entropy(part, target, weight=weight) for part, target in pairs]).mean()
+
+
+@form("forward", "forward", "forward")
+def split_hidden_states(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=x.dtype)
+    for part, target in zip(x.flatten(0, 1).chunk(3), labels.view(-1).chunk(3), strict=True):
+        total = total + F.cross_entropy(F.linear(part, w, b), target, reduction="sum")
+    return total / 11
+
+
+@form()
+def torch_linear_cross_entropy(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    fused = getattr(F, "linear_cross_entropy", None)  # torch 2.13
+    if fused is None:
+        return F.cross_entropy(F.linear(_rows(x), w), labels.view(-1))
+    result: Tensor = fused(_rows(x), w, labels.view(-1))
+    return result
+
+
+# ------------------------------------------------------------------------------------------ padded vocabularies
+
+
+@form()
+def cut_vocabulary(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    classes = w.shape[0] - 3
+    return F.cross_entropy(_rows(F.linear(x, w, b)[..., :classes]), labels.clamp_max(classes - 1).view(-1))
+
+
+@form()
+def cut_vocabulary_from_the_end(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)[:, :, :-3] + b[:-3]
+    return F.cross_entropy(_rows(z), labels.clamp_max(w.shape[0] - 4).view(-1))
+
+
+@form()
+def masked_by_write(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    z[..., w.shape[0] - 3 :] = -float("inf")
+    return F.cross_entropy(_rows(z), labels.clamp_max(w.shape[0] - 4).view(-1))
+
+
+@form()
+def masked_by_where(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    live = torch.arange(w.shape[0]) < w.shape[0] - 3
+    z = torch.where(live, F.linear(x, w, b) * 2, -float("inf"))
+    return F.cross_entropy(_rows(z), labels.clamp_max(w.shape[0] - 4).view(-1))
+
+
+@form()
+def masked_by_fill(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    dead = (torch.arange(w.shape[0]) >= w.shape[0] - 3)[None, None]
+    z = F.linear(x, w, b).masked_fill(dead, -float("inf"))
+    return F.cross_entropy(_rows(z), labels.clamp_max(w.shape[0] - 4).view(-1))
+
+
+# -------------------------------------------------------------------------------------------------- checkpointing
+
+
+@form("backward")
+def checkpointed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    def head(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(_rows(x @ w.T), labels.view(-1))
+
+    result: Tensor = checkpoint(head, x, w, use_reentrant=False)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- near misses
+
+
+@near_miss("must exist")
+def logits_used_elsewhere(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z, labels.view(-1)) + z.square().mean()
+
+
+@near_miss("stands where a linear")
+def no_linear(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(x.view(-1, x.shape[-1]), ids.view(-1) % x.shape[-1]) + 0 * w.sum()
+
+
+@near_miss("relu (relu) stands where a linear")
+def relu_before(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.relu(_rows(F.linear(x, w, b))), labels.view(-1))
+
+
+@near_miss("soft targets")
+def soft_targets(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    target = F.one_hot(ids.view(-1), w.shape[0]).to(x.dtype)
+    return F.cross_entropy(_rows(F.linear(x, w, b)), target)
+
+
+@near_miss("constant number")
+def learned_scale(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w) * b[0]), labels.view(-1))
+
+
+@near_miss("scaled, masked or shifted")
+def bias_after_scale(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w) * 0.5 + b), labels.view(-1))
+
+
+@near_miss("mixes the class dimension")
+def classes_regrouped(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w[:12]).reshape(-1, 3), ids.view(-1).repeat_interleave(4) % 3) + 0 * b.sum()
+
+
+@near_miss("dimension")
+def classes_not_last(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w, b), ids[:, :1].expand(-1, w.shape[0]) % x.shape[1])
+
+
+@near_miss("other than a leading slice")
+def classes_cut_at_the_front(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w, b)[..., 2:]), ids.view(-1) % (w.shape[0] - 2))
+
+
+@near_miss("other than -inf")
+def filled_with_zero(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b).masked_fill(torch.arange(w.shape[0]) > 9, 0.0)
+    return F.cross_entropy(_rows(z), labels.view(-1))
+
+
+@near_miss("writes into the logits")
+def written_in_place(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    z.mul_(0.5)
+    return F.cross_entropy(_rows(z), labels.view(-1))
+
+
+@near_miss("several losses")
+def two_targets(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z, labels.view(-1)) + F.cross_entropy(z, ids.view(-1))
+
+
+@near_miss("overlap or leave rows out")
+def overlapping_parts(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z[:6], ids.view(-1)[:6]) + F.cross_entropy(z[4:], ids.view(-1)[4:])
+
+
+@near_miss("leave rows out")
+def rows_left_out(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z[:4], ids.view(-1)[:4]) + F.cross_entropy(z[4:8], ids.view(-1)[4:8])
+
+
+@near_miss("changes log-probabilities")
+def scaled_log_probabilities(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(_rows(F.linear(x, w, b)), -1) * 0.5, labels.view(-1))
+
+
+@near_miss("redundant")
+def log_softmax_twice(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.log_softmax(_rows(F.linear(x, w, b)), -1), labels.view(-1))
+
+
+@near_miss("over the classes")
+def log_softmax_over_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(_rows(F.linear(x, w, b)), 0), labels.view(-1))
