@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in bars(rows):
             console.print(line, highlight=False)
     environment = measure.environment(chosen.device)
-    console.print(" | ".join(f"{key} {value}" for key, value in environment.items()))
+    console.print(" | ".join(f"{key} {value}" for key, value in environment.items()), soft_wrap=True)
     if chosen.output:
         command = recording.command_line("benchmarks.linear_cross_entropy", arguments or sys.argv[1:])
         for path in recording.write(chosen.output, [rate, *rows], environment=environment, command=command):

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(f"{mode}: {timing.median * 1e3:.1f} ms ({timing.p20 * 1e3:.1f} to {timing.p80 * 1e3:.1f})")
     environment = measure.environment()
-    console.print(" | ".join(f"{key} {value}" for key, value in environment.items()))
+    console.print(" | ".join(f"{key} {value}" for key, value in environment.items()), soft_wrap=True)
     if chosen.output:
         command = recording.command_line("benchmarks.pass_time", arguments or sys.argv[1:])
         rows = [Row.of_timing(timing, kernel="rewriting_pass", provider="structfly", mode=mode)]

@@ -1,8 +1,8 @@
 """Train the same GPT three times: eager, Inductor, structfly.  Same curve, less memory?
 
-``make demo`` runs this.  Each run is a process of its own.  Two further eager runs set the tolerances: the
-first step in float64, and a run whose initial parameters were moved by one rounding.  The exit status is 1
-if a check fails.
+``make demo`` runs this.  Each run is a process of its own, and their steps take turns.  Two further eager runs set the
+tolerances: the first step in float64, and a run whose initial parameters were moved by one rounding.  The exit status
+is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -53,16 +53,6 @@ SIZES = {
 }
 
 
-def run(spec: RunSpec) -> tuple[RunResult, dict[str, Tensor]]:
-    """One run in a fresh process: what it measured, and its first step's loss and gradients."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        spec.save(folder / "spec.json")
-        subprocess.run([sys.executable, "-m", "examples.training", name], check=True)
-        result = RunResult(**json.loads((folder / "result.json").read_text()))
-        return result, load_file(folder / "first_step.safetensors")
-
-
 def sparkline(losses: Sequence[float]) -> str:
     """A curve in one line of text; the highest bar is the largest loss, the lowest the smallest."""
     low, high = min(losses), max(losses)
@@ -103,17 +93,17 @@ def cost_table(results: Mapping[str, RunResult]) -> Table:
 
 def demo(spec: RunSpec, backends: Sequence[str], options: dict[str, Any], console: Console) -> bool:
     """Make all runs and print everything; True if every check passed."""
-
-    def start(backend: str, variant: Variant = "plain") -> tuple[RunResult, dict[str, Tensor]]:
-        console.print(f"running {backend}{'' if variant == 'plain' else f' ({variant})'} ...")
-        chosen = options if backend == "structfly" else {}
-        return run(replace(spec, backend=backend, variant=variant, options=chosen))
-
-    results, first = {}, {}
-    for backend in ("eager", *backends):
-        results[backend], first[backend] = start(backend)
-    _, exact = start("eager", "float64")
-    perturbed, _ = start("eager", "perturbed")
+    specs = {"eager": spec}
+    for backend in backends:
+        specs[backend] = replace(spec, backend=backend, options=options if backend == "structfly" else {})
+    tolerances = {
+        "eager in float64": replace(spec, variant="float64", steps=0),
+        "eager, perturbed": replace(spec, variant="perturbed"),
+    }
+    outcomes = run_together({**specs, **tolerances}, console.print)
+    results = {name: outcomes[name].result for name in specs}
+    first = {name: outcomes[name].first_step for name in specs}
+    exact, perturbed = outcomes["eager in float64"].first_step, outcomes["eager, perturbed"].result
 
     unit = unit_roundoff(compute_dtype(spec.device))
     eager = results["eager"].losses
@@ -130,7 +120,7 @@ def demo(spec: RunSpec, backends: Sequence[str], options: dict[str, Any], consol
             passed &= verdict.passed
             word = "[green]PASS[/]" if verdict.passed else "[bold red]FAIL[/]"
             console.print(f"{word} {backend}: {verdict.name}: {verdict.detail}", soft_wrap=True)
-    console.print(" | ".join(f"{key} {value}" for key, value in results["eager"].environment.items()))
+    console.print(" | ".join(f"{key} {value}" for key, value in results["eager"].environment.items()), soft_wrap=True)
     return passed
 
 

@@ -1,7 +1,8 @@
 """One training run of the demo's GPT, in a process of its own so that its memory is its own.
 
-``python -m examples.training FOLDER`` reads ``FOLDER/spec.json`` and writes ``FOLDER/result.json`` and
-``FOLDER/first_step.safetensors``: the first step's loss and gradients, before any update.
+``python -m examples.training FOLDER`` reads ``FOLDER/spec.json``, takes one training step for each line on its
+standard input, and at the end of that writes ``FOLDER/result.json`` and ``FOLDER/first_step.safetensors``: the first
+step's loss and gradients, before any update.  :mod:`examples.workers` is the other side.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,12 +35,12 @@ class RunSpec:
         backend: "eager", or a backend of ``torch.compile``.
         options: options of that backend.
         variant: "plain"; "perturbed" moves every initial parameter by one rounding, up or down at random;
-            "float64" computes the first step alone, in that precision.
+            "float64" computes in that precision.
         device: "cpu" (float32) or "cuda" (bfloat16 autocast).
         tokens: path of the token array (``.npy``).
         end_of_text: id of the token that separates documents.
         batch: sequences a step.
-        steps: how many.
+        steps: how many; 0 computes the first loss and its gradients only.
         seed: of the initial weights, the batches and the perturbation.
         learning_rate: AdamW's.
         model: sizes of the GPT.
@@ -118,8 +120,8 @@ def draw_batch(tokens: Tensor, end_of_text: int, spec: RunSpec, step: int) -> tu
     return x.to(spec.device), labels.to(spec.device)
 
 
-def train(spec: RunSpec, folder: Path) -> RunResult:
-    """Run it, and write the first step's loss and gradients to ``folder``."""
+def train(spec: RunSpec, folder: Path, turns: Iterable[object]) -> RunResult:
+    """Write the first step's loss and gradients to ``folder``, then take a step at each of ``turns``."""
     torch.manual_seed(spec.seed)
     dtype = compute_dtype(spec.device)
     model = GPT(spec.model)
@@ -154,7 +156,7 @@ def train(spec: RunSpec, folder: Path) -> RunResult:
     save_file({name: value.cpu().contiguous() for name, value in first.items()}, folder / "first_step.safetensors")
     del first, loss
     result = RunResult(environment=measure.environment(spec.device))
-    if spec.variant == "float64":
+    if spec.steps == 0:
         return result
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, fused=True)
@@ -166,7 +168,7 @@ def train(spec: RunSpec, folder: Path) -> RunResult:
         optimizer.step()
         return loss.item()
 
-    for number in range(spec.steps):
+    for number, _ in enumerate(turns):
         x, y = draw_batch(tokens, spec.end_of_text, spec, number)
         start = time.perf_counter()
         result.losses.append(training_step(x, y))
@@ -180,10 +182,18 @@ def train(spec: RunSpec, folder: Path) -> RunResult:
     return result
 
 
+def turns() -> Iterator[None]:
+    """A turn for each line of the standard input; a line of the standard output says that it is over."""
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        yield
+        print("done", flush=True)
+
+
 def main() -> None:
     """Entry point of the worker process."""
     folder = Path(sys.argv[1])
-    result = train(RunSpec.load(folder / "spec.json"), folder)
+    result = train(RunSpec.load(folder / "spec.json"), folder, turns())
     (folder / "result.json").write_text(json.dumps(asdict(result)))
 
 

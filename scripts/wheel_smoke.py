@@ -15,6 +15,7 @@ import tempfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -67,7 +68,7 @@ def install(wheel: Path, environment: Path) -> Path:
     pin = re.search(r"^torch==.*$", CONSTRAINTS.read_text(), re.MULTILINE)
     if pin is None:
         fail(f"{CONSTRAINTS.name} does not pin torch; a line torch==VERSION is needed")
-    pip = [python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS]
+    pip: tuple[str | Path, ...] = (python, "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS)
     run(*pip, pin[0], cwd=environment)
     run(*pip, wheel, cwd=environment)
     return python
@@ -84,7 +85,7 @@ def run(*command: str | Path, cwd: Path) -> None:
     subprocess.run(command, cwd=cwd, check=True, env={k: v for k, v in os.environ.items() if k not in hidden})
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     raise SystemExit(f"wheel smoke test: {message}")
 
 

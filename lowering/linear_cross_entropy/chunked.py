@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.linear_cross_entropy.products import from_classes, make_logits, to_classes
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowStep
 from structfly.lowering.linear_cross_entropy.schedule import (
     accumulation_dtype,
@@ -125,19 +126,18 @@ def run_chunks(
     losses = torch.empty(rows, dtype=head.accumulation, device=head.x.device)
     sums = None if wanted is None else _Sums(head, wanted, -(-rows // length))
     buffer = head.x.new_empty(length, row_stride(head.num_classes))
-    weight = head.weight[: head.num_classes].t()
     for start in range(0, rows, length):
         part = slice(start, min(start + length, rows))
         logits = buffer[: part.stop - start, : head.num_classes]
-        torch.mm(head.x[part], weight, out=logits)
+        make_logits(logits, head.x[part], head.weight)
         if head.adapter_x is not None and head.adapter_weight is not None:
-            adapter = head.adapter_weight[: head.num_classes].t()
-            logits.addmm_(head.adapter_x[part], adapter, alpha=head.adapter_scale)
+            make_logits(logits, head.adapter_x[part], head.adapter_weight, add=True, alpha=head.adapter_scale)
         row_coefficient = None if coefficient is None else coefficient[part]
         losses[part] = row_step(logits, head.target[part], row_coefficient, terms, gradient=sums is not None)
         if sums is not None:
             sums.add(logits, part)
-    del buffer
+        del logits
+    del buffer  # before the gradients are rounded, which takes memory of its own
     return losses, None if sums is None else sums.gradients()
 
 
@@ -168,19 +168,19 @@ class _Sums:
 
     def add(self, dz: Tensor, part: slice) -> None:
         """Add the chunk ``part`` whose logits' gradient is ``dz`` (R, C)."""
-        head, unscale, classes = self._head, self._unscale, self._head.num_classes
+        head, unscale = self._head, self._unscale
         scale = unscale * head.adapter_scale
-        beta = 0.0 if part.start == 0 else 1.0
+        add = part.start > 0
         if self._wanted.x:
-            _multiply(self._rows.x[part], dz, head.weight[:classes], 0.0, unscale)
+            from_classes(self._rows.x[part], dz, head.weight, unscale)
         if self._weight is not None:
-            _multiply(self._weight[:classes], dz.t(), head.x[part], beta, unscale)
+            to_classes(self._weight, dz, head.x[part], unscale, add=add)
         if self._bias is not None:
-            self._bias[:classes].add_(dz.sum(0, dtype=self._bias.dtype), alpha=unscale)
+            self._bias[: head.num_classes].add_(dz.sum(0, dtype=self._bias.dtype), alpha=unscale)
         if self._wanted.adapter_x and head.adapter_weight is not None:
-            _multiply(self._rows.adapter_x[part], dz, head.adapter_weight[:classes], 0.0, scale)
+            from_classes(self._rows.adapter_x[part], dz, head.adapter_weight, scale)
         if self._adapter is not None and head.adapter_x is not None:
-            _multiply(self._adapter[:classes], dz.t(), head.adapter_x[part], beta, scale)
+            to_classes(self._adapter, dz, head.adapter_x[part], scale, add=add)
 
     def gradients(self) -> Gradients:
         """All gradients, rounded to their own dtypes."""
@@ -197,20 +197,3 @@ class _Sums:
         if total is None or parameter is None:
             return _nothing(self._head)
         return total.to(saved_dtype(parameter.dtype))
-
-
-# Rows of the output at a time where a CPU product has to upcast its operands.
-_UPCAST_ROWS = 2048
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> None:
-    """``out = beta out + alpha a b``, summed in float32 where ``out`` is float32 and the operands are not."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b, beta=beta, alpha=alpha)
-    elif out.is_cuda:
-        torch.addmm(out, a, b, out.dtype, beta=beta, alpha=alpha, out=out)
-    else:  # no mixed product on CPUs
-        b = b.to(out.dtype)
-        for start in range(0, out.shape[0], _UPCAST_ROWS):
-            part = slice(start, start + _UPCAST_ROWS)
-            out[part].addmm_(a[part].to(out.dtype), b, beta=beta, alpha=alpha)

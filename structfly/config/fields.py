@@ -29,14 +29,13 @@ def wrong_value(allowed: str) -> PydanticCustomError:
 
 def unknown_name(name: str, known: Iterable[str], allowed: str = "") -> PydanticCustomError:
     """The error of a key that is not among ``known``; ``allowed`` replaces a list that is too long."""
-    text = allowed_names(name, known, allowed)
-    return PydanticCustomError(UNKNOWN_NAME, "{text}", {"text": text})
+    return PydanticCustomError(UNKNOWN_NAME, "allowed: {allowed}", {"allowed": allowed_names(name, known, allowed)})
 
 
 def allowed_names(name: str, known: Iterable[str], allowed: str = "") -> str:
     """What is allowed instead of ``name``, and which of it was probably meant."""
     names = sorted(known)
-    text = f"allowed: {allowed or ', '.join(names) or 'nothing'}"
+    text = allowed or ", ".join(names) or "nothing"
     close = difflib.get_close_matches(name, names, n=1)
     return f"{text}; did you mean {close[0]}?" if close else text
 
@@ -97,7 +96,7 @@ def _known_mode(value: object) -> str | None:
         return None
     modes = list(compat.inductor_modes())
     if not isinstance(value, str) or value not in modes:
-        raise wrong_value(allowed_names(str(value), modes).removeprefix("allowed: "))
+        raise wrong_value(allowed_names(str(value), modes))
     return value
 
 
@@ -112,7 +111,7 @@ def option_name(key: str) -> str:
 def _flat_options(table: object) -> object:
     """Inductor's options by full name: ``{"triton": {"cudagraphs": x}}`` as ``{"triton.cudagraphs": x}``.
 
-    A table is descended into only where no option has its name, because some options are tables themselves.
+    A table is descended into only where it is a group of options; some options are tables themselves.
     """
     if not isinstance(table, Mapping):
         return table
@@ -123,7 +122,7 @@ def _flat_options(table: object) -> object:
         for key, value in inner.items():
             name = prefix + option_name(key) if isinstance(key, str) else key
             group = f"{name}."
-            if isinstance(value, Mapping) and name not in known and any(each.startswith(group) for each in known):
+            if isinstance(value, Mapping) and any(each.startswith(group) for each in known):
                 descend(value, group)
             elif name in flat:
                 raise wrong_value(f"each option once, but {name} is given twice")

@@ -46,7 +46,7 @@ def _problem(error: dict[str, Any], also_known: Sequence[str]) -> str:
         key = str(location[-1])
         remedy = "; Inductor's options go into the table inductor"
         return (
-            f"{_path(location)} is unknown; {allowed_names(key, known)}"
+            f"{_path(location)} is unknown; allowed: {allowed_names(key, known)}"
             f"{remedy if option_name(key) in compat.inductor_options() else ''}"
         )
     if kind == UNKNOWN_NAME:
