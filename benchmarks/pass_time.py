@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import recording
 from benchmarks.recording import Row
-from structfly import measure
+from structfly import compat, measure
 from structfly.backend import read_config, rewrite
 
 WARMUPS = 2
@@ -67,7 +67,7 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     result = graph.graph_copy(gm.graph, {})
     graph.output(result)
-    copy = fx.GraphModule(gm, graph)
+    copy = compat.graph_module(gm, graph)
     copy.meta.update(gm.meta)
     return copy
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
-from torch import Tensor
 
 from examples import checks, corpus
 from examples.gpt import GPTConfig
-from examples.training import RunResult, RunSpec, Variant, compute_dtype, unit_roundoff
+from examples.training import RunResult, RunSpec, compute_dtype, unit_roundoff
+from examples.workers import run_together
 
 COMPILED = ("inductor", "structfly")
 WARMUP_STEPS = 3
@@ -120,7 +118,8 @@ def demo(spec: RunSpec, backends: Sequence[str], options: dict[str, Any], consol
             passed &= verdict.passed
             word = "[green]PASS[/]" if verdict.passed else "[bold red]FAIL[/]"
             console.print(f"{word} {backend}: {verdict.name}: {verdict.detail}", soft_wrap=True)
-    console.print(" | ".join(f"{key} {value}" for key, value in results["eager"].environment.items()), soft_wrap=True)
+    environment = results["eager"].environment
+    console.print(" | ".join(f"{key} {value}" for key, value in environment.items()), soft_wrap=True)
     return passed
 
 

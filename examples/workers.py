@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -32,8 +32,8 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory()
         spec.save(Path(self._folder.name) / "spec.json")
         command = [sys.executable, "-m", "examples.training", self._folder.name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answer()
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self._wait_for(b"ready\n")
 
     def step(self) -> None:
         """Take one training step.
@@ -42,12 +42,9 @@ class Worker:
             CalledProcessError: the run has failed; its own words are on the standard error.
         """
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write("step\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self._check_exit()
-        if self._answer() != "done\n":
+        with suppress(BrokenPipeError):  # a run that has failed: its exit status says so below
+            self._process.stdin.write(b"step\n")
+        if not self._wait_for(b"done\n"):
             self._check_exit()
 
     def finish(self) -> Outcome:
@@ -63,9 +60,10 @@ class Worker:
         result = RunResult(**json.loads((folder / "result.json").read_text()))
         return Outcome(result, load_file(folder / "first_step.safetensors"))
 
-    def _answer(self) -> str:
+    def _wait_for(self, answer: bytes) -> bool:
+        """Whether the run gives this answer before it ends."""
         assert self._process.stdout is not None
-        return self._process.stdout.readline()
+        return any(line == answer for line in iter(self._process.stdout.readline, b""))
 
     def _check_exit(self) -> None:
         status = self._process.wait()
@@ -78,8 +76,8 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()  # does nothing to a run that has ended
-        self._process.communicate()
+        with self._process:
+            self._process.kill()  # does nothing to a run that has ended
         self._folder.cleanup()
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from structfly import compat
+
 
 @dataclass(frozen=True)
 class ExtraInput:
@@ -34,6 +36,6 @@ def with_placeholders(gm: fx.GraphModule, inputs: Sequence[ExtraInput]) -> fx.Gr
     for node in gm.graph.nodes:
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    module = fx.GraphModule(gm, graph)
+    module = compat.graph_module(gm, graph)
     module.meta.update(gm.meta)
     return module

@@ -38,7 +38,7 @@ class LinearLike:
 
 
 def read_linear(node: fx.Node) -> LinearLike | None:
-    """Read ``node`` as linear-like: F.linear, ``@``, matmul, mm, addmm, einsum, with either weight layout, or a LoRA sum."""
+    """Read ``node`` as linear-like: F.linear, ``@``, matmul, mm, addmm, einsum, either weight layout, or a LoRA sum."""
     call = read(node)
     if call is None:
         return None

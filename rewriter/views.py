@@ -249,7 +249,7 @@ def _element(call: Call, class_dim: int) -> RowView | str | None:
 
 @dataclass(frozen=True)
 class Piece:
-    """The interval ``[start, start + length)`` of one row dimension that a view picks; ``drops`` removes the dimension."""
+    """The interval ``[start, start + length)`` a view picks of one row dimension; ``drops`` removes the dimension."""
 
     dim: int
     start: int

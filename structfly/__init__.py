@@ -8,8 +8,7 @@ from structfly.config import Config
 from structfly.errors import ConfigError, RewriteError, StructflyError, UnsupportedError
 from structfly.explanation import explain
 from structfly.records import Report, SiteReport
-
-__version__ = "0.1.0"
+from structfly.version import __version__
 
 __all__ = [
     "Config",
@@ -19,5 +18,6 @@ __all__ = [
     "SiteReport",
     "StructflyError",
     "UnsupportedError",
+    "__version__",
     "explain",
 ]

@@ -59,6 +59,14 @@ def source_of_input(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module like Dynamo's own: its Python code is generated when it is first called, if it ever is."""
+    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root, graph)
+
+
 # ------------------------------------------------------------------------------------------------ symbolic shapes
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from structfly.errors import UnsupportedError
+from structfly.version import __version__
 
 _MEASURED_DEVICES = ("cpu", "cuda")
 _PROCESS_STATUS = Path("/proc/self/status")
@@ -134,10 +135,6 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
 
     Names no host, user or path.
     """
-    from structfly import (
-        __version__,
-    )  # not at the top: this module is imported before the package is complete
-
     device = _check_device(device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),

@@ -19,8 +19,9 @@ from structfly.lowering.linear_cross_entropy.chunked import Wanted
 
 def _products(x: Any, adapter: Any, classes: int, wanted: Sequence[bool] | None) -> int:
     """Floating-point operations of the matrix products of one pass; a multiply-add counts two."""
-    rows, hidden = x
-    body, low_rank = 2 * rows * hidden * classes, 0 if adapter is None else 2 * rows * adapter[1] * classes
+    rows, hidden = map(int, x)
+    body = 2 * rows * hidden * classes
+    low_rank = 0 if adapter is None else 2 * rows * int(adapter[1]) * classes
     total = body + low_rank
     if wanted is not None:
         flags = Wanted(*wanted)

@@ -1,4 +1,4 @@
-"""The row step as a generated Triton kernel; the formulas are in :mod:`structfly.lowering.linear_cross_entropy.rows`."""
+"""The row step as a generated Triton kernel; formulas in :mod:`structfly.lowering.linear_cross_entropy.rows`."""
 
 from __future__ import annotations
 

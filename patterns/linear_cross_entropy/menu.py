@@ -113,8 +113,7 @@ def _dense(site: HeadSite) -> Candidate:
 
 def _fused(site: HeadSite, sizes: _Sizes, length: int, schedule: str) -> FusedCandidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
-    launches = sympy.Max(1, n / sympy.Integer(length))
-    rows = sympy.Min(n, sympy.Integer(length))
+    launches, rows = n / length, sympy.Integer(length)  # no candidate is longer than the example's rows
     chunk = rows * c * dtype.itemsize
     logits, row_step = _matmul(rows, h, c, launches, dtype), Stage(0, 2 * chunk, launches)
     stages = [logits, row_step]

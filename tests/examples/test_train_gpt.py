@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
+from safetensors.torch import load_file
 
 from examples import train_gpt
 from examples.gpt import GPT, GPTConfig
-from examples.training import RunResult, RunSpec, draw_batch, perturb, unit_roundoff
+from examples.training import RunResult, RunSpec, draw_batch, perturb, train, turns, unit_roundoff
+from examples.workers import Outcome, run_together
 
 MODEL = GPTConfig(vocabulary=97, context=16, width=16, layers=1, heads=2)
 
@@ -76,20 +78,20 @@ def test_batches_repeat_and_skip_what_cannot_be_foretold(spec: RunSpec) -> None:
     assert torch.equal(y, x.masked_fill(after_end, -100))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_the_demo_runs_and_passes(spec: RunSpec, backend: str) -> None:
+def test_the_demo_runs_and_passes(spec: RunSpec) -> None:
     out = console()
-    assert train_gpt.demo(spec, [backend], {}, out)
+    assert train_gpt.demo(spec, ["structfly"], {"rewrite": "always"}, out)
     text = printed(out)
     assert text.count("PASS") == 3
     assert "FAIL" not in text
+    assert "1 rewritten" in text
     assert f"torch {torch.__version__}" in text
 
 
-def fake_run(wrong_gradient: float, wrong_loss: float) -> object:
-    """A stand-in for ``train_gpt.run`` whose "inductor" result is off by the given amounts."""
+def fake_runs(wrong_gradient: float, wrong_loss: float) -> Callable[..., dict[str, Outcome]]:
+    """A stand-in for ``run_together`` whose "inductor" run is off by the given amounts."""
 
-    def run(spec: RunSpec) -> tuple[RunResult, dict[str, Tensor]]:
+    def run(spec: RunSpec) -> Outcome:
         compiled = spec.backend == "inductor"
         first = {
             "loss": torch.tensor(2.0),
@@ -98,25 +100,44 @@ def fake_run(wrong_gradient: float, wrong_loss: float) -> object:
         }
         losses = [2.0, 1.5, 1.2, 1.0 + wrong_loss * compiled]
         result = RunResult(losses=losses, seconds=[9.0, 9.0, 9.0, 0.5 if compiled else 1.0], peak_bytes=2**20)
-        return result, first
+        return Outcome(result, first)
 
-    return run
+    return lambda specs, tell: {name: run(spec) for name, spec in specs.items()}
 
 
 @pytest.mark.parametrize(("gradient", "loss", "passes"), [(0.0, 0.0, True), (1e-3, 0.0, False), (0.0, 1e-2, False)])
 def test_a_wrong_run_fails_the_demo(
     spec: RunSpec, monkeypatch: pytest.MonkeyPatch, gradient: float, loss: float, passes: bool
 ) -> None:
-    monkeypatch.setattr(train_gpt, "run", fake_run(gradient, loss))
+    monkeypatch.setattr(train_gpt, "run_together", fake_runs(gradient, loss))
     out = console()
     assert train_gpt.demo(spec, ["inductor"], {}, out) is passes
     assert ("FAIL inductor" in printed(out)) is not passes
     assert "500.0 ms" in printed(out)  # the first three steps are warm-up
 
 
-def test_a_failing_worker_stops_the_demo(spec: RunSpec) -> None:
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_failing_run_stops_the_others(spec: RunSpec, steps: int) -> None:
     with pytest.raises(subprocess.CalledProcessError):
-        train_gpt.run(replace(spec, tokens="missing.npy"))
+        run_together({"wrong": replace(spec, tokens="missing.npy", steps=steps)}, lambda line: None)
+
+
+def test_a_run_steps_once_a_turn(spec: RunSpec, tmp_path: Path) -> None:
+    result = train(spec, tmp_path, [None] * 2)
+    first = load_file(tmp_path / "first_step.safetensors")
+    assert len(result.losses) == len(result.seconds) == 2
+    assert result.losses[0] == first["loss"].item() != result.losses[1]
+    assert first["token_losses"].shape == (2 * 15,)
+    assert {name for name in first if name.startswith("gradient.")} == {
+        f"gradient.{name}" for name, _ in GPT(MODEL).named_parameters()
+    }
+
+
+def test_turns_answer_their_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("step\nstep\n"))
+    printed = [capsys.readouterr().out for _ in turns()]
+    assert printed == ["ready\n", "done\n"]
+    assert capsys.readouterr().out == "done\n"
 
 
 def test_the_command_line_fills_in_the_devices_sizes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from structfly.errors import StructflyError
 from structfly.lowering import template
 from structfly.lowering.template import Generated, load, render, templates
 
-PARAMETERS = {
+PARAMETERS: dict[str, Any] = {
     "steps": (),
     "bias": False,
     "mask": False,
