@@ -87,6 +87,11 @@ def _logits_operand(node: fx.Node) -> fx.Node | str:
     """The operand of ``node`` that carries the logits, or why there is none."""
     call = read(node)
     result = example(node)
+    if node.op == "placeholder":
+        return (
+            f"the logits come into this graph as its input {node.name}, so no linear is in sight; if the compiled "
+            "function makes them, a graph break lies between: see the report's graph breaks"
+        )
     if call is None or result is None:
         return f"{_describe(node)} stands where a linear, or something that may follow one, is expected"
     if call.op in ("contiguous", "clone", "tanh", "log_softmax") or is_cast(call):
@@ -114,8 +119,6 @@ def _same_shape(value: object, like: torch.Tensor) -> bool:
 
 
 def _describe(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"the graph input {node.name}"
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return f"{target} ({node.name})"
 

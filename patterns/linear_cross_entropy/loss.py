@@ -100,7 +100,7 @@ def _gathered(call: Call) -> LossForm | str:
     dim %= values.ndim
     for place, (have, want) in enumerate(zip(index.shape, values.shape, strict=True)):
         if expression(have) != (1 if place == dim else expression(want)):
-            return "a gather that does not take exactly one class from every row"
+            return "a gather that is not known to take exactly one class from every row"
     return LossForm(call.node, call["input"], True, call["index"], dim, negated=True)
 
 

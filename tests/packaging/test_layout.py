@@ -63,11 +63,6 @@ def test_backend_is_registered() -> None:
     assert callable(entry.load())
 
 
-def test_command_is_registered() -> None:
-    (entry,) = entry_points(group="console_scripts", name="structfly")
-    assert callable(entry.load())
-
-
 def test_extras_are_pinned() -> None:
     """Whatever the development environment installs by name has a version in constraints.txt."""
     project = PYPROJECT["project"]

@@ -375,7 +375,7 @@ def logits_used_elsewhere(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: 
     return F.cross_entropy(z, labels.view(-1)) + z.square().mean()
 
 
-@near_miss("stands where a linear")
+@near_miss("come into this graph as its input")
 def no_linear(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(x.view(-1, x.shape[-1]), ids.view(-1) % x.shape[-1]) + 0 * w.sum()
 

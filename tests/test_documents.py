@@ -1,0 +1,75 @@
+"""README.md and docs: their code runs, their links lead somewhere, and their figures are committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
+
+
+def code(document: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+# Compiling a Hugging Face model and running Inductor's workers warn about torch's own deprecations.
+@pytest.mark.filterwarnings("ignore")
+def test_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "readme_example"
+    blocks = [block for block in code(ROOT / "README.md", "python") if "backend=" not in block.splitlines()[0]]
+    first, *rest = blocks
+    namespace: dict[str, Any] = {"__name__": name}
+    for block in (first, *rest):
+        exec(compile(block, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert printed.count("rewritten") >= 1
+    assert printed.count("linear_cross_entropy") >= 2
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_make_targets_exist(document: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = "".join(code(document, "sh"))
+    for target in re.findall(r"^make (\w+)", commands, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def median(name: str, mode: str, provider: str, metric: str) -> float:
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    (row,) = (r for r in rows if r["mode"].startswith(mode) and r["provider"] == provider and r["metric"] == metric)
+    return float(row["p50"])
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "mode", "metric", "unit"),
+    [
+        ("H200, bfloat16", "linear_cross_entropy_h200", "16384x2048x131072", "peak_above_gradients_bytes", "MiB"),
+        ("the same: time", "linear_cross_entropy_h200", "16384x2048x131072", "time_s", "ms"),
+        ("CPU, 2 threads", "linear_cross_entropy_cpu", "2048x256x32000", "peak_extra_bytes", "MiB"),
+        ("the same: time", "linear_cross_entropy_cpu", "2048x256x32000", "time_s", "ms"),
+    ],
+)
+def test_figures_are_committed_results(line: str, name: str, mode: str, metric: str, unit: str) -> None:
+    table = (ROOT / "README.md").read_text(encoding="utf-8")
+    scale = {"MiB": 2.0**-20, "ms": 1e3}[unit]
+    found = [median(name, mode, provider, metric) * scale for provider in ("inductor", "structfly")]
+    digits = 1 if unit == "ms" and found[0] < 100 else 0
+    row = f"| {found[0]:.{digits}f} {unit} | {found[1]:.{digits}f} {unit} |"
+    assert any(line in text and row in text for text in table.splitlines()), row
