@@ -69,9 +69,9 @@ def _kernel(epilogue: Epilogue, **parameters: Any) -> Any:
 
 
 def _launch_sizes(classes: int) -> tuple[int, int]:
-    """Classes at a time, and warps: sixteen classes a thread, up to 1024 threads.
+    """Classes at a time, and warps: eight classes, 16 bytes of bfloat16, a thread.
 
-    On an H200, 2048 rows of 131072 bfloat16 classes: 0.48 ms so, 0.55 ms with 4096 classes and 16 warps.
+    Wider blocks are 10% faster on 131072 classes and 60% slower on 50257, where fewer rows share a multiprocessor.
     """
-    block = min(16384, max(16, 1 << (classes - 1).bit_length()))
-    return block, max(1, block // 512)
+    block = min(4096, max(16, 1 << (classes - 1).bit_length()))
+    return block, max(1, block // 256)

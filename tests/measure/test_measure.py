@@ -54,6 +54,17 @@ def test_peak_leaves_out_an_earlier_peak_and_the_warmup() -> None:
     assert abs(peak - 16 * MIB) < 4 * MIB
 
 
+@on_linux
+def test_peak_counts_memory_that_the_heap_had_kept() -> None:
+    def small_blocks() -> list[torch.Tensor]:
+        return [torch.ones(4096) for _ in range(4096)]  # 64 MiB in blocks that malloc takes from its heap
+
+    pin = small_blocks()[-1]  # the heap cannot shrink below it
+    peak = measure.peak_extra_memory(small_blocks, "cpu", warmups=0)
+    assert pin.sum() == 4096
+    assert abs(peak - 64 * MIB) < 8 * MIB
+
+
 def test_peak_refuses_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UnsupportedError, match=r"darwin.*measure on Linux"):

@@ -36,9 +36,9 @@ def main() -> None:
         source = ASTSource(
             load(generated).rows,
             {"z_ptr": kind, **POINTERS, "z_stride": "i32"},
-            constexprs={"CLASSES": 50257, "BLOCK": 16384},
+            constexprs={"CLASSES": 50257, "BLOCK": 4096},
         )
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 32})
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
     print("compiled")
 
 
