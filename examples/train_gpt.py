@@ -34,7 +34,7 @@ SIZES = {
         "batch": 4,
         "context": 256,
         "width": 256,
-        "layers": 4,
+        "layers": 3,
         "heads": 4,
         "vocabulary": 32_768,
         "steps": 20,

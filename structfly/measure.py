@@ -165,13 +165,13 @@ def _time_cpu_call(fn: Callable[[], object]) -> float:
 
 
 def _time_cuda_call(fn: Callable[[], object]) -> float:
-    start, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
     fn()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e-3  # it counts in milliseconds
+    return float(start.elapsed_time(end)) * 1e-3  # it counts in milliseconds
 
 
 def _start_resident_peak() -> int:

@@ -1,0 +1,214 @@
+"""The registered backend through Inductor: numbers, options, failures, caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import structfly
+from structfly.lowering.linear_cross_entropy import chunked, kernels
+from structfly.patterns.linear_cross_entropy import LinearCrossEntropy
+from tests.compiling import Rewritten
+from tests.oracle import assert_like_eager
+
+# Inductor's compile workers and torch's own deprecations warn.
+pytestmark = pytest.mark.filterwarnings("ignore")
+ALWAYS: Any = {"rewrite": "always"}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def head(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(torch.tanh(x), w).float(), labels)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 8, generator=generator).to(dtype).requires_grad_()
+    w = torch.randn(30, 8, generator=generator).to(dtype).requires_grad_()
+    return x, w, torch.randint(0, 30, (40,), generator=generator)
+
+
+def wide_head(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(torch.tanh(x), w), labels)
+
+
+def test_inductor_runs_the_fused_head_as_accurately_as_eager() -> None:
+    fast = torch.compile(wide_head, backend="structfly", options=ALWAYS)
+    assert_like_eager(fast, wide_head, inputs())
+
+
+def test_an_unknown_option_is_refused_before_anything_is_compiled() -> None:
+    with pytest.raises(Exception, match=r"loss_memry.*loss_memory") as caught:
+        torch.compile(head, backend="structfly", options={"budget": {"loss_memry": 1}})(*inputs())
+    assert "ConfigError" in str(caught.value)
+
+
+def test_a_failing_rule_never_breaks_the_program_unless_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("broken on purpose")
+
+    monkeypatch.setattr(LinearCrossEntropy, "rewrite", fail)
+    report = structfly.explain(head, options=ALWAYS)(*inputs())
+    assert [site.status for site in report.sites] == ["failed"]
+    fast = torch.compile(head, backend="structfly", options=ALWAYS)
+    torch.testing.assert_close(fast(*inputs()), head(*inputs()))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="broken on purpose"):
+        torch.compile(head, backend="structfly", options={**ALWAYS, "strict": True})(*inputs())
+
+
+def test_explain_reports_and_forgets_nothing() -> None:
+    step = torch.compile(head, backend="structfly", options=ALWAYS)
+    for _ in range(12):  # more often than torch would recompile
+        report = structfly.explain(step, options=ALWAYS)(*inputs())
+    (site,) = report.sites
+    assert (site.status, site.name, report.graphs) == ("rewritten", "w", 1)
+    assert site.source.endswith("return F.cross_entropy(F.linear(torch.tanh(x), w).float(), labels)")
+    assert "rewritten" in str(report)
+    assert "linear_cross_entropy" in str(report)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "structfly"])
+def test_retain_graph_works_wherever_inductors_does(backend: str) -> None:
+    options = ALWAYS if backend == "structfly" else None
+    x, w, labels = inputs()
+    with torch._functorch.config.patch(donated_buffer=False):
+        loss = torch.compile(head, backend=backend, options=options)(x, w, labels)
+        first = torch.autograd.grad(loss, [x, w], retain_graph=True)
+        second = torch.autograd.grad(loss, [x, w])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_under_autocast_the_products_run_in_its_dtype() -> None:
+    def step(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(F.linear(x, w), labels)
+
+    fast = Rewritten(step, then="aot_eager")
+    x, w, labels = inputs()
+    loss, eager = fast(x, w, labels), step(x, w, labels)
+    assert loss.dtype == eager.dtype == torch.float32
+    (call,) = fast.calls
+    assert call.args[0].meta["example_value"].dtype == torch.bfloat16  # type: ignore[union-attr]
+    mine, theirs = torch.autograd.grad(loss, [x, w]), torch.autograd.grad(eager, [x, w])
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=3e-2, atol=1e-3)
+
+
+def test_without_gradients_only_the_losses_are_made() -> None:
+    fast = Rewritten(head, then="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs()), head(*inputs()))
+    (call,) = fast.calls
+    assert call.args[16] == [False] * 5
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    fast = Rewritten(head, then="aot_eager")
+    x, w, labels = inputs()
+    w.requires_grad_(False)
+    fast(x, w, labels).backward()
+    (call,) = fast.calls
+    assert call.args[16] == [True, False, False, False, False]
+
+
+def test_in_a_checkpoint_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[str] = []
+    original = chunked.run_chunks
+
+    def counting(head: Any, coefficient: Any, wanted: Any, *rest: Any) -> Any:
+        passes.append("losses" if wanted is None else "gradients")
+        return original(head, coefficient, wanted, *rest)
+
+    monkeypatch.setattr(kernels, "run_chunks", counting)
+
+    def step(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        result: Tensor = checkpoint(wide_head, x, w, labels, use_reentrant=False)
+        return result
+
+    fast = Rewritten(step, then="aot_eager")
+    assert fast.statuses == []
+    fast(*inputs()).backward()
+    assert fast.statuses == ["rewritten"]
+    assert passes.count("gradients") == 1
+    assert passes.count("losses") <= 2
+
+
+CACHE_PROGRAM = """
+import json, sys
+import torch
+memory = int(sys.argv[1])
+from structfly.lowering.linear_cross_entropy import kernels
+seen = []
+original = kernels.run_chunks
+def spy(head, coefficient, wanted, workspace, row_step):
+    seen.append(workspace)
+    return original(head, coefficient, wanted, workspace, row_step)
+kernels.run_chunks = spy
+def step(x, w, t):
+    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), t)
+torch.manual_seed(0)
+x, w = torch.randn(512, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+t = torch.randint(0, 300, (512,))
+options = {"rewrite": "always", "budget": {"loss_memory": memory}}
+loss = torch.compile(step, backend="structfly", options=options)(x, w, t)
+loss.backward()
+from torch._dynamo.utils import counters
+hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
+print(json.dumps([loss.item(), x.grad.norm().item(), seen, hits]))
+"""
+
+
+def another_version(folder: Path) -> None:
+    """A copy of the package in which the autograd formula is another (twice the gradient) and so is the ABI version."""
+    shutil.copytree(Path(structfly.__file__).parent, folder / "structfly", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (folder / "structfly").rglob("*.py"):
+        text = file.read_text(encoding="utf-8").replace("cross_entropy_v1", "cross_entropy_v2")
+        text = text.replace("cross_entropy_backward_v1", "cross_entropy_backward_v2")
+        if file.name == "op.py":
+            assert "(gradient.to(scale.dtype) * scale)" in text
+            text = text.replace("(gradient.to(scale.dtype) * scale)", "(gradient.to(scale.dtype) * scale * 2)")
+        file.write_text(text, encoding="utf-8")
+
+
+def run_cached(folder: Path, memory: int) -> list[Any]:
+    program = folder / "program.py"
+    program.write_text(CACHE_PROGRAM, encoding="utf-8")
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+    command = [sys.executable, str(program), str(memory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    result: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def test_a_stale_compile_cache_is_never_served(tmp_path: Path) -> None:
+    first = run_cached(tmp_path, 200 * 304 * 4)
+    again = run_cached(tmp_path, 200 * 304 * 4)
+    smaller = run_cached(tmp_path, 64 * 304 * 4)
+    assert again[:3] == first[:3]
+    assert again[3] > 0, "the second process did not use the cache, so this test shows nothing"
+    assert smaller[2][0] < first[2][0]
+    assert smaller[0] == pytest.approx(first[0], rel=1e-6)
+    another_version(tmp_path)
+    doubled = run_cached(tmp_path, 200 * 304 * 4)
+    assert doubled[0] == first[0]
+    assert doubled[1] == pytest.approx(2 * first[1], rel=1e-6)

@@ -1,0 +1,53 @@
+"""One compilation serves every length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.compiling import Rewritten
+from tests.oracle import assert_like_eager
+
+CLASSES = 37
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def shifted(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)[..., :-1, :].contiguous()
+    return F.cross_entropy(z.view(-1, z.size(-1)), labels[..., 1:].contiguous().view(-1))
+
+
+def sizes_read_from_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)[:, :-1]
+    return F.cross_entropy(z.reshape(z.size(0) * z.size(1), CLASSES), labels[:, 1:].reshape(-1))
+
+
+def per_token_mean(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w).transpose(1, 2), labels, reduction="none").mean()
+
+
+def mean_of_sequences(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    mask = labels > 5
+    losses = F.cross_entropy(F.linear(x, w).view(-1, CLASSES), labels.view(-1), reduction="none").view(labels.shape)
+    return ((losses * mask).sum(-1) / mask.sum(-1).clamp_min(1)).mean()
+
+
+def per_token(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w).flatten(0, 1), labels.flatten(), reduction="none")
+
+
+@pytest.mark.parametrize("loss", [shifted, sizes_read_from_logits, per_token_mean, mean_of_sequences, per_token])
+def test_one_graph_for_all_lengths(loss: Loss) -> None:
+    fast = Rewritten(loss, then="aot_eager", dynamic=True)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(CLASSES, 8, generator=generator).requires_grad_()
+    for batch, length in ((2, 5), (3, 7), (4, 9), (2, 11)):
+        x = torch.randn(batch, length, 8, generator=generator).requires_grad_()
+        labels = torch.randint(0, CLASSES, (batch, length), generator=generator)
+        assert_like_eager(fast, loss, (x, w, labels))
+    assert fast.statuses == ["rewritten"]
+    assert len(fast.graphs) == 1
