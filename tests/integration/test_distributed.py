@@ -52,7 +52,8 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_gradients_are_those_of_the_joined_batch(tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path),), nprocs=WORLD)
+    spawn: Any = mp.spawn  # type: ignore[attr-defined]
+    spawn(work, args=(str(tmp_path),), nprocs=WORLD)
     statuses, _, graphs = (tmp_path / "statuses").read_text(encoding="utf-8").partition(" in ")
     assert statuses == "rewritten"
     assert int(graphs) > 1, "one bucket only: the graph was not split"

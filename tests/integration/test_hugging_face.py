@@ -25,7 +25,7 @@ def causal(model: Any, config: Any, **changes: Any) -> Any:
 
 
 def gpt2() -> Any:
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=1, n_head=2, **dropout)
     model = transformers.GPT2LMHeadModel(config)
     # Without it transformers warns in the middle of the step, which breaks the graph before the loss.
@@ -39,8 +39,16 @@ def encoder(**changes: Any) -> dict[str, Any]:
 
 
 def t5() -> Any:
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-    config = transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
+    sizes: dict[str, Any] = {
+        "decoder_start_token_id": 0,
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+    }
+    config = transformers.T5Config(vocab_size=VOCABULARY, **sizes)
     return transformers.T5ForConditionalGeneration(config)
 
 
