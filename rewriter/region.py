@@ -112,6 +112,7 @@ def qualified_name(node: fx.Node, parameter: fx.Node | None = None) -> str:
 
 def _clean(path: str) -> str:
     path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", path)
+    path = re.sub(r".*__closure__\[\d+\]\.cell_contents", "closure", path)  # how torch 2.11 names a captured module
     root, _, rest = path.partition(".")
     return rest or re.sub(r"^[LG]\['([^']+)'\]$", r"\1", root)
 
