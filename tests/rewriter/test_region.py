@@ -31,8 +31,7 @@ def test_names_are_those_of_named_modules(path: str, name: str) -> None:
 
 def test_the_innermost_line_is_the_users() -> None:
     node = fx.Graph().placeholder("x")
-    node.meta["stack_trace"] = (
-        '  File "train.py", line 3, in step\n    loss = model(x)\n  File "model.py", line 7, in forward\n    return f(x)\n'
-    )
+    outer = '  File "train.py", line 3, in step\n    loss = model(x)\n'
+    node.meta["stack_trace"] = outer + '  File "model.py", line 7, in forward\n    return f(x)\n'
     assert source_line(node) == "model.py:7: return f(x)"
     assert source_line(fx.Graph().placeholder("y")) == ""
