@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -49,5 +49,3 @@ assert Path(structfly.__file__).is_relative_to(sys.prefix), structfly.__file__
 assert version("structfly") == structfly.__version__
 templates = files("structfly.lowering") / "templates"
 assert any(entry.name.endswith(".jinja") for entry in templates.iterdir()), templates
-(command,) = entry_points(group="console_scripts", name="structfly")
-assert callable(command.load())

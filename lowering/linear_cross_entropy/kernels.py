@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton
 from torch import Tensor
 
 from structfly.compat import assert_on_device
@@ -14,6 +13,7 @@ from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.chunked import Wanted, allocate_gradients, run_chunks
 from structfly.lowering.linear_cross_entropy.rows import RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
+from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton
 from structfly.lowering.linear_cross_entropy.schedule import saved_dtype
 
 
