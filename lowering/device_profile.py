@@ -1,7 +1,8 @@
 """Shipped device profiles: what the cost model assumes about a device that nobody has measured.
 
-The H100 and H200 rows are sustained rates of large products and copies as committed under benchmarks/results; the rest
-are deliberately modest, so that a rewrite is chosen for the work it saves and not for a rate nobody has seen.
+The H200's rates are a little below those of large products and copies under benchmarks/results; the other rows follow
+the vendors' data in proportion, and unknown devices are taken to be slow, so that a rewrite is chosen for the work it
+saves and not for a rate nobody has seen.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def accumulation_dtype(dtype: torch.dtype, chunks: int) -> torch.dtype:
     """The dtype in which the gradient of a weight of ``dtype`` is summed over ``chunks`` chunks.
 
     A sum in bfloat16 is rounded after every chunk.  Over k chunks that is up to (k + 1) / 2 times the variance of
-    eager's one rounding, where classes are rare: 1.2 times eager's error for two chunks and 1.5 for four.
+    eager's one rounding, where classes are rare: sqrt((k + 1) / 2) times its error.
     """
     return torch.float32 if dtype == torch.bfloat16 and chunks > 1 else saved_dtype(dtype)
 
