@@ -113,7 +113,6 @@ _METHODS = {method: (name, row[0]) for name, row in _TABLE.items() for method in
 _METHODS["where"] = ("where", ("input", "condition", "other"))
 # Keyword names that differ between spellings of one operation.
 _SYNONYMS = {"split_size_or_sections": "split_size", "indices": "index", "axis0": "dim0", "axis1": "dim1"}
-_INPLACE_OPERATORS = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
 def read(node: object) -> Call | None:
@@ -141,14 +140,6 @@ def read(node: object) -> Call | None:
         if len(node.args) > len(parameters):
             return None
     return Call(name, node, arguments)
-
-
-def mutates(node: fx.Node) -> bool:
-    """True if the node writes into its first argument."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    return node.op == "call_function" and (node.target is operator.setitem or node.target in _INPLACE_OPERATORS)
 
 
 def flat(values: object) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
 """Writing into a graph so that a failure leaves no trace.
 
-New nodes go in first; replacements and erasures wait for :meth:`Editor.commit`.  :meth:`Editor.rollback` takes the new
-nodes out again.
+New nodes go in first; replacements and erasures wait for :meth:`Editor.commit`, which checks the graph before it
+erases.  :meth:`Editor.rollback` gives the old nodes their users back and takes the new ones out again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from structfly import compat
-from structfly.rewriter.inputs import ExtraInput
+from structfly.rewriter.inputs import ExtraInput, stand_in
 
 
 class Editor:
@@ -26,6 +26,7 @@ class Editor:
         self._made: list[fx.Node] = []
         self._replaced: list[tuple[fx.Node, fx.Node]] = []
         self._dead: list[fx.Node] = []
+        self._moved_users: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
         self.inputs: list[ExtraInput] = []
         self._mode = compat.fake_mode_of(node.meta.get("example_value") for node in graph.nodes)
 
@@ -63,7 +64,7 @@ class Editor:
         if not self._allow_inputs:
             raise ValueError("a rewrite inside a checkpoint or subgraph body cannot add graph inputs")
         with self._graph.inserting_before(self._anchor):
-            node = self._graph.create_node("get_attr", name)  # a stand-in, see rewriter/inputs.py
+            node = self._graph.create_node("call_function", stand_in, (name,))
         node.meta["example_value"] = example_value
         self._made.append(node)
         self.inputs.append(ExtraInput(node, provide))
@@ -91,16 +92,21 @@ class Editor:
         self._dead.extend(nodes)
 
     def commit(self) -> None:
-        """Make the replacements and erasures."""
+        """Make the replacements, check the graph, and make the erasures."""
         for old, new in self._replaced:
-            old.replace_all_uses_with(new)
+            self._moved_users.append((old, new, old.replace_all_uses_with(new)))
+        self._graph.lint()
         positions = {node: index for index, node in enumerate(self._graph.nodes)}
         for node in sorted({*self._dead, *(old for old, _ in self._replaced)}, key=positions.__getitem__, reverse=True):
             if not node.users:
                 self._graph.erase_node(node)
 
     def rollback(self) -> None:
-        """Take out every node made here."""
+        """Undo what was done so far; nodes that were hoisted stay where they went."""
+        for old, new, users in reversed(self._moved_users):
+            for user in users:
+                user.replace_input_with(new, old)
+        self._moved_users.clear()
         for node in reversed(self._made):
             self._graph.erase_node(node)
         self._made.clear()

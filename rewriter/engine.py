@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from structfly.rewriter.editor import Editor
 from structfly.rewriter.inputs import ExtraInput, with_placeholders
 from structfly.rewriter.region import Region, qualified_name, regions_of, source_line
 from structfly.rewriter.rule import Rule
+from structfly.rewriter.writes import why_pinned
 
 log = logging.getLogger("structfly.rewriter")
 
@@ -53,6 +54,7 @@ class _Found:
     rule: Rule[Any]
     site: Site
     region: Region
+    place: tuple[int, int]
 
 
 def rewrite_graph(gm: fx.GraphModule, rules: Sequence[Rule[Any]], config: Config, profiles: Profiles) -> Outcome:
@@ -88,7 +90,6 @@ class _Run:
             self.outcome.module = with_placeholders(self.gm, self.outcome.inputs)
         if self.outcome.changed:
             for module in (self.outcome.module, *(region.owner for region in regions[1:])):
-                module.graph.lint()
                 module.recompile()
         self.outcome.sites = [line for _, line in sorted(self.lines, key=lambda entry: entry[0])]
         self.outcome.seconds = time.perf_counter() - start
@@ -108,14 +109,14 @@ class _Run:
                 continue
             for result in furthest(results):
                 place = (number, region.order[result.node])
-                closed = region.why_closed(result.node)
-                if isinstance(result, Miss) or closed:
-                    self._missed(rule, result, closed, place)
-                elif not self.config.for_site(result.name).rule_enabled(rule.name):
+                checked = _checked(result, region)
+                if isinstance(checked, Miss):
+                    self._missed(checked, place)
+                elif not self.config.for_site(checked.name).rule_enabled(rule.name):
                     reason = f"the rule {rule.name} is switched off here by the configuration"
-                    self._say(result, place, "kept", reason)
+                    self._say(checked, place, "kept", reason)
                 else:
-                    found.append(_Found(rule, result, region))
+                    found.append(_Found(rule, checked, region, place))
         return found
 
     def _choose(self, found: Sequence[_Found]) -> list[tuple[_Found, Choice]]:
@@ -127,33 +128,35 @@ class _Run:
                 profile = self.profiles(item.site.device)
                 menu = item.rule.menu(item.site, profile, settings)
             except Exception as error:
-                self._failed(item.rule.name, item.site, self._place(item), error)
+                self._failed(item.rule.name, item.site, item.place, error)
                 continue
             items.append(item)
             orders.append(Order(item.site, menu, profile, settings.rewrite == "always"))
-        return list(zip(items, choose(orders), strict=True)) if orders else []
+        try:
+            return list(zip(items, choose(orders), strict=True)) if orders else []
+        except Exception as error:
+            for item in items:
+                self._failed(item.rule.name, item.site, item.place, error)
+            return []
 
     # ------------------------------------------------------------------------------------------------ writing
 
     def _apply(self, item: _Found, choice: Choice) -> None:
-        site, place = item.site, self._place(item)
+        site, place = item.site, item.place
         if choice.candidate.rewrites:
             editor = Editor(item.region.graph, site.node, allow_inputs=item.region.owner is self.gm)
             try:
                 item.rule.rewrite(site, choice.candidate, editor)
+                editor.commit()
             except Exception as error:
                 editor.rollback()
                 self._failed(item.rule.name, site, place, error)
                 return
-            editor.commit()
             self.outcome.inputs.extend(editor.inputs)
             self.outcome.changed = True
         self._say(site, place, "rewritten" if choice.candidate.rewrites else "kept", choice.reason, choice)
 
     # ------------------------------------------------------------------------------------------------ reporting
-
-    def _place(self, item: _Found) -> tuple[int, int]:
-        return (0, item.region.order[item.site.node])
 
     def _say(
         self, site: Site, place: tuple[int, int], status: Status, reason: str, choice: Choice | None = None
@@ -163,10 +166,9 @@ class _Run:
             line = _with_costs(line, choice)
         self.lines.append((place, line))
 
-    def _missed(self, rule: Rule[Any], result: Site | Miss, closed: str, place: tuple[int, int]) -> None:
-        reason = result.reason if isinstance(result, Miss) and not closed else closed
-        name = result.name or qualified_name(result.node)
-        line = SiteReport(rule.name, "missed", reason, name, (result.node.name,), source_line(result.node))
+    def _missed(self, miss: Miss, place: tuple[int, int]) -> None:
+        name = miss.name or qualified_name(miss.node)
+        line = SiteReport(miss.rule, "missed", miss.reason, name, (miss.node.name,), source_line(miss.node))
         self.lines.append((place, line))
 
     def _failed(self, rule: str, site: Site | None, place: tuple[int, int], error: Exception) -> None:
@@ -181,8 +183,6 @@ class _Run:
 
 
 def _with_costs(line: SiteReport, choice: Choice) -> SiteReport:
-    from dataclasses import replace
-
     return replace(
         line,
         candidate=choice.candidate.name,
@@ -191,6 +191,15 @@ def _with_costs(line: SiteReport, choice: Choice) -> SiteReport:
         peak_bytes=choice.values.transient_bytes,
         peak_bytes_kept=choice.kept.transient_bytes,
     )
+
+
+def _checked(result: Site | Miss, region: Region) -> Site | Miss:
+    """The find, or the miss it becomes where nothing may be rewritten or its nodes cannot be computed together."""
+    closed = region.why_closed(result.node)
+    if isinstance(result, Miss):
+        return replace(result, reason=closed or result.reason)
+    pinned = (result.node, closed) if closed else why_pinned(region, result.dead_nodes)
+    return result if pinned is None else Miss(result.rule, *pinned, 0, result.node, result.name)
 
 
 def furthest(results: Iterable[Site | Miss]) -> list[Site | Miss]:

@@ -23,6 +23,11 @@ class ExtraInput:
     provide: Callable[[], Tensor]
 
 
+def stand_in(name: str) -> Tensor:
+    """Target of the node that stands for the input ``name`` until the graph has been copied; never run."""
+    raise AssertionError(f"the graph input {name} was not made a placeholder")
+
+
 def with_placeholders(gm: fx.GraphModule, inputs: Sequence[ExtraInput]) -> fx.GraphModule:
     """A copy of ``gm`` that takes ``inputs`` as further arguments, in order."""
     graph = fx.Graph()
@@ -31,7 +36,7 @@ def with_placeholders(gm: fx.GraphModule, inputs: Sequence[ExtraInput]) -> fx.Gr
         if node.op == "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
     for extra in inputs:
-        copies[extra.node] = graph.placeholder(str(extra.node.target))
+        copies[extra.node] = graph.placeholder(str(extra.node.args[0]))
         copies[extra.node].meta.update(extra.node.meta)
     for node in gm.graph.nodes:
         if node not in copies:

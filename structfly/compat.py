@@ -52,6 +52,35 @@ def subgraph_kind(node: fx.Node) -> str | None:
     return "plain" if name in _PLAIN_BODIES else name
 
 
+def written_arguments(node: fx.Node) -> list[Any] | None:
+    """The arguments that an overload's schema declares as written, all of them for a kernel launch that mutates; None
+    where there is no schema to read."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return [node.args, node.kwargs] if node.target.name().endswith("_mutation") else []
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    arguments = node.target._schema.arguments
+    values = {**{argument.name: value for argument, value in zip(arguments, node.args, strict=False)}, **node.kwargs}
+    return [values.get(argument.name) for argument in arguments if argument.is_write]
+
+
+def storage_key(tensor: Tensor) -> int:
+    """The same number for tensors that share memory; for a wrapper subclass, that of its own storage."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor, or a view of the same memory, was written in place; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def wrapper_subclass(tensor: Tensor) -> str:
+    """The name of a tensor subclass that wraps other tensors (a DTensor, a quantised weight), or ""."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return type(tensor).__name__ if is_traceable_wrapper_subclass(tensor) else ""
+
+
 def source_of_input(node: fx.Node) -> str:
     """Where the user's program keeps an input, e.g. ``L['self']._modules['head']._parameters['weight']``, or ""."""
     source = getattr(node.meta.get("grapharg"), "source", None)
@@ -144,6 +173,13 @@ def inductor_options() -> frozenset[str]:
     import torch._inductor
 
     return frozenset(torch._inductor.list_options())
+
+
+def inductor_option_type(name: str) -> Any:
+    """The type, or union of types, that Inductor declares for an option."""
+    from torch._inductor import config
+
+    return config.get_type(name)  # type: ignore[attr-defined]
 
 
 def original_callable(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,6 +46,7 @@ def explain(
         with compat.graph_breaks() as breaks:
             torch.compile(_fresh(target), backend=collect)(*args, **kwargs)
         report.graph_breaks.extend(breaks)
+        report.unmatched_overrides.extend(config.unmatched_overrides(site.name for site in report.sites))
         return report
 
     return run

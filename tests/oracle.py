@@ -2,7 +2,8 @@
 
 A result is right if its relative Frobenius error, and its largest relative row error, against eager in float64 are at
 most eager's own in the same dtype plus one rounding of that dtype.  Where a test draws a handful of numbers eager's own
-error is a matter of luck (it may be 0), so small tests allow a few roundings and tests of some size allow one.
+error is a matter of luck (it may be 0, or half of what another order of the same sum has), so small tests allow twice
+eager's error and a few roundings; tests of some size allow eager's error and one.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ def assert_as_accurate(
     actual, eager, exact = (torch.where(special, 0.0, t.double()) for t in (actual, eager, exact))
     # float64 is its own oracle: both sides carry errors.
     allowance = (64 if dtype == torch.float64 else roundings) * torch.finfo(dtype).eps
+    luck = 2.0 if roundings >= FEW else 1.0
     for mine, theirs, kind in zip(errors(actual, exact), errors(eager, exact), ("relative", "row"), strict=True):
-        assert mine <= theirs + allowance, f"{what}: {kind} error {mine:.3g}, eager {theirs:.3g} + {allowance:.3g}"
+        allowed = luck * theirs + allowance
+        assert mine <= allowed, f"{what}: {kind} error {mine:.3g}, eager {theirs:.3g}, allowed {allowed:.3g}"
 
 
 def assert_like_eager(

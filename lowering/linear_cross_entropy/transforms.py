@@ -20,7 +20,7 @@ _AUTOCAST = torch.library.Library("structfly", "FRAGMENT")
 
 
 def _register_autocast(device: str) -> None:
-    """Cast what the linear multiplies to the autocast dtype, as autocast does for ``linear``."""
+    """Cast what the linear multiplies to the autocast dtype, as autocast does for ``linear``, where the call asks."""
 
     def autocast(*arguments: Any) -> tuple[Tensor, ...]:
         call = Arguments(*arguments)
@@ -29,8 +29,9 @@ def _register_autocast(device: str) -> None:
         def cast(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
-        inputs: dict[str, Any] = {name: cast(getattr(call, name)) for name in DIFFERENTIABLE}
-        call = call._replace(**inputs)
+        if call.autocast:
+            inputs: dict[str, Any] = {name: cast(getattr(call, name)) for name in DIFFERENTIABLE}
+            call = call._replace(**inputs)
         with torch.autocast(device, enabled=False):
             return linear_cross_entropy(*call)
 

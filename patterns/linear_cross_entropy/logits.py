@@ -12,10 +12,11 @@ from torch import fx
 
 from structfly.compat import expression
 from structfly.patterns.linear_cross_entropy.loss import LossForm
-from structfly.rewriter.calls import Call, mutates, read
+from structfly.rewriter.calls import Call, read
 from structfly.rewriter.linear import LinearLike, is_cast, read_linear
 from structfly.rewriter.region import Region, example
 from structfly.rewriter.views import RowView, example_tuple, read_view, view_input
+from structfly.rewriter.writes import written
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class _Reader:
     def _writes_into(self, value: fx.Node, reader: fx.Node) -> None:
         """Reads ``value[..., k:] = -inf`` that comes before ``reader``; any other write into the logits fails."""
         for user in value.users:
-            if user is reader or not mutates(user) or user.args[0] is not value:
+            if user is reader or value not in written(user):
                 continue
             call = read(user)
             if call is None or call.op != "setitem" or self.region.order[user] > self.region.order[reader]:
@@ -282,7 +283,7 @@ class _Reader:
         reaches = Ellipsis in rows or len(index) == value.ndim
         if not full or not reaches or self.class_dim != value.ndim - 1 or self.log_softmax:
             raise _PathError(call.node, "a write into the logits that is not over whole classes")
-        if not self._is_minus_infinity(call["value"], call.node):
+        if not self._is_minus_infinity(call["value"], call["input"]):
             raise _PathError(call.node, "a write into the logits of something other than -inf")
         if isinstance(last, fx.Node) and self._is_class_vector(last, call["input"], torch.bool):
             self.dead.append(DeadClasses(mask=last))
@@ -308,11 +309,14 @@ class _Reader:
         return whole and ones and (dtype is None or value.dtype == dtype)
 
     def _is_minus_infinity(self, fill: Any, node: fx.Node) -> bool:
-        """-inf, or the dtype's lowest number, whose exponential beside any logit is 0 just the same."""
+        """-inf, or the dtype's lowest number, whose exponential beside any logit is 0 just the same.
+
+        Label smoothing adds up the logits themselves, where the two differ.
+        """
         if isinstance(fill, (fx.Node, bool)) or not isinstance(fill, (int, float)):
             return False
-        dtype = example_of(node.args[0] if mutates(node) else node).dtype
-        return fill == -math.inf or fill == torch.finfo(dtype).min
+        lowest = torch.finfo(example_of(node).dtype).min
+        return fill == -math.inf or (fill == lowest and not self.form.label_smoothing)
 
 
 def example_of(node: Any) -> torch.Tensor:

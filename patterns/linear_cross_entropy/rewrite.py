@@ -123,6 +123,7 @@ def _op(
         gradients=list(site.gradients),
         schedule=candidate.schedule,
         workspace=candidate.workspace,
+        autocast=False,
     )
     return editor.getitem(editor.call(torch.ops.structfly.linear_cross_entropy_v1.default, *arguments), 0)
 

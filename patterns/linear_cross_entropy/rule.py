@@ -10,10 +10,12 @@ import sympy
 import torch
 from torch import fx
 
-from structfly.compat import expression, size_hints
+from structfly.compat import expression, size_hints, wrapper_subclass
 from structfly.config import SiteSettings
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the op
 from structfly.lowering.linear_cross_entropy.arguments import DEVICES
+from structfly.lowering.linear_cross_entropy.chunked import Wanted
+from structfly.patterns.linear_cross_entropy.gradients import wanted_gradients
 from structfly.patterns.linear_cross_entropy.logits import (
     LogitsPath,
     Obstacle,
@@ -21,12 +23,12 @@ from structfly.patterns.linear_cross_entropy.logits import (
     foreign_users,
     trace,
 )
-from structfly.patterns.linear_cross_entropy.loss import LossForm, loss_forms, needs_gradient
+from structfly.patterns.linear_cross_entropy.loss import LossForm, loss_forms
 from structfly.patterns.linear_cross_entropy.menu import FusedCandidate, head_menu
 from structfly.patterns.linear_cross_entropy.pieces import Pieces, read_pieces
 from structfly.patterns.linear_cross_entropy.rewrite import rewrite_head
 from structfly.patterns.linear_cross_entropy.site import HeadSite
-from structfly.patterns.linear_cross_entropy.weighted_sum import read_weighted_sum
+from structfly.patterns.linear_cross_entropy.weighted_sum import WeightedSum, read_weighted_sum
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example, qualified_name
@@ -100,21 +102,23 @@ class LinearCrossEntropy:
             return path.linear.node, f"on {value.device.type}; supported devices: {', '.join(DEVICES)}"
         if value.dtype not in _DTYPES:
             return path.linear.node, f"logits of {value.dtype}; supported: {', '.join(map(str, _DTYPES))}"
-        return self._bind(first, pieces, region)
-
-    def _bind(self, traced: _Traced, pieces: Pieces | None, region: Region) -> HeadSite:
-        form, path = traced.form, traced.path
-        linear = path.linear
+        wrapped = _wrapper_operand([t.path for t in group])
+        if wrapped is not None:
+            return wrapped
         total = read_weighted_sum(form) if pieces is None and form.reduction == "none" else None
+        ends = [t.form.anchor for t in group] if total is None else [total.root]
+        gradients = wanted_gradients([t.path for t in group], ends)
+        if not isinstance(gradients, Wanted):
+            return gradients
+        return self._bind(first, pieces, total, gradients, region)
+
+    def _bind(
+        self, traced: _Traced, pieces: Pieces | None, total: WeightedSum | None, gradients: Wanted, region: Region
+    ) -> HeadSite:
+        form, path = traced.form, traced.path
+        linear, adapter = path.linear, path.linear.adapter
         anchors = [form.anchor] if pieces is None else [member.form.anchor for member in pieces.members]
         loss = example_of(form.anchor if total is None else total.root)
-        differentiated = any(needs_gradient(anchor) for anchor in anchors)
-        adapter = linear.adapter
-        low_rank = (None, None) if adapter is None else (adapter.x, adapter.weight)
-        inputs = (linear.x, linear.weight, linear.bias, *low_rank)
-        gradients = tuple(differentiated and needs_gradient(node) for node in inputs)
-        if path.bias is not None and differentiated and needs_gradient(path.bias):
-            gradients = (*gradients[:2], True, *gradients[3:])
         logits = example_of(linear.node)
         rank = 0 if adapter is None else expression(example_of(adapter.x).shape[-1])
         recompute = ""
@@ -126,18 +130,17 @@ class LinearCrossEntropy:
             value for value in map(example, (linear.node, linear.x, linear.weight, form.logits)) if value is not None
         ]
         where = form.anchor if total is None else total.root
-        site = HeadSite(
+        return HeadSite(
             rule=self.name,
             name=qualified_name(linear.node, linear.weight),
             node=min(anchors, key=region.order.__getitem__) if pieces is not None else where,
-            replaces=(),
             device=logits.device,
             sizes={symbol: hint for value in values for symbol, hint in size_hints(value).items()},
             path=path,
             form=form,
             pieces=pieces,
             total=total,
-            gradients=gradients,  # type: ignore[arg-type]
+            gradients=gradients,
             recompute=recompute,
             rows=_row_count(form, path, pieces),
             hidden=expression(example_of(linear.x).shape[-1]),
@@ -146,8 +149,6 @@ class LinearCrossEntropy:
             dtype=logits.dtype,
             loss_dtype=_loss_dtype(loss.dtype, pieces, logits.dtype),
         )
-        object.__setattr__(site, "replaces", tuple(sorted((n.name for n in site.dead_nodes), key=str)))
-        return site
 
 
 def _loss_dtype(dtype: torch.dtype, pieces: Pieces | None, logits: torch.dtype) -> torch.dtype:
@@ -164,6 +165,17 @@ def _row_count(form: LossForm, path: LogitsPath, pieces: Pieces | None) -> sympy
     shape = example_of(form.logits).shape
     sizes = (expression(size) for dim, size in enumerate(shape) if dim != path.class_dim)
     return sympy.expand(math.prod(sizes, start=sympy.Integer(1)))
+
+
+def _wrapper_operand(paths: Sequence[LogitsPath]) -> tuple[fx.Node, str] | None:
+    """An operand that is no plain tensor: the op would run on what it wraps, without its meaning."""
+    nodes = {node for path in paths for node in path.nodes}
+    for operand in sorted({operand for node in nodes for operand in node.all_input_nodes}, key=str):
+        value = example(operand)
+        name = "" if value is None else wrapper_subclass(value)
+        if name:
+            return operand, f"{operand.name} is a {name}, for which the fused head has no rule; pass a plain tensor"
+    return None
 
 
 def _stranger(user: fx.Node) -> str:

@@ -8,6 +8,7 @@ import sympy
 import torch
 from torch import fx
 
+from structfly.lowering.linear_cross_entropy.chunked import Wanted
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.pieces import Pieces
@@ -24,7 +25,7 @@ class HeadSite(Site):
         form: the (first) loss.
         pieces: set if the rows are split over several losses.
         total: set if per-token losses end in a weighted sum.
-        gradients: for x, weight, bias, adapter_x, adapter_weight, whether a gradient is needed.
+        gradients: which of the linear's operands need one.
         recompute: gradients cannot or should not be made in the forward pass.
         rows, hidden, classes, rank: N, H, C and the adapter's R (0 without one).
         dtype: of the logits: what the matrix products run in.
@@ -35,7 +36,7 @@ class HeadSite(Site):
     form: LossForm
     pieces: Pieces | None
     total: WeightedSum | None
-    gradients: tuple[bool, bool, bool, bool, bool]
+    gradients: Wanted
     recompute: str
     rows: sympy.Expr = field(repr=False)
     hidden: sympy.Expr = field(repr=False)
@@ -53,7 +54,6 @@ class HeadSite(Site):
 
     @property
     def dead_nodes(self) -> tuple[fx.Node, ...]:
-        """Nodes that a rewrite makes superfluous."""
         nodes = dict.fromkeys(self.path.nodes)
         if self.pieces is not None:
             for piece in self.pieces.members:

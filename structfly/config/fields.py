@@ -147,6 +147,21 @@ def _known_option(name: str) -> str:
     return name
 
 
+def _fitting_values(table: Mapping[str, object]) -> Mapping[str, object]:
+    """Inductor's own check, which it makes only for options given to it directly; an int may stand for a float."""
+    for name, value in table.items():
+        kind = compat.inductor_option_type(name)
+        if kind is type(None):  # no type declared, and the default is None
+            continue
+        try:
+            fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(float(value), kind))
+        except TypeError:  # a parametrised type, which isinstance does not take
+            continue
+        if not fits:
+            raise wrong_value(f"for {name} a value of type {getattr(kind, '__name__', kind)}")
+    return table
+
+
 # ---------------------------------------------------------------------------------- the types
 
 ByteCount = Annotated[int | None, PlainValidator(parse_bytes)]
@@ -161,6 +176,7 @@ RuleSwitches = Annotated[
 InductorTable = Annotated[
     Mapping[Annotated[str, AfterValidator(_known_option)], Any],
     BeforeValidator(_flat_options),
+    AfterValidator(_fitting_values),
     AfterValidator(read_only),
     PlainSerializer(dict),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
@@ -121,6 +121,11 @@ class Config(_Table):
                 settings |= {key: getattr(override, key) for key in settings if key in override.model_fields_set}
                 rules |= override.rules
         return SiteSettings(**settings, disabled_rules=frozenset(rule for rule, on in rules.items() if not on))
+
+    def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
+        """The patterns that match none of the names: probably misspelt."""
+        names = list(names)
+        return [pattern for pattern, _ in self.overrides if not any(fnmatchcase(name, pattern) for name in names)]
 
     def inductor_options(self) -> dict[str, object]:
         """The options for ``torch._inductor.compile``: ``mode`` spelt out, with ``inductor`` over it."""

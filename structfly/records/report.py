@@ -62,12 +62,14 @@ class Report:
         sites: in graph order.
         graphs: how many graphs the function was compiled to.
         graph_breaks: why it was more than one, where torch said so.
+        unmatched_overrides: patterns of the configuration's overrides that match no site's name.
         pass_seconds: time spent in structfly's own pass, summed over graphs.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
     graphs: int = 0
     graph_breaks: list[str] = field(default_factory=list)
+    unmatched_overrides: list[str] = field(default_factory=list)
     pass_seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -93,6 +95,8 @@ class Report:
             console.print(table)
         for reason in self.graph_breaks:
             console.print(f"graph break: {reason}", markup=False)
+        for pattern in self.unmatched_overrides:
+            console.print(f"override {pattern!r} matches the name of no site above", markup=False)
 
 
 _STYLE = {"rewritten": "green", "kept": "yellow", "missed": "red", "failed": "bold red"}

@@ -20,7 +20,6 @@ class Site:
         rule: the rule's name.
         name: qualified name of the module or parameter concerned, for overrides and reports.
         node: the node the report points at.
-        replaces: names of the nodes that a rewrite removes.
         device: where it runs.
         sizes: example values of the symbols in its costs.
     """
@@ -28,9 +27,18 @@ class Site:
     rule: str
     name: str
     node: fx.Node
-    replaces: tuple[str, ...]
     device: torch.device
     sizes: Mapping[sympy.Symbol, int] = field(repr=False)
+
+    @property
+    def dead_nodes(self) -> tuple[fx.Node, ...]:
+        """The nodes that a rewrite makes superfluous: all that it computes stands where the last of them stood."""
+        return (self.node,)
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(sorted(node.name for node in self.dead_nodes))
 
 
 @dataclass(frozen=True)

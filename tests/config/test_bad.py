@@ -48,6 +48,15 @@ def message(options: Any, mode: Any = None) -> str:
         ({"inductor": {3: 1}}, "inductor has the key 3; allowed: strings as keys"),
         ({"overrides": {3: {}}}, "overrides has the key 3; allowed: strings as keys"),
         ({"overrides": {"a.*": {3: 1}}}, 'overrides."a.*" has the key 3; allowed: strings as keys'),
+        # types of Inductor's options
+        (
+            {"inductor": {"max_autotune": "yes"}},
+            "inductor is {'max_autotune': 'yes'}; allowed: for max_autotune a value of type bool",
+        ),
+        (
+            {"inductor": {"triton": {"cudagraphs": None}}},
+            "inductor is {'triton': {'cudagraphs': None}}; allowed: for triton.cudagraphs a value of type bool",
+        ),
         # unknown names
         ({"stict": True}, f"stict is unknown; {TOP}; did you mean strict?"),
         ({"xyz": True}, f"xyz is unknown; {TOP}"),

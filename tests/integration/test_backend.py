@@ -87,6 +87,26 @@ def test_explain_reports_and_forgets_nothing() -> None:
     assert "linear_cross_entropy" in str(report)
 
 
+def test_explain_lists_overrides_that_match_no_site() -> None:
+    overrides: Any = {"w": {"loss_memory": "1MiB"}, "lm_heda": {"rewrite": "auto"}}
+    report = structfly.explain(head, options={**ALWAYS, "overrides": overrides})(*inputs())
+    assert report.unmatched_overrides == ["lm_heda"]
+    assert "override 'lm_heda' matches the name of no site above" in str(report)
+
+
+def test_torch_logs_shows_what_was_done() -> None:
+    program = """
+import torch
+def step(x, w, t):
+    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), t)
+x, w, t = torch.randn(4, 8), torch.randn(30, 8), torch.tensor([1, 2, 3, 4])
+torch.compile(step, backend="structfly", options={"rewrite": "always"})(x, w, t)
+"""
+    environment = {**os.environ, "TORCH_LOGS": "+structfly"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "linear_cross_entropy rewritten at w" in done.stderr
+
+
 @pytest.mark.parametrize("backend", ["inductor", "structfly"])
 def test_retain_graph_works_wherever_inductors_does(backend: str) -> None:
     options = ALWAYS if backend == "structfly" else None
@@ -113,6 +133,15 @@ def test_under_autocast_the_products_run_in_its_dtype() -> None:
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=3e-2, atol=1e-3)
+
+
+def test_the_linear_keeps_its_own_precision_where_only_the_loss_is_under_autocast() -> None:
+    def step(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        z = F.linear(x, w)
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(z, labels)
+
+    assert_like_eager(Rewritten(step, then="aot_eager"), step, inputs())
 
 
 def test_without_gradients_only_the_losses_are_made() -> None:

@@ -11,6 +11,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.compiling import Rewritten
 
@@ -49,6 +51,26 @@ def work(rank: int, folder: str) -> None:
         save_file(gradients, f"{folder}/gradients.safetensors", {"statuses": ",".join(fast.statuses)})
         Path(folder, "statuses").write_text(f"{','.join(fast.statuses)} in {len(fast.graphs)}", encoding="utf-8")
     dist.destroy_process_group()
+
+
+def test_a_dtensor_head_is_left_alone(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        x, target = torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 4, 5])
+        weight = nn.Parameter(distribute_tensor(torch.randn(10, 8), mesh, [Shard(0)]))
+        operands = (distribute_tensor(x, mesh, [Replicate()]), weight, distribute_tensor(target, mesh, [Replicate()]))
+
+        def step(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(x, weight), target)
+
+        fast = Rewritten(step, then="aot_eager")
+        loss = fast(*operands)
+        assert torch.equal(loss.full_tensor(), step(*operands).full_tensor())  # type: ignore[attr-defined]
+        assert fast.statuses == ["missed"]
+        assert "is a DTensor" in fast.sites[0].reason
+    finally:
+        dist.destroy_process_group()
 
 
 def test_gradients_are_those_of_the_joined_batch(tmp_path: Path) -> None:

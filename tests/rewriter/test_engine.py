@@ -37,7 +37,7 @@ class SineOfDouble:
                 results.append(Miss(self.name, node, "a cosine is no sine", 1, node))
                 results.append(Miss(self.name, node, "not even close", 0, node))
             if node.target is torch.sin:
-                results.append(Site(self.name, f"at.{node.name}", node, (node.name,), torch.device("cpu"), {}))
+                results.append(Site(self.name, f"at.{node.name}", node, torch.device("cpu"), {}))
         return results
 
     def menu(self, site: Site, profile: DeviceProfile, settings: SiteSettings) -> Menu:
@@ -142,6 +142,34 @@ def test_a_failing_rule_raises_if_strict() -> None:
     assert isinstance(caught.value.inner_exception, RewriteError)
 
 
+def used_before_it_is_made(editor: Editor, x: fx.Node) -> fx.Node:
+    (last,) = (node for node in x.graph.nodes if node.op == "output")
+    editor.before(last)
+    return editor.call(torch.exp, x)
+
+
+def test_a_rewrite_that_breaks_the_graph_is_undone() -> None:
+    def function(x: Tensor) -> Tensor:
+        return torch.sin(x) * 2 + torch.sin(x + 1)
+
+    value, (outcome,), (gm,) = run(SineOfDouble(used_before_it_is_made), function, X)
+    assert torch.equal(value, function(X))
+    assert [site.status for site in outcome.sites] == ["failed", "failed"]
+    assert torch.exp not in [node.target for node in gm.graph.nodes]
+    assert not outcome.changed
+
+
+def test_a_failing_choice_leaves_all_sites_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("no optimum")
+
+    monkeypatch.setattr("structfly.rewriter.engine.choose", fail)
+    value, (outcome,), _ = run(SineOfDouble(), lambda x: torch.sin(x) + torch.sin(x + 1), X)
+    assert torch.equal(value, torch.sin(X) + torch.sin(X + 1))
+    assert [site.status for site in outcome.sites] == ["failed", "failed"]
+    assert "no optimum" in outcome.sites[0].reason
+
+
 class _FailsToFind(SineOfDouble):
     def find(self, region: Region) -> Sequence[Site | Miss]:
         raise KeyError("lost")
@@ -161,6 +189,15 @@ def test_checkpoint_bodies_are_entered() -> None:
     value, (outcome,), _ = run(SineOfDouble(), function, X.clone().requires_grad_())
     torch.testing.assert_close(value, torch.sin(2 * X))
     assert [site.status for site in outcome.sites] == ["rewritten"]
+
+
+def test_sites_are_reported_in_the_order_of_their_graphs() -> None:
+    def function(x: Tensor) -> Tensor:
+        inside: Tensor = checkpoint(lambda y: torch.sin(y) + torch.cos(y), x, use_reentrant=False)
+        return inside + torch.cos(x) + torch.sin(x + 1) + torch.cos(x)
+
+    _, (outcome,), _ = run(SineOfDouble(), function, X.clone().requires_grad_())
+    assert [site.status for site in outcome.sites] == ["missed", "rewritten", "missed", "rewritten", "missed"]
 
 
 def test_an_input_cannot_be_added_inside_a_body() -> None:

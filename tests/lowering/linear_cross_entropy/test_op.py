@@ -38,7 +38,10 @@ def test_as_accurate_as_the_reference(call: Arguments) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"epilogue": "div:3.0,tanh,mul:3.0", "bias": True}, {"label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"epilogue": "div:3.0,tanh,mul:3.0", "bias": True}, {"label_smoothing": 0.1}, {"row_weight": True}],
+)
 def test_as_accurate_as_the_reference_at_size(dtype: torch.dtype, options: dict[str, Any]) -> None:
     call = make_call(dtype=dtype, rows=500, hidden=64, classes=1003, workspace=128 * 1008 * dtype.itemsize, **options)
     assert_like_eager(partial(run, call), partial(run_reference, call), leaves_of(call), dtype, roundings=1)

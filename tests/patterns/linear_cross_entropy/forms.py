@@ -354,6 +354,28 @@ def masked_by_fill(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor)
     return F.cross_entropy(_rows(z), labels.clamp_max(w.shape[0] - 4).view(-1))
 
 
+@form()
+def masked_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    with torch.no_grad():
+        z[..., w.shape[0] - 3 :] = -float("inf")
+    return F.cross_entropy(_rows(z), labels.clamp_max(w.shape[0] - 4).view(-1))
+
+
+# ------------------------------------------------------------------------------------------- writes that do not count
+
+
+@form()
+def hidden_states_made_in_place(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    hidden = x * 1
+    hidden += 1.0
+    loss = F.cross_entropy(_rows(F.linear(hidden * 2, w, b)), labels.view(-1))
+    with torch.no_grad():
+        labels = labels * 1
+        labels.zero_()
+    return loss + labels.sum()
+
+
 # -------------------------------------------------------------------------------------------------- checkpointing
 
 
@@ -373,6 +395,62 @@ def checkpointed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -
 def logits_used_elsewhere(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     z = _rows(F.linear(x, w, b))
     return F.cross_entropy(z, labels.view(-1)) + z.square().mean()
+
+
+@near_miss("writes into a tensor that the nodes of this site read")
+def hidden_states_overwritten(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = x * 1
+        z = _rows(F.linear(hidden, w, b))
+        hidden.view(-1)[:3] = 7.0
+        return F.cross_entropy(z, labels.view(-1))
+
+
+@near_miss("writes into a tensor that the nodes of this site read")
+def weight_overwritten_through_out(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight = w * 1
+        z = _rows(F.linear(x, weight, b))
+        torch.mul(w, 2.0, out=weight)
+        return F.cross_entropy(z, labels.view(-1))
+
+
+@near_miss("writes into a tensor that the nodes of this site read")
+def mask_overwritten(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        mask = (ids > 3).to(x.dtype)
+        losses = F.cross_entropy(F.linear(x, w, b).transpose(1, 2), labels, reduction="none") * mask
+        mask.zero_()
+        return losses.sum()
+
+
+@near_miss("writes into mask, which stays in the graph")
+def losses_written_into_the_mask(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        mask = (ids > 3).to(x.dtype)
+        losses = F.cross_entropy(F.linear(x, w, b).transpose(1, 2), labels, reduction="none")
+        return mask.mul_(losses).sum() + mask.max()
+
+
+@near_miss("stops the gradient")
+def linear_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = F.linear(x, w)
+    return F.cross_entropy(_rows(z + b), labels.view(-1))
+
+
+@near_miss("without gradient, another with")
+def one_part_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, target = _rows(F.linear(x, w, b)), ids.view(-1)
+    with torch.no_grad():
+        first = F.cross_entropy(z[:6], target[:6])
+    return first + F.cross_entropy(z[6:], target[6:])
+
+
+@near_miss("other than -inf")
+def filled_with_the_lowest_and_smoothed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b).masked_fill(torch.arange(w.shape[0]) > 33, torch.finfo(x.dtype).min)
+    return F.cross_entropy(_rows(z), ids.view(-1) % 30, label_smoothing=0.1)
 
 
 @near_miss("come into this graph as its input")

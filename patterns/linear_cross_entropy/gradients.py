@@ -1,0 +1,54 @@
+"""Which gradients a head has to make, read from which values of the graph take part in differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import fx
+
+from structfly.lowering.linear_cross_entropy.chunked import Wanted
+from structfly.patterns.linear_cross_entropy.logits import LogitsPath
+from structfly.patterns.linear_cross_entropy.loss import needs_gradient
+from structfly.rewriter.views import example_tuple
+
+
+def wanted_gradients(paths: Sequence[LogitsPath], ends: Sequence[fx.Node]) -> Wanted | tuple[fx.Node, str]:
+    """Which of the linear's operands need a gradient.
+
+    Args:
+        paths: the ways from one linear to its losses.
+        ends: the values that a rewrite replaces.
+
+    Returns:
+        the gradients, or the node and the reason why one op cannot have eager's gradients.
+    """
+    constant = [end for end in ends if not needs_gradient(end)]
+    if len(constant) == len(ends):
+        return Wanted(False, False, False, False, False)
+    if constant:
+        return constant[0], "one of several losses on this linear is computed without gradient, another with"
+    cut = next((node for path in paths for node in sorted(path.nodes, key=str) if _cuts(node)), None)
+    if cut is not None:
+        return cut, f"{cut.name} stops the gradient between the linear's operands and the loss"
+    linear, added = paths[0].linear, paths[0].bias
+    adapter = linear.adapter
+    return Wanted(
+        x=needs_gradient(linear.x),
+        weight=needs_gradient(linear.weight),
+        bias=needs_gradient(linear.bias) or needs_gradient(added),
+        adapter_x=adapter is not None and needs_gradient(adapter.x),
+        adapter_weight=adapter is not None and needs_gradient(adapter.weight),
+    )
+
+
+def _cuts(node: fx.Node) -> bool:
+    """Whether something that requires a gradient goes in and nothing that does comes out, as under no_grad."""
+    results = list(_tensors(node))
+    goes_in = any(value.requires_grad for operand in node.all_input_nodes for value in _tensors(operand))
+    return goes_in and bool(results) and not any(value.requires_grad for value in results)
+
+
+def _tensors(node: fx.Node) -> Iterable[torch.Tensor]:
+    value = example_tuple(node)
+    return (each for each in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(each, torch.Tensor))

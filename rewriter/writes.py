@@ -1,0 +1,101 @@
+"""Writes into tensors: which nodes make them, and whether a group of nodes may be computed later than it stands.
+
+A rewrite computes at its last node what eager computed at several earlier ones.  A write in between, into anything that
+those nodes read, would be seen by the one and not by the other.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from structfly import compat
+from structfly.rewriter.region import Region, example
+
+_INPLACE_OPERATORS = {
+    operator.setitem,
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+    operator.ilshift,
+    operator.irshift,
+}
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments of ``node`` that it writes into, as far as its name, its keywords and its schema tell."""
+    if node.op == "call_method":
+        return _nodes(node.args[:1]) if _names_a_write(str(node.target)) else []
+    if node.op != "call_function":
+        return []
+    if node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return _nodes(node.args[:1]) or _nodes(node.kwargs.get("input"))
+    declared = compat.written_arguments(node)
+    if declared is not None:
+        return _nodes(declared)
+    named = node.args[:1] if _names_a_write(getattr(node.target, "__name__", "")) else ()
+    return _nodes((named, node.kwargs.get("out")))
+
+
+def _names_a_write(name: str) -> bool:
+    """``add_`` and ``__iadd__``, as torch names what works in place."""
+    dunder = name.startswith("__") and name.endswith("__")
+    return name in _INPLACE_METHODS if dunder else name.endswith("_")
+
+
+_INPLACE_METHODS = {f"__{function.__name__}__" for function in _INPLACE_OPERATORS}
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(values, found.append)
+    return found
+
+
+def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str] | None:
+    """Why ``nodes`` cannot all be computed where the last of them stands, and the node to blame; None if they can.
+
+    Tensors are told apart by their storage, so that a write through a view counts.  A tensor whose version tells of
+    more writes than can be found in the graph (a body's, or an unknown operation's) pins what reads it.
+    """
+    order = region.order
+    first, last = min(map(order.__getitem__, nodes)), max(map(order.__getitem__, nodes))
+    read = {operand for node in nodes for operand in node.all_input_nodes} - set(nodes)
+    storages = {key for operand in read for key in _storages(operand)}
+    found: dict[int, int] = {}
+    for place, node in enumerate(region.graph.nodes):
+        for target in written(node):
+            for key in _storages(target):
+                found[key] = found.get(key, 0) + 1
+            if not first <= place <= last:
+                continue
+            if node in nodes:
+                if target not in nodes:
+                    return node, f"{node.name} writes into {target.name}, which stays in the graph"
+            elif storages.intersection(_storages(target)):
+                return node, (
+                    f"{node.name} writes into a tensor that the nodes of this site read, after the first of them and "
+                    "before the last; write into a copy, or later"
+                )
+    for operand in sorted(read, key=order.__getitem__):
+        tensor = example(operand)
+        if tensor is not None and compat.version(tensor) > sum(found.get(key, 0) for key in _storages(operand)):
+            return operand, f"{operand.name} is written in place by an operation whose place is not known"
+    return None
+
+
+def _storages(node: fx.Node) -> list[int]:
+    value = node.meta.get("example_value")
+    tensors = value if isinstance(value, (tuple, list)) else [value]
+    return [compat.storage_key(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
