@@ -1,0 +1,172 @@
+"""Matrix products generated from the skeleton ``templates/gemm.jinja``, and their launch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.errors import UnsupportedError
+from structfly.lowering.template import Parameter, load, render
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut up.
+
+    Attributes:
+        m, n, k: a tile of the result, and the step along the inner dimension.
+        group: rows of tiles that are taken together, so that they share operands in the cache.
+        parts: blocks of columns that an epilogue with operands of its own handles one after another.
+        warps, stages: Triton's warps per program and depth of software pipelining.
+    """
+
+    m: int
+    n: int
+    k: int
+    group: int
+    parts: int
+    warps: int
+    stages: int
+
+
+# The fastest of those measured on an H100: eight warps hold a tile's sums in half of their registers.
+HOPPER = Tiles(m=128, n=256, k=64, group=8, parts=4, warps=8, stages=3)
+# For the interpreter, which runs a program at a time: small, so that small problems have several tiles.
+INTERPRETED = Tiles(m=16, n=32, k=16, group=2, parts=2, warps=1, stages=1)
+
+
+def tiles_for(device: torch.device) -> Tiles:
+    """The tiles of products on ``device``."""
+    return HOPPER if device.type == "cuda" else INTERPRETED
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An argument that an epilogue reads or writes by descriptor: a tile at a time, or, if ``cut``, a part of one."""
+
+    tensor: Tensor
+    cut: bool = True
+
+
+class Product:
+    """A product of ``a`` (M, K) and ``b`` (K, N) as ``template`` describes it, ready to be launched many times.
+
+    Descriptors are made once: on the host they cost more than a launch.
+
+    Args:
+        template: a template that extends the skeleton; its hooks' arguments begin with those of each launch.
+        a, b: bfloat16 matrices, rows or columns contiguous.
+        arguments: the template's other arguments, in its order.
+        parameters: the template's own.
+        split: programs that share the inner dimension of a tile.
+
+    Raises:
+        UnsupportedError: an operand's layout has no descriptor.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        a: Tensor,
+        b: Tensor,
+        arguments: Sequence[Tensor | Blocks | int],
+        parameters: Mapping[str, Parameter] | None = None,
+        *,
+        split: int = 1,
+    ) -> None:
+        tiles = tiles_for(a.device)
+        (rows, inner), columns = a.shape, b.shape[1]
+        (a_stored, a_transposed), (b_stored, b_transposed) = _stored(a), _stored(b)
+        layout: dict[str, Parameter] = {
+            "name": template,
+            "a_transposed": a_transposed,
+            "b_transposed": b_transposed,
+            "split": split > 1,
+            "parts": tiles.parts,
+            "interpreted": not a.is_cuda,
+        }
+        self._operands = (
+            _descriptor(a_stored, *((tiles.k, tiles.m) if a_transposed else (tiles.m, tiles.k))),
+            _descriptor(b_stored, *((tiles.n, tiles.k) if b_transposed else (tiles.k, tiles.n))),
+        )
+        self._arguments = [
+            _descriptor(each.tensor, tiles.m, tiles.n // (tiles.parts if each.cut else 1))
+            if isinstance(each, Blocks)
+            else each
+            for each in arguments
+        ]
+        self._sizes = (rows, columns, inner)
+        programs = min(programs_on(a.device), -(-rows // tiles.m) * -(-columns // tiles.n) * split)
+        self._constants = {
+            "BM": tiles.m,
+            "BN": tiles.n,
+            "BK": tiles.k,
+            "GROUP": tiles.group,
+            "SPLIT": split,
+            "PROGRAMS": programs,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
+        kernel = _kernel(template, tuple({**layout, **(parameters or {})}.items()))
+        self._launch = kernel[(programs,)]
+
+    def __call__(self, *arguments: Tensor | int) -> None:
+        """Launch it on the current device with the launch's own arguments."""
+        self._launch(*self._operands, *arguments, *self._arguments, *self._sizes, **self._constants)
+
+
+def busy(rows: int, columns: int, split: int, processors: int, tiles: Tiles = HOPPER) -> float:
+    """The share of the processors' time that a product of many equal tiles keeps them busy."""
+    programs = -(-rows // tiles.m) * -(-columns // tiles.n) * split
+    return programs / (-(-programs // processors) * processors)
+
+
+def best_split(rows: int, columns: int, processors: int, tiles: Tiles = HOPPER) -> int:
+    """1, or 2 where that keeps clearly more of the processors busy; a sum of two does not depend on their order."""
+    one, two = (busy(rows, columns, split, processors, tiles) for split in (1, 2))
+    return 2 if two > 1.1 * one else 1
+
+
+def full_row_counts(columns: int, processors: int, most: int, tiles: Tiles = HOPPER) -> list[int]:
+    """Row counts up to ``most`` at which a product of ``columns`` just fills the processors, once or several times."""
+    across = -(-columns // tiles.n)
+    counts = {waves * processors // (across * split) * tiles.m for split in (1, 2) for waves in range(1, 9)}
+    return sorted(count for count in counts if 0 < count <= most)
+
+
+@lru_cache(maxsize=16)
+def programs_on(device: torch.device) -> int:
+    """Programs that run at once: one a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def has_descriptor(matrix: Tensor) -> bool:
+    """Whether rows or columns are contiguous and begin at multiples of 16 bytes, as tensor descriptors need it."""
+    stored, _ = _stored(matrix)
+    return stored.stride(1) == 1 and stored.stride(0) * stored.element_size() % 16 == 0 and stored.data_ptr() % 16 == 0
+
+
+def _stored(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The matrix as it lies in memory, rows contiguous, and whether that is its transpose."""
+    return (matrix.t(), True) if matrix.stride(1) != 1 and matrix.stride(0) == 1 else (matrix, False)
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+    if not has_descriptor(matrix):
+        raise UnsupportedError(
+            f"a {tuple(matrix.shape)} {matrix.dtype} matrix of strides {matrix.stride()} in a generated product; "
+            "its rows must be contiguous and begin at multiples of 16 bytes"
+        )
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+@lru_cache(maxsize=256)
+def _kernel(template: str, parameters: tuple[tuple[str, Parameter], ...]) -> Any:
+    return getattr(load(render(template, **dict(parameters))), template)
