@@ -43,6 +43,8 @@ def _cpu() -> DeviceProfile:
         half_rate_rows=48,
         fast_rows=256,
         workspace_cap=256 * MIB,
+        processors=threads,
+        generated_products=False,
     )
 
 
@@ -63,6 +65,8 @@ def _cuda(device: torch.device) -> DeviceProfile:
         launch_seconds=4e-6,
         call_seconds=60e-6,
         half_rate_rows=128,
-        fast_rows=2048,
+        fast_rows=3072,
         workspace_cap=1024 * MIB,
+        processors=torch.cuda.get_device_properties(device).multi_processor_count,
+        generated_products=torch.cuda.get_device_capability(device) == (9, 0),
     )

@@ -20,7 +20,7 @@ ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? row_weight, "
     "Tensor? class_mask, Tensor? adapter_x, Tensor? adapter_weight, float adapter_scale, str epilogue, "
     "SymInt num_classes, int? ignore_index, float label_smoothing, str reduction, ScalarType loss_dtype, "
-    "bool[] gradients, str schedule, int workspace, bool autocast"
+    "bool[] gradients, str schedule, str scheme, int workspace, bool autocast"
 )
 GRADIENTS = "Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_adapter_x, Tensor grad_adapter_weight"
 
@@ -33,8 +33,10 @@ class Arguments(NamedTuple):
     :func:`~structfly.lowering.linear_cross_entropy.reference.linear_cross_entropy_reference`, and:
 
     ``loss_dtype`` is the dtype of the returned loss, ``gradients`` says for x, weight, bias, adapter_x and
-    adapter_weight whether a gradient will be asked for, ``schedule`` is "forward" or "backward", ``workspace`` the
-    bytes one chunk of logits may take, and ``autocast`` whether an autocast region around the call casts what the
+    adapter_weight whether a gradient will be asked for, ``schedule`` is "forward" or "backward", ``scheme`` is
+    "logits" (:mod:`~structfly.lowering.linear_cross_entropy.chunked`) or "exponentials"
+    (:mod:`~structfly.lowering.linear_cross_entropy.exponentials`), ``workspace`` the bytes one chunk of either may
+    take, and ``autocast`` whether an autocast region around the call casts what the
     linear multiplies, as it does for ``linear`` (a rewrite has put the linear's own casts into the graph, and the loss
     may stand in another region: it says False).
     """
@@ -57,6 +59,7 @@ class Arguments(NamedTuple):
     loss_dtype: torch.dtype
     gradients: Sequence[bool]
     schedule: str
+    scheme: str
     workspace: int
     autocast: bool
 

@@ -10,15 +10,22 @@ from torch import Tensor
 from structfly.compat import assert_on_device
 from structfly.errors import StructflyError
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.lowering.linear_cross_entropy.chunked import Wanted, allocate_gradients, run_chunks
+from structfly.lowering.linear_cross_entropy.chunked import Gradients, Wanted, allocate_gradients, run_chunks
+from structfly.lowering.linear_cross_entropy.exponentials import run_exponentials
 from structfly.lowering.linear_cross_entropy.rows import RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
 from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton
-from structfly.lowering.linear_cross_entropy.schedule import saved_dtype
+from structfly.lowering.linear_cross_entropy.schedule import saved_dtype, why_no_exponentials
 
 
 def _row_step(x: Tensor) -> RowStep:
     return row_step_triton if x.is_cuda and x.dtype != torch.float64 else row_step_aten
+
+
+def _run(call: Arguments, coefficient: Tensor | None, wanted: Wanted | None) -> tuple[Tensor, Gradients | None]:
+    if call.scheme == "exponentials":
+        return run_exponentials(call.head, coefficient, wanted, call.workspace)
+    return run_chunks(call.head, coefficient, wanted, call.workspace, _row_step(call.x))
 
 
 def _check(call: Arguments) -> None:
@@ -27,6 +34,11 @@ def _check(call: Arguments) -> None:
         raise StructflyError(f"reduction is {call.reduction!r}; allowed: 'none', 'sum', 'mean'")
     if call.schedule not in ("forward", "backward"):
         raise StructflyError(f"schedule is {call.schedule!r}; allowed: 'forward', 'backward'")
+    if call.scheme not in ("logits", "exponentials"):
+        raise StructflyError(f"scheme is {call.scheme!r}; allowed: 'logits', 'exponentials'")
+    unserved = "" if call.scheme == "logits" else _why_no_exponentials(call)
+    if unserved:
+        raise StructflyError(f"the scheme 'exponentials' does not serve this head: {unserved}; use 'logits'")
     if call.schedule == "forward" and call.reduction == "none" and any(call.gradients):
         raise StructflyError("reduction='none' has no scalar upstream gradient; use schedule='backward'")
     if call.row_weight is not None and call.reduction != "sum":
@@ -39,6 +51,16 @@ def _check(call: Arguments) -> None:
         assert_on_device(~wrong.any(), f"a target is out of bounds for {call.num_classes} classes")
     elif bool(wrong.any()):
         raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
+
+
+def _why_no_exponentials(call: Arguments) -> str:
+    return why_no_exponentials(
+        call.x.dtype,
+        call.x.shape[1],
+        label_smoothing=call.label_smoothing,
+        adapter=call.adapter_x is not None,
+        bias_gradient=Wanted(*call.gradients).bias,
+    )
 
 
 def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
@@ -85,7 +107,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         weight, count = _weights(call)
         wanted = call.wanted_in_forward
         coefficient, rest = _coefficient(call, weight, count)
-        losses, gradients = run_chunks(head, coefficient, wanted, call.workspace, _row_step(call.x))
+        losses, gradients = _run(call, coefficient, wanted)
         if call.reduction == "none":
             loss = losses
         else:
@@ -107,7 +129,7 @@ def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             coefficient, rest = _coefficient(call, grad_loss, count)
         else:
             coefficient, rest = _coefficient(call, weight, count, grad_loss)
-        _, gradients = run_chunks(head, coefficient, wanted, call.workspace, _row_step(call.x))
+        _, gradients = _run(call, coefficient, wanted)
         assert gradients is not None
         if saved_dtype(call.x.dtype) == call.x.dtype:
             return tuple(gradients)

@@ -1,11 +1,13 @@
 """How a workspace in bytes becomes chunks of rows, and in which dtype the weight's gradient is summed.
 
-These few rules are shared by the run-time loop, which knows the row count, and by the planner, which only has a hint.
+These rules are shared by the run-time loop, which knows the row count, and by the planner, which only has a hint.
 """
 
 from __future__ import annotations
 
 import torch
+
+from structfly.lowering.gemm import HOPPER
 
 # Leading dimension of the logits buffer: rows start at multiples of 16 elements, so that GEMMs take aligned paths.
 _ALIGNMENT = 16
@@ -18,6 +20,32 @@ def row_stride(classes: int) -> int:
     return -(-classes // _ALIGNMENT) * _ALIGNMENT
 
 
+def why_no_exponentials(
+    dtype: torch.dtype, hidden: int, *, label_smoothing: float, adapter: bool, bias_gradient: bool
+) -> str:
+    """Why the scheme "exponentials" does not serve a head, or ""."""
+    if dtype != torch.bfloat16:
+        return f"its logits are {dtype}; only bfloat16 has the range for exponentials"
+    if hidden % 8:
+        return f"its {hidden} hidden units are no multiple of 8, which tensor descriptors need"
+    if label_smoothing:
+        return "label smoothing adds to every class's gradient"
+    if adapter:
+        return "the logits are a sum of two products"
+    return "the bias needs a gradient" if bias_gradient else ""
+
+
+def exponentials_bytes(rows: int, length: int, hidden: int, classes: int, *, dx: bool, dw: bool) -> int:
+    """Bytes that the scheme "exponentials" takes besides inputs and gradients, in chunks of ``length`` of ``rows``."""
+    row = row_stride(classes) * 2 + hidden * (2 + 4 * dx) + 4 * (-(-classes // HOPPER.n) + 5)
+    return length * row + (classes * low_stride(hidden) if dw and length < rows else 0)
+
+
+def low_stride(columns: int) -> int:
+    """Bytes from one row of the weight gradient's lower plane to the next."""
+    return -(-columns // 16) * 16
+
+
 def rows_per_chunk(rows: int, classes: int, dtype: torch.dtype, workspace: int) -> int:
     """Rows whose logits fit in ``workspace`` bytes, at least 1, evened out over the chunks they make."""
     fit = max(1, workspace // (row_stride(classes) * dtype.itemsize))
@@ -28,6 +56,16 @@ def rows_per_chunk(rows: int, classes: int, dtype: torch.dtype, workspace: int) 
     chunks = -(-rows // fit)
     even = -(-rows // chunks)
     return min(fit, -(-even // _TILE) * _TILE) if fit >= _TILE else even
+
+
+def exponential_rows(rows: int, classes: int, workspace: int) -> int:
+    """Rows of exponentials that fit in ``workspace`` bytes, at least 1; whole tiles where there are some.
+
+    They are not evened out over the chunks: how many rows count is known on the device alone, and a length may have
+    been chosen for how its products fill the device.
+    """
+    fit = workspace // (row_stride(classes) * torch.bfloat16.itemsize)
+    return max(1, min(rows, fit - fit % _TILE if fit >= _TILE else fit))
 
 
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,14 +1,23 @@
-"""The head's candidates: left dense, or fused in chunks of some length, with gradients made early or late."""
+"""The head's candidates: left dense, or fused by one of two schemes, in chunks of some length."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 
 from structfly.config import SiteSettings
-from structfly.lowering.linear_cross_entropy.schedule import accumulation_dtype, row_stride, saved_dtype
+from structfly.lowering.gemm import busy, full_row_counts
+from structfly.lowering.linear_cross_entropy.schedule import (
+    accumulation_dtype,
+    exponential_rows,
+    exponentials_bytes,
+    row_stride,
+    saved_dtype,
+    why_no_exponentials,
+)
+from structfly.patterns.linear_cross_entropy.logits import example_of
 from structfly.patterns.linear_cross_entropy.site import HeadSite
 from structfly.records import Candidate, Cost, DeviceProfile, Menu, Stage
 from structfly.records.cost import Expression, at_sizes
@@ -19,9 +28,10 @@ _SMALL = 16 * 2**20
 
 @dataclass(frozen=True)
 class FusedCandidate(Candidate):
-    """A fused candidate; ``schedule`` and ``workspace`` are the op's arguments of these names."""
+    """A fused candidate; ``schedule``, ``scheme`` and ``workspace`` are the op's arguments of these names."""
 
     schedule: str = "forward"
+    scheme: str = "logits"
     workspace: int = 0
 
 
@@ -32,16 +42,21 @@ def head_menu(site: HeadSite, profile: DeviceProfile, settings: SiteSettings) ->
     profile's cap, but always what the profile's fast row count takes and never less than 16 MiB.
     """
     sizes = _Sizes(site)
+    schemes = ["logits"]
+    if profile.generated_products and not _why_no_exponentials(site, sizes):
+        schemes.append("exponentials")
     limit = settings.loss_memory
     if limit is None:
         quarter = min(sizes.rows * sizes.row_bytes // 4, profile.workspace_cap)
-        limit = max(quarter, sizes.transient_bytes(min(sizes.rows, profile.fast_rows)), _SMALL)
+        fast = min(sizes.rows, profile.fast_rows)
+        limit = max(quarter, min(sizes.transient_bytes(fast, scheme) for scheme in schemes), _SMALL)
     schedules = ["backward"] if site.recompute else ["forward", "backward"]
     if not any(site.gradients):
         schedules = ["forward"]
     candidates: list[Candidate] = [_dense(site)]
-    for length in sizes.chunk_lengths(limit, profile.fast_rows):
-        candidates.extend(_fused(site, sizes, length, schedule) for schedule in schedules)
+    for scheme in schemes:
+        for length in sizes.chunk_lengths(limit, profile, scheme):
+            candidates.extend(_fused(site, sizes, length, schedule, scheme, profile) for schedule in schedules)
     x_bytes, weight_bytes = sizes.gradient_bytes
     return Menu(
         tuple(candidates),
@@ -49,6 +64,23 @@ def head_menu(site: HeadSite, profile: DeviceProfile, settings: SiteSettings) ->
         own_bytes=x_bytes,
         shared_bytes={site.path.linear.weight.name: weight_bytes},
     )
+
+
+def _why_no_exponentials(site: HeadSite, sizes: _Sizes) -> str:
+    linear = site.path.linear
+    reason = why_no_exponentials(
+        site.dtype,
+        sizes.hidden,
+        label_smoothing=site.form.label_smoothing,
+        adapter=linear.adapter is not None,
+        bias_gradient=site.gradients.bias,
+    )
+    weight = example_of(linear.weight)
+    rows, columns = (1, 0) if linear.transposed else (0, 1)  # classes, hidden units
+    inner = columns if weight.stride(columns) == 1 else rows
+    if reason or (weight.stride(inner) == 1 and weight.shape[inner] % 8 == 0):
+        return reason
+    return f"its weight's rows of {weight.shape[inner]} do not begin at multiples of 16 bytes"
 
 
 class _Sizes:
@@ -61,11 +93,14 @@ class _Sizes:
         self.classes = int(at_sizes(site.classes, site.sizes))
         self.row_bytes = row_stride(self.classes) * site.dtype.itemsize
 
-    def transient_bytes(self, length: int) -> int:
+    def transient_bytes(self, length: int, scheme: str) -> int:
         """Bytes beyond the gradients themselves: the logits of ``length`` rows, and the weight gradient's own sum.
 
         A sum of another dtype than the gradient's stands for the gradient while there are logits, and beside it after.
         """
+        if scheme == "exponentials":
+            gradients = self._site.gradients
+            return exponentials_bytes(self.rows, length, self.hidden, self.classes, dx=gradients.x, dw=gradients.weight)
         logits = length * self.row_bytes
         total, gradient = self._sum_bytes(-(-self.rows // length))
         return max(total, total - gradient + logits) if total != gradient else logits
@@ -77,15 +112,31 @@ class _Sizes:
         x, weight, *_ = self._site.gradients
         return self.rows * self.hidden * item * x, self.classes * self.hidden * item * weight
 
-    def chunk_lengths(self, limit: int, fast_rows: int) -> list[int]:
-        """Halvings of the row count down to an eighth of the fast one, and the longest that fits the limit."""
+    def chunk_lengths(self, limit: int, profile: DeviceProfile, scheme: str) -> list[int]:
+        """Halvings of the row count down to an eighth of the fast one, and the longest that fits the limit.
+
+        For exponentials, whose rows are a side of a generated product, also those that just fill the device.
+        """
         lengths = {self.rows}
-        while (shortest := min(lengths)) > max(1, fast_rows // 8):
+        while (shortest := min(lengths)) > max(1, profile.fast_rows // 8):
             lengths.add(-(-shortest // 2))
-        total, gradient = self._sum_bytes(chunks=2)
-        longest = (limit - total + gradient) // self.row_bytes
-        lengths.add(max(1, min(longest, self.rows)))
+        longest = min(self._longest(limit, scheme), self.rows)
+        if scheme == "exponentials" and longest > 0:
+            longest = exponential_rows(self.rows, self.classes, longest * self.row_bytes)
+            lengths.update(full_row_counts(self.hidden, profile.processors, longest))
+        if longest > 0:
+            lengths.add(longest)
         return sorted(lengths, reverse=True)
+
+    def _longest(self, limit: int, scheme: str) -> int:
+        """The most rows whose chunks, of which there are several, fit ``limit``: bytes are affine in the rows."""
+        if self.rows <= 2:
+            return self.rows
+        if scheme == "exponentials":
+            fixed = 2 * self.transient_bytes(1, scheme) - self.transient_bytes(2, scheme)
+            return (limit - fixed) // (self.transient_bytes(1, scheme) - fixed)
+        total, gradient = self._sum_bytes(chunks=2)
+        return (limit - total + gradient) // self.row_bytes
 
     def _sum_bytes(self, chunks: int) -> tuple[int, int]:
         """Bytes of the weight gradient's sum, and of the gradient; 0 if it is not wanted."""
@@ -111,28 +162,42 @@ def _dense(site: HeadSite) -> Candidate:
     return Candidate("dense", Cost(tuple(stages), transient_bytes=logits, saved_bytes=0), rewrites=False)
 
 
-def _fused(site: HeadSite, sizes: _Sizes, length: int, schedule: str) -> FusedCandidate:
+def _fused(
+    site: HeadSite, sizes: _Sizes, length: int, schedule: str, scheme: str, profile: DeviceProfile
+) -> FusedCandidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     launches, rows = n / length, sympy.Integer(length)  # no candidate is longer than the example's rows
     chunk = rows * c * dtype.itemsize
-    logits, row_step = _matmul(rows, h, c, launches, dtype), Stage(0, 2 * chunk, launches)
-    stages = [logits, row_step]
+    logits = [_matmul(rows, h, c, launches, dtype)]
+    if scheme == "logits":
+        logits.append(Stage(0, 2 * chunk, launches))  # the row step
+    stages = list(logits)
     calls = 1
     saved: Expression = 0
     if any(site.gradients):
         if schedule == "backward":
-            stages.extend((logits, row_step))
+            stages.extend(logits)
             calls = 2
         else:
             saved = sum(sizes.gradient_bytes)
-        if site.gradients[0]:
-            stages.append(_matmul(rows, c, h, launches, dtype))
-        if site.gradients[1]:
-            total = accumulation_dtype(dtype, -(-sizes.rows // length)).itemsize
+        if site.gradients.x:
+            hidden = _matmul(rows, c, h, launches, dtype)
+            if scheme == "exponentials":  # few large tiles: how well they fill the device counts
+                share = max(busy(length, sizes.hidden, split, profile.processors) for split in (1, 2))
+                hidden = replace(hidden, flops=hidden.flops / share)
+            stages.append(hidden)
+        if site.gradients.weight:
+            total = accumulation_dtype(dtype, -(-sizes.rows // length)).itemsize if scheme == "logits" else 3
             moved = (rows * c + rows * h) * dtype.itemsize + 2 * c * h * total
             stages.append(Stage(2 * rows * c * h, moved, launches, dtype, rows))
-    cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
+    cost = Cost(tuple(stages), sizes.transient_bytes(length, scheme), saved, opaque_calls=calls)
     when = (
         {"forward": "gradients in forward", "backward": "recompute"}[schedule] if any(site.gradients) else "loss only"
     )
-    return FusedCandidate(f"{length} rows a chunk, {when}", cost, schedule=schedule, workspace=length * sizes.row_bytes)
+    return FusedCandidate(
+        f"{scheme}, {length} rows a chunk, {when}",
+        cost,
+        schedule=schedule,
+        scheme=scheme,
+        workspace=length * sizes.row_bytes,
+    )

@@ -122,6 +122,7 @@ def _op(
         loss_dtype=site.loss_dtype,
         gradients=list(site.gradients),
         schedule=candidate.schedule,
+        scheme=candidate.scheme,
         workspace=candidate.workspace,
         autocast=False,
     )

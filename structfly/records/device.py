@@ -22,6 +22,8 @@ class DeviceProfile:
         half_rate_rows: a matrix product whose short side is r runs at ``matrix_rate * r / (r + half_rate_rows)``.
         fast_rows: rows from which a chunk's matrix products run near ``matrix_rate``.
         workspace_cap: bytes the loss head's default workspace does not exceed.
+        processors: multiprocessors of a GPU, threads of a CPU.
+        generated_products: products generated from templates are known to run well on it.
     """
 
     name: str
@@ -33,6 +35,8 @@ class DeviceProfile:
     half_rate_rows: int
     fast_rows: int
     workspace_cap: int
+    processors: int
+    generated_products: bool
 
     def rate(self, dtype: torch.dtype) -> float:
         """The matrix rate of ``dtype``, of float32 for a dtype the profile does not list."""

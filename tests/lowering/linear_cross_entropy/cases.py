@@ -73,6 +73,7 @@ def make_call(
         loss_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         gradients=(),
         schedule="forward",
+        scheme="logits",
         workspace=2**20,
         autocast=True,
     )

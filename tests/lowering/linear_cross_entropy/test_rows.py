@@ -190,10 +190,3 @@ def test_importing_the_row_step_does_not_import_triton() -> None:
     code = "import sys, structfly.lowering.linear_cross_entropy.rows_triton; sys.exit('triton' in sys.modules)"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
-
-
-def test_every_kernel_compiles_for_hopper() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.lowering.linear_cross_entropy.compile_rows"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "compiled", done.stderr[-2000:]

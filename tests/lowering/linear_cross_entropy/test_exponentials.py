@@ -1,0 +1,149 @@
+"""The scheme "exponentials", interpreted: as accurate as eager, and right where exponentials overflow."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from structfly.errors import StructflyError
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
+from tests.lowering.linear_cross_entropy.cases import EPILOGUES, leaves_of, make_call, run, run_reference
+from tests.oracle import assert_like_eager
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# numpy, which interprets the kernels, warns of the infinities and NaNs that are meant to be there.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|All-NaN).*:RuntimeWarning")
+
+
+def exponentials(**options: Any) -> Arguments:
+    return make_call(**{"dtype": torch.bfloat16, "device": DEVICE, "scheme": "exponentials", "hidden": 16, **options})
+
+
+def check(call: Arguments) -> None:
+    shape = call.target.shape if call.reduction == "none" else ()
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert_like_eager(
+        partial(run, call), partial(run_reference, call), leaves_of(call), torch.bfloat16, upstream, roundings=1
+    )
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Arguments:
+    """Random shapes, options and chunk lengths of heads that the scheme serves."""
+    reduction = draw(st.sampled_from(("mean", "sum", "none")))
+    transposed = draw(st.booleans())
+    classes = draw(st.integers(1, 12)) * 8 if transposed else draw(st.integers(2, 100))
+    bias = draw(st.booleans())
+    frozen = draw(st.sets(st.sampled_from(("x", "weight")), max_size=1)) | {"bias"}
+    return exponentials(
+        rows=draw(st.integers(0, 60)),
+        hidden=8 * draw(st.integers(1, 5)),
+        classes=classes,
+        cut=draw(st.integers(0, min(3, classes - 2))),
+        seed=draw(st.integers(0, 2**16)),
+        bias=bias,
+        class_weight=draw(st.booleans()),
+        row_weight=reduction == "sum" and draw(st.booleans()),
+        class_mask=draw(st.booleans()),
+        ignored=draw(st.sampled_from((0.0, 0.3, 1.0))),
+        frozen=frozenset(frozen),
+        transposed=transposed,
+        epilogue=draw(st.sampled_from(EPILOGUES)),
+        reduction=reduction,
+        ignore_index=draw(st.sampled_from((-100, 0, None))),
+        schedule=draw(st.sampled_from(("forward", "backward"))),
+        workspace=draw(st.integers(1, 50)) * 112 * 2,
+    )
+
+
+@settings(max_examples=20)
+@given(call=calls())
+def test_as_accurate_as_the_reference(call: Arguments) -> None:
+    check(call)
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e3, 1e30])
+@pytest.mark.parametrize("workspace", [2**20, 16 * 304 * 2])
+def test_rows_whose_exponentials_overflow_are_done_again(scale: float, workspace: int) -> None:
+    call = exponentials(rows=50, classes=300, workspace=workspace)
+    with torch.no_grad():
+        call.x[10:13] *= scale
+    check(call)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_as_eager(value: float) -> None:
+    call = exponentials(rows=20, classes=40, ignored=0.0, reduction="none")
+    with torch.no_grad():
+        call.x[3, 2] = value
+    loss, eager = run(call, *leaves_of(call)), run_reference(call, *leaves_of(call))
+    assert torch.equal(loss.isnan(), eager.isnan())
+    torch.testing.assert_close(loss, eager, equal_nan=True, rtol=2e-2, atol=2e-2)
+
+
+def test_all_rows_ignored() -> None:
+    call = exponentials(ignored=1.0, rows=40, workspace=16 * 48 * 2)
+    loss = run(call, *leaves_of(call))
+    gradients = torch.autograd.grad(loss, leaves_of(call))
+    assert bool(loss.isnan())
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_same_bits_every_time() -> None:
+    call = exponentials(rows=60, classes=70, workspace=16 * 80 * 2)
+    for first, second in zip(linear_cross_entropy(*call), linear_cross_entropy(*call), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_without_gradients_no_exponentials_are_kept() -> None:
+    call = exponentials(frozen=frozenset({"x", "weight"}), rows=30, classes=50)
+    torch.testing.assert_close(
+        linear_cross_entropy(*call)[0], run_reference(call, *leaves_of(call)), rtol=1e-2, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float32}, "only bfloat16"),
+        ({"hidden": 12}, "multiple of 8"),
+        ({"label_smoothing": 0.1}, "label smoothing"),
+        ({"rank": 2}, "sum of two products"),
+        ({"bias": True}, "bias needs a gradient"),
+    ],
+)
+def test_heads_it_does_not_serve_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(StructflyError, match=reason):
+        linear_cross_entropy(*exponentials(**options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epilogue": "div:3.0,tanh,mul:3.0", "class_mask": True},
+        {"class_weight": True, "reduction": "none"},
+        {"row_weight": True, "cut": 3},
+        {"schedule": "backward", "transposed": True, "classes": 4096},
+        {"ignored": 0.9},
+    ],
+)
+def test_several_chunks_on_cuda(options: dict[str, Any]) -> None:
+    check(exponentials(**{"rows": 3000, "hidden": 320, "classes": 4099, "workspace": 640 * 4112 * 2, **options}))
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31() -> None:
+    call = exponentials(rows=17000, hidden=64, classes=131072, workspace=2**33)
+    chunked = call._replace(scheme="logits", workspace=2**28)
+    one, other = (torch.autograd.grad(run(each, *leaves_of(each)), leaves_of(each)) for each in (call, chunked))
+    for a, b in zip(one, other, strict=True):
+        assert (a - b).float().norm() <= 1e-2 * b.float().norm()
+    assert (one[0][-100:] - other[0][-100:]).float().norm() <= 1e-2 * other[0][-100:].float().norm()

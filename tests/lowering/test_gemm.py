@@ -1,0 +1,94 @@
+"""Products generated from the skeleton, interpreted: every layout, ragged shapes, and how they fill a device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from structfly.errors import UnsupportedError
+from structfly.lowering.gemm import Blocks, Product, best_split, busy, full_row_counts
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def matrix(rows: int, columns: int, *, transposed: bool, seed: int) -> Tensor:
+    """A bfloat16 matrix whose rows, or columns, begin at multiples of 16 bytes."""
+    shape = (columns, -(-rows // 8) * 8) if transposed else (rows, -(-columns // 8) * 8)
+    stored = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(DEVICE)
+    return stored.t()[:rows] if transposed else stored[:, :columns]
+
+
+@settings(max_examples=20)
+@given(
+    sizes=st.tuples(*(st.integers(1, 70) for _ in range(3))),
+    transposed=st.tuples(st.booleans(), st.booleans()),
+    split=st.sampled_from((1, 2)),
+    window=st.tuples(st.integers(0, 80), st.integers(0, 80)),
+)
+def test_rows_that_count_are_multiplied(
+    sizes: tuple[int, int, int], transposed: tuple[bool, bool], split: int, window: tuple[int, int]
+) -> None:
+    m, n, k = sizes
+    a, b = matrix(m, k, transposed=transposed[0], seed=0), matrix(k, n, transposed=transposed[1], seed=1)
+    live, start = window
+    c = torch.zeros(m, -(-n // 4) * 4, device=DEVICE)[:, :n]
+    product = Product("linear_cross_entropy_hidden", a, b, [Blocks(c)], split=split)
+    product(torch.tensor(live, dtype=torch.int32, device=DEVICE), start)
+    rows = min(m, max(live - start, 0))
+    torch.testing.assert_close(
+        c[:rows].cpu(), (a.cpu().double() @ b.cpu().double())[:rows].float(), rtol=1e-5, atol=1e-5
+    )
+
+
+@settings(max_examples=15)
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 40)),
+    chunks=st.integers(1, 4),
+    left_out=st.integers(0, 30),
+)
+def test_sums_over_calls_are_rounded_once(sizes: tuple[int, int, int], chunks: int, left_out: int) -> None:
+    m, n, k = sizes
+    n8 = -(-n // 8) * 8
+    a, b = matrix(chunks * k, m, transposed=False, seed=2), matrix(chunks * k, n, transposed=False, seed=3)
+    live = max(chunks * k - left_out, 0)
+    a[live:], b[live:] = 0, 0  # as the kernels before leave them
+    high = torch.empty(m, n8, dtype=torch.bfloat16, device=DEVICE)[:, :n]
+    low = torch.empty(m, -(-n // 16) * 16, dtype=torch.uint8, device=DEVICE)[:, :n]
+    count = torch.tensor(live, dtype=torch.int32, device=DEVICE)
+    for number in range(chunks):
+        part = slice(number * k, (number + 1) * k)
+        planes = [Blocks(high.view(torch.uint16)), Blocks(low)]
+        parameters = {"first": number == 0, "single": False}
+        Product("linear_cross_entropy_weight", a[part].t(), b[part], planes, parameters)(count, number * k)
+    exact = a.cpu().double().t() @ b.cpu().double()
+    error = (high.cpu().double() - exact).abs()
+    assert (error <= exact.abs() * 1.01 * 2.0**-8 + exact.abs().amax() * 2.0**-15).all()
+
+
+def test_a_layout_without_descriptor_is_refused() -> None:
+    odd = torch.zeros(4, 7, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(UnsupportedError, match="multiples of 16 bytes"):
+        Product("linear_cross_entropy_hidden", odd, odd.t(), [])
+
+
+def test_rows_are_chosen_to_fill_the_device() -> None:
+    counts = full_row_counts(2048, 132, 5000)
+    assert 2048 in counts
+    assert max(counts) <= 5000
+    for rows in counts:
+        assert max(busy(rows, 2048, split, 132) for split in (1, 2)) > 0.9
+    assert best_split(2048, 2048, 132) == 1
+    assert best_split(3072, 2048, 132) == 2
+
+
+def test_importing_the_launcher_does_not_import_triton() -> None:
+    code = "import sys, structfly.lowering.linear_cross_entropy.exponentials; sys.exit('triton' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -1,0 +1,116 @@
+"""What the solver chooses for heads of real sizes on a device described by its profile; nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+
+from structfly.backend import read_config
+from structfly.patterns import DEFAULT_RULES
+from structfly.records import DeviceProfile, SiteReport
+from structfly.rewriter.engine import rewrite_graph
+
+MIB = 2**20
+H100 = DeviceProfile(
+    name="NVIDIA H100",
+    kind="cuda",
+    matrix_rate={torch.bfloat16: 700e12, torch.float16: 700e12, torch.float32: 50e12, torch.float64: 50e12},
+    bandwidth=2.8e12,
+    launch_seconds=4e-6,
+    call_seconds=60e-6,
+    half_rate_rows=128,
+    fast_rows=3072,
+    workspace_cap=1024 * MIB,
+    processors=132,
+    generated_products=True,
+)
+SEED, ODD = (16384, 2048, 131072), (16384, 768, 50257)
+
+
+def loss(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w).float(), t)
+
+
+def smoothed(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w).float(), t, label_smoothing=0.1)
+
+
+def stored_transposed(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy((x @ w).float(), t)
+
+
+def choose(
+    shape: tuple[int, int, int],
+    *,
+    memory: str | None = None,
+    profile: DeviceProfile = H100,
+    function: Callable[..., Tensor] = loss,
+    dtype: torch.dtype = torch.bfloat16,
+) -> SiteReport:
+    """The report's line for a head of (rows, hidden units, classes)."""
+    n, h, v = shape
+    sites: list[SiteReport] = []
+    options: dict[str, object] = {"budget": {"loss_memory": memory}} if memory else {}
+
+    def backend(gm: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        sites.extend(rewrite_graph(gm, DEFAULT_RULES, read_config(options), lambda device: profile).sites)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        weight = (h, v) if function is stored_transposed else (v, h)
+        x, w = (torch.empty(*size, dtype=dtype, requires_grad=True) for size in ((n, h), weight))
+        torch.compile(function, backend=backend)(x, w, torch.empty(n, dtype=torch.int64))
+    (site,) = sites
+    return site
+
+
+def test_exponentials_are_chosen_where_generated_products_run_well() -> None:
+    assert choose(SEED).candidate.startswith("exponentials, ")
+    assert choose(SEED, profile=replace(H100, generated_products=False)).candidate.startswith("logits, ")
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "shape"),
+    [
+        (loss, torch.float16, SEED),
+        (loss, torch.float32, SEED),
+        (smoothed, torch.bfloat16, SEED),
+        (loss, torch.bfloat16, (16384, 770, 50257)),
+        (stored_transposed, torch.bfloat16, ODD),
+    ],
+)
+def test_heads_that_exponentials_do_not_serve_keep_the_logits(
+    function: Callable[..., Tensor], dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    site = choose(shape, function=function, dtype=dtype, memory="1GiB")
+    assert site.candidate.startswith(("logits, ", "dense"))
+
+
+def test_a_weight_stored_transposed_is_served() -> None:
+    assert choose(SEED, function=stored_transposed).candidate.startswith("exponentials, ")
+
+
+@pytest.mark.parametrize("shape", [SEED, (8192, 4096, 128256), ODD])
+@pytest.mark.parametrize("memory", [600, 800, 1100, 2000])
+def test_the_limit_is_kept_and_more_memory_is_never_slower(shape: tuple[int, int, int], memory: int) -> None:
+    site, roomier = choose(shape, memory=f"{memory}MiB"), choose(shape, memory=f"{2 * memory}MiB")
+    assert site.peak_bytes is not None
+    assert site.peak_bytes <= memory * MIB
+    assert site.seconds is not None
+    assert roomier.seconds is not None
+    assert roomier.seconds <= site.seconds
+
+
+def test_what_fits_nowhere_takes_the_least_and_says_so() -> None:
+    site = choose(SEED, memory="8MiB")
+    assert site.status == "rewritten"
+    assert "nothing fits the limit of 8 MiB" in site.reason
+    assert "256 rows" in site.candidate or "384 rows" in site.candidate
