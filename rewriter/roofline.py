@@ -20,7 +20,7 @@ def evaluate(cost: Cost, sizes: Mapping[sympy.Symbol, int], profile: DeviceProfi
     for stage in cost.stages:
         arithmetic = 0.0
         if stage.dtype is not None:
-            slowdown = 1.0 + profile.half_rate_rows / at_sizes(stage.rows, sizes)
+            slowdown = 1.0 + profile.half_rate_rows / max(at_sizes(stage.rows, sizes), 1.0)
             arithmetic = at_sizes(stage.flops, sizes) / profile.rate(stage.dtype) * slowdown
         traffic = at_sizes(stage.bytes, sizes) / profile.bandwidth
         launches = at_sizes(stage.launches, sizes)

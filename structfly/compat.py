@@ -107,20 +107,21 @@ def expression(size: int | torch.SymInt) -> sympy.Expr:
 
 
 def size_hints(value: Tensor) -> dict[sympy.Symbol, int]:
-    """The example values of the symbols in a tensor's shape; reading them adds no guard."""
+    """The example values of the symbols in a tensor's shape; reading them adds no guard.
+
+    A size that depends on data has none; Inductor's own guess stands for it.
+    """
+    from torch._inductor import config
+
+    guess: int = config.unbacked_symint_fallback
     hints: dict[sympy.Symbol, int] = {}
     for size in value.shape:
         if isinstance(size, torch.SymInt):
             environment = size.node.shape_env
+            renamed = hasattr(environment, "backed_var_to_val")  # since torch 2.12
+            known = environment.backed_var_to_val if renamed else environment.var_to_val
             for symbol in size.node.expr.free_symbols:
-                known = (
-                    environment.backed_var_to_val
-                    if hasattr(environment, "backed_var_to_val")
-                    else environment.var_to_val
-                )
-                hint = known.get(symbol)
-                if hint is not None:
-                    hints[symbol] = int(hint)
+                hints[symbol] = int(known.get(symbol, guess))
     return hints
 
 

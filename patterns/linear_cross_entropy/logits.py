@@ -256,6 +256,8 @@ class _Reader:
         self.dead.append(DeadClasses(mask=condition, value=dead_value))
 
     def _cut(self, length: int, node: fx.Node) -> None:
+        if self.log_softmax:
+            raise _PathError(node, "the classes are cut after the log_softmax, which took all of them")
         size = expression(example_of(self.linear.node).shape[-1]) if self.num_classes is None else self.num_classes
         if not isinstance(size, int) and not size.is_Integer:
             raise _PathError(node, "the classes are cut, and how many there are is not a constant")

@@ -51,3 +51,20 @@ def test_one_graph_for_all_lengths(loss: Loss) -> None:
         assert_like_eager(fast, loss, (x, w, labels))
     assert fast.statuses == ["rewritten"]
     assert len(fast.graphs) == 1
+
+
+def rows_that_count(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    mask = labels > 5
+    return F.cross_entropy(F.linear(x[mask], w), labels[mask])
+
+
+def test_a_row_count_that_depends_on_data() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(CLASSES, 8, generator=generator).requires_grad_()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fast = Rewritten(rows_that_count, then="aot_eager")
+        for _ in range(3):
+            x = torch.randn(4, 9, 8, generator=generator).requires_grad_()
+            assert_like_eager(fast, rows_that_count, (x, w, torch.randint(0, CLASSES, (4, 9), generator=generator)))
+    assert fast.statuses == ["rewritten"]
+    assert len(fast.graphs) == 1

@@ -145,5 +145,5 @@ def test_offsets_past_two_to_the_31() -> None:
     chunked = call._replace(scheme="logits", workspace=2**28)
     one, other = (torch.autograd.grad(run(each, *leaves_of(each)), leaves_of(each)) for each in (call, chunked))
     for a, b in zip(one, other, strict=True):
-        assert (a - b).float().norm() <= 1e-2 * b.float().norm()
-    assert (one[0][-100:] - other[0][-100:]).float().norm() <= 1e-2 * other[0][-100:].float().norm()
+        assert (a - b).float().norm() <= 5e-2 * b.float().norm()
+    assert (one[0][-100:] - other[0][-100:]).float().norm() <= 5e-2 * other[0][-100:].float().norm()
