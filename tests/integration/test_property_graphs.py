@@ -72,7 +72,7 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
     )
     rows, labels = VIEWS[draw(st.sampled_from(sorted(VIEWS)))]
     kind = draw(st.sampled_from(("cross_entropy", "nll_loss", "masked")))
-    extra = draw(st.sampled_from(("none", "hidden", "logits", "second loss")))
+    extra = draw(st.sampled_from(("none", "hidden", "logits", "second loss", "overwritten", "autocast")))
     options = {
         "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
         "label_smoothing": draw(st.sampled_from((0.0, 0.1))),
@@ -80,8 +80,15 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
 
     def program(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
         hidden = body(x)
+        if extra == "overwritten":  # what eager allows only where nothing is differentiated
+            with torch.no_grad():
+                hidden = hidden.clone()
+                logits = linear(hidden, w, b)
+                hidden.transpose(0, 1)[1:] *= 3.0
+                return end(kind, *layout(rows(epilogue(logits)), labels(t)), options)
         logits = linear(hidden, w, b)
-        loss = end(kind, *layout(rows(epilogue(logits)), labels(t)), options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=extra == "autocast"):  # of the loss, not of the linear
+            loss = end(kind, *layout(rows(epilogue(logits)), labels(t)), options)
         if extra == "hidden":
             loss = loss + hidden.square().mean()
         elif extra == "logits":
@@ -95,7 +102,7 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
 
 # Dynamo evaluates some of torch's deprecated helpers.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@settings(max_examples=60)
+@settings(max_examples=80)
 @given(program=programs(), seed=st.integers(0, 99))
 def test_any_program_keeps_its_values(program: Callable[..., Tensor], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
