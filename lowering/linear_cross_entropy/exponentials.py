@@ -16,6 +16,9 @@ synchronisation with the host: the launches are always made and find nothing to 
 Rows that do not count (ignored, or of coefficient 0) are left out: the rows that do are gathered one after another, and
 the kernels read on the device how many there are.  The weight's gradient is summed over chunks in float32 without its
 lowest 8 bits, the upper 16 of the 24 in the gradient's own memory.
+
+Label smoothing takes c_n f' w_v share off every dz_nv, share = smoothing / C: an outer product, which goes into the
+gradients' epilogues as one, -c_n f' share (sum_v w_v W_v) for dx and -w_v (sum_n c_n f' share x_n) for dW.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from structfly.lowering.template import Parameter, load, render
 
 _SAMPLED_CLASSES = 8
 _HIDDEN_BLOCK = 1024
+_BLOCK_ROWS = 2048  # of what is upcast at a time
 
 
 def run_exponentials(
@@ -68,6 +72,7 @@ class _Run:
         rows, self.hidden = head.x.shape
         self.length = exponential_rows(rows, head.num_classes, workspace)
         self.starts = range(0, rows, self.length)
+        self.share = head.label_smoothing / head.num_classes
         self._find_rows()
         self.split = 1
         if gradients is not None and gradients.x.numel():
@@ -87,7 +92,8 @@ class _Run:
             if self.hidden_product is not None:
                 self.hidden_product(self.live, start)
                 self.kernels.scatter[(self.length,)](
-                    *(self.index, self.live, start, self.hidden_sums, self.factor, self.dx, self.dx.stride(0)),
+                    *(self.index, self.live, start, self.hidden_sums, self.factor, self._given(self.coefficient)),
+                    *(self.weighted_classes, self.dx, self.dx.stride(0)),
                     **self.hidden_blocks,
                 )
             if self.weight_products:
@@ -104,6 +110,7 @@ class _Run:
             counts &= self.coefficient != 0
         self.index = torch.nonzero_static(counts, size=counts.numel()).squeeze(1)
         self.live = counts.sum(dtype=torch.int32)
+        self.counts = counts
 
     def _make_buffers(self, *, gradient: bool) -> None:
         classes = self.head.num_classes
@@ -111,12 +118,38 @@ class _Run:
         self.x_chunk = self.x.new_empty(self.length, self.hidden)
         self.exps = self.x.new_empty((self.length, row_stride(classes)) if gradient else (1, 16))[:, :classes]
         self.tile_values = self.x.new_empty(self.length, self.tiles, dtype=torch.float32)
-        self.u_target, self.slope_target, self.reference, self.factor = (
-            self.x.new_empty(self.length, dtype=torch.float32) for _ in range(4)
+        self.u_target, self.slope_target, self.u_sum, self.reference, self.factor = (
+            self.x.new_empty(self.length, dtype=torch.float32) for _ in range(5)
         )
+        self.weighted_classes = self.weighted_bias = self.weight_sum = self.factor
+        if self.share:
+            self.weighted_classes, self.weighted_bias = self._weighted_classes()
+            sum_of_ones = self.factor.new_full((), float(classes))
+            self.weight_sum = sum_of_ones if self.terms.weight_sum is None else self.terms.weight_sum
         self.hidden_sums = self.factor
         self.overflowed = torch.zeros(len(self.starts), dtype=torch.int32, device=self.x.device)
         self.hidden_blocks = {"HIDDEN": self.hidden, "BLOCK": min(_HIDDEN_BLOCK, _power_of_two(self.hidden))}
+
+    def _weighted_classes(self) -> tuple[Tensor, Tensor]:
+        """sum_v w_v W_v (H,) and sum_v w_v b_v (), in float32."""
+        total = self.x.new_zeros(self.hidden, dtype=torch.float32)
+        class_weight, bias = self.terms.weight, self.terms.bias
+        for start in range(0, self.head.num_classes, _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            block = self.weight[part].float()
+            total += block.sum(0) if class_weight is None else class_weight[part] @ block
+        if bias is None:
+            return total, total.new_zeros(())
+        return total, bias.float().sum() if class_weight is None else class_weight @ bias.float()
+
+    def _weighted_rows(self) -> Tensor:
+        """sum_n c_n f' share x_n (H,) over the rows that count, in float32."""
+        weights = self.counts.float() if self.coefficient is None else self.coefficient * self.counts
+        total = self.x.new_zeros(self.hidden, dtype=torch.float32)
+        for start in range(0, self.x.shape[0], _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            total += weights[part] @ self.x[part].float()
+        return total * (_constant_slope(self.terms) * self.share)
 
     def _make_exponentials(self, *, gradient: bool) -> None:
         chain: dict[str, Parameter] = {
@@ -131,6 +164,8 @@ class _Run:
             "class_weight": self.terms.weight is not None,
             "coefficient": self.coefficient is not None,
             "clear": self.split > 1,
+            "smoothing": self.head.label_smoothing,
+            "share": self.share,
             "interpreted": not self.x.is_cuda,
         }
         self.kernels = _row_module(tuple({**chain, **rows}.items()))
@@ -167,8 +202,19 @@ class _Run:
             a, b, high = b.t(), a.t(), high.t()
         low = torch.empty(high.shape[0], low_stride(high.shape[1]), dtype=torch.uint8, device=high.device)
         planes = [Blocks(high), Blocks(low[:, : high.shape[1]] if len(self.starts) > 1 else high)]
+        outer: list[Tensor] = []
+        if self.share:
+            ones = self.factor.new_ones(self.head.num_classes)
+            outer = [ones if self.terms.weight is None else self.terms.weight, self._weighted_rows()]
+            outer = outer if dw.stride(1) == 1 else outer[::-1]
         self.weight_products = [
-            Product("linear_cross_entropy_weight", a, b, planes, {"first": first, "single": len(self.starts) == 1})
+            Product(
+                "linear_cross_entropy_weight",
+                a,
+                b,
+                [*planes, *(outer if first else ())],
+                {"first": first, "single": len(self.starts) == 1, "uniform": bool(outer) and first},
+            )
             for first in (True, False)
         ]
 
@@ -179,8 +225,9 @@ class _Run:
         head, terms = self.head, self.terms
         self.kernels.gather[(self.length,)](
             *(self.x, self.x.stride(0), self.weight, *self.weight.stride()),
-            *(self._given(terms.bias), self._given(self.mask), head.target, self.index, self.live, start),
-            *(self.x_chunk, self.u_target, self.slope_target, self.reference),
+            *(self._given(terms.bias), self._given(self.mask), self.weighted_classes, self.weighted_bias),
+            *(head.target, self.index, self.live, start),
+            *(self.x_chunk, self.u_target, self.slope_target, self.u_sum, self.reference),
             CLASSES=head.num_classes,
             SAMPLES=_SAMPLED_CLASSES,
             **self.hidden_blocks,
@@ -194,8 +241,8 @@ class _Run:
         self.exponentials(overflowed, start, overflowed)
         self.kernels.finish[(self.length,)](
             *(self.index, self.live, start, head.target, self._given(self.coefficient), self._given(terms.weight)),
-            *(self.tile_values, self.reference, self.u_target, self.slope_target, self.losses),
-            *(self.exps, self.exps.stride(0), self.x_chunk, self.factor, self.hidden_sums),
+            *(self.weight_sum, self.tile_values, self.reference, self.u_target, self.slope_target, self.u_sum),
+            *(self.losses, self.exps, self.exps.stride(0), self.x_chunk, self.factor, self.hidden_sums),
             TILES=self.tiles,
             TILE_BLOCK=_power_of_two(self.tiles),
             **self.hidden_blocks,

@@ -11,6 +11,7 @@ from structfly.compat import assert_on_device
 from structfly.errors import StructflyError
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.chunked import Gradients, Wanted, allocate_gradients, run_chunks
+from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.exponentials import run_exponentials
 from structfly.lowering.linear_cross_entropy.rows import RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
@@ -58,6 +59,7 @@ def _why_no_exponentials(call: Arguments) -> str:
         call.x.dtype,
         call.x.shape[1],
         label_smoothing=call.label_smoothing,
+        linear=call.class_mask is None and parse_epilogue(call.epilogue).linear,
         adapter=call.adapter_x is not None,
         bias_gradient=Wanted(*call.gradients).bias,
     )

@@ -21,15 +21,15 @@ def row_stride(classes: int) -> int:
 
 
 def why_no_exponentials(
-    dtype: torch.dtype, hidden: int, *, label_smoothing: float, adapter: bool, bias_gradient: bool
+    dtype: torch.dtype, hidden: int, *, label_smoothing: float, linear: bool, adapter: bool, bias_gradient: bool
 ) -> str:
-    """Why the scheme "exponentials" does not serve a head, or ""."""
+    """Why the scheme "exponentials" does not serve a head, or ""; ``linear``: its logits are only scaled, if that."""
     if dtype != torch.bfloat16:
         return f"its logits are {dtype}; only bfloat16 has the range for exponentials"
     if hidden % 8:
         return f"its {hidden} hidden units are no multiple of 8, which tensor descriptors need"
-    if label_smoothing:
-        return "label smoothing adds to every class's gradient"
+    if label_smoothing and not linear:
+        return "label smoothing of logits that are capped or masked"
     if adapter:
         return "the logits are a sum of two products"
     return "the bias needs a gradient" if bias_gradient else ""

@@ -9,6 +9,7 @@ import torch
 
 from structfly.config import SiteSettings
 from structfly.lowering.gemm import busy, full_row_counts
+from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.schedule import (
     accumulation_dtype,
     exponential_rows,
@@ -72,6 +73,7 @@ def _why_no_exponentials(site: HeadSite, sizes: _Sizes) -> str:
         site.dtype,
         sizes.hidden,
         label_smoothing=site.form.label_smoothing,
+        linear=not site.path.dead and parse_epilogue(site.path.epilogue).linear,
         adapter=linear.adapter is not None,
         bias_gradient=site.gradients.bias,
     )

@@ -65,7 +65,7 @@ def test_sums_over_calls_are_rounded_once(sizes: tuple[int, int, int], chunks: i
     for number in range(chunks):
         part = slice(number * k, (number + 1) * k)
         planes = [Blocks(high.view(torch.uint16)), Blocks(low)]
-        parameters = {"first": number == 0, "single": False}
+        parameters = {"first": number == 0, "single": False, "uniform": False}
         Product("linear_cross_entropy_weight", a[part].t(), b[part], planes, parameters)(count, number * k)
     exact = a.cpu().double().t() @ b.cpu().double()
     error = (high.cpu().double() - exact).abs()

@@ -99,44 +99,54 @@ def products() -> None:
     for b_transposed, split in itertools.product((False, True), repeat=2):
         own = {**window, "c": blocks("fp32", *part)}
         product("linear_cross_entropy_hidden", False, b_transposed, own, split=split)
-    for first, single in ((True, True), (True, False), (False, False)):
+    for first, single, uniform in (
+        (True, True, True),
+        (True, False, True),
+        (True, False, False),
+        (False, False, False),
+    ):
         own = {**window, "high": blocks("u16", *part), "low": blocks("u16" if single else "u8", *part)}
-        product("linear_cross_entropy_weight", True, False, own, first=first, single=single)
+        own |= {"along_m": "*fp32", "along_n": "*fp32"} if uniform else {}
+        product("linear_cross_entropy_weight", True, False, own, first=first, single=single, uniform=uniform)
 
 
 def rows_of_exponentials() -> None:
     """The row kernels, with all options and with none."""
     window = {"index": "*i64", "live": "*i32", "start": "i32"}
-    floats = dict.fromkeys(("u_target", "slope_target", "reference"), "*fp32")
     hidden = {"HIDDEN": 2048, "BLOCK": 1024}
-    for everything in (False, True):
+    for capped, smoothed in ((False, False), (True, False), (False, True)):
+        options: dict[str, Parameter] = dict.fromkeys(
+            ("has_bias", "has_mask", "gradient", "class_weight", "coefficient", "clear"), capped or smoothed
+        )
         module = load(
             render(
                 "linear_cross_entropy_exponential_rows",
-                steps=STEPS if everything else (),
-                nonlinear=everything,
-                has_bias=everything,
-                has_mask=everything,
-                gradient=everything,
+                steps=STEPS if capped else (),
+                nonlinear=capped,
                 constant_slope=1.0,
-                class_weight=everything,
-                coefficient=everything,
-                clear=everything,
+                smoothing=0.1 * smoothed,
+                share=1e-6 * smoothed,
                 interpreted=False,
+                **options,
             )
         )
-        strides = dict.fromkeys(("class_stride", "hidden_stride"), "i32")
-        types = {"x": "*bf16", "x_stride": "i32", "weight": "*bf16", **strides, "bias": "*bf16", "mask": "*u8"}
-        types |= {"target": "*i64", **window, "x_chunk": "*bf16", **floats}
+        types = {"x": "*bf16", "x_stride": "i32", "weight": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
+        types |= {"bias": "*bf16", "mask": "*u8", **floats("weighted_classes", "weighted_bias"), "target": "*i64"}
+        types |= {**window, "x_chunk": "*bf16", **floats("u_target", "slope_target", "u_sum", "reference")}
         compile_one(module.gather, types, {"CLASSES": 50257, "SAMPLES": 8, **hidden}, warps=4)
-        types = {"overflowed": "*i32", "start": "i32", "tile_values": "*fp32", "reference": "*fp32"}
+        types = {"overflowed": "*i32", "start": "i32", **floats("tile_values", "reference")}
         compile_one(module.raise_reference, types, {"TILES": 197, "BLOCK": 256}, warps=4)
-        types = {**window, "target": "*i64", "coefficient": "*fp32", "class_weight": "*fp32", "tile_sums": "*fp32"}
-        types |= {"reference": "*fp32", "u_target": "*fp32", "slope_target": "*fp32", "losses": "*fp32"}
-        types |= {"exps": "*bf16", "exps_stride": "i32", "x_chunk": "*bf16", "factor": "*fp32", "hidden_sums": "*fp32"}
+        types = {**window, "target": "*i64", **floats("coefficient", "class_weight", "weight_sum", "tile_sums")}
+        types |= {**floats("reference", "u_target", "slope_target", "u_sum", "losses"), "exps": "*bf16"}
+        types |= {"exps_stride": "i32", "x_chunk": "*bf16", **floats("factor", "hidden_sums")}
         compile_one(module.finish, types, {"TILES": 197, "TILE_BLOCK": 256, **hidden}, warps=4)
-        types = {**window, "c": "*fp32", "factor": "*fp32", "out": "*bf16", "out_stride": "i32"}
-        compile_one(module.scatter, types, hidden, warps=4)
+        types = {**window, **floats("c", "factor", "coefficient", "weighted_classes"), "out": "*bf16"}
+        compile_one(module.scatter, {**types, "out_stride": "i32"}, hidden, warps=4)
+
+
+def floats(*names: str) -> dict[str, str]:
+    """Arguments that are pointers to float32."""
+    return dict.fromkeys(names, "*fp32")
 
 
 if __name__ == "__main__":

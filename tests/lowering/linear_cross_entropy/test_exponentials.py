@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from structfly.errors import StructflyError
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from tests.lowering.linear_cross_entropy.cases import EPILOGUES, leaves_of, make_call, run, run_reference
 from tests.oracle import assert_like_eager
@@ -41,6 +42,8 @@ def calls(draw: st.DrawFn) -> Arguments:
     classes = draw(st.integers(1, 12)) * 8 if transposed else draw(st.integers(2, 100))
     bias = draw(st.booleans())
     frozen = draw(st.sets(st.sampled_from(("x", "weight")), max_size=1)) | {"bias"}
+    epilogue, mask = draw(st.sampled_from(EPILOGUES)), draw(st.booleans())
+    smoothing = draw(st.sampled_from((0.0, 0.1, 1.0))) if not mask and parse_epilogue(epilogue).linear else 0.0
     return exponentials(
         rows=draw(st.integers(0, 60)),
         hidden=8 * draw(st.integers(1, 5)),
@@ -50,11 +53,12 @@ def calls(draw: st.DrawFn) -> Arguments:
         bias=bias,
         class_weight=draw(st.booleans()),
         row_weight=reduction == "sum" and draw(st.booleans()),
-        class_mask=draw(st.booleans()),
+        class_mask=mask,
+        label_smoothing=smoothing,
         ignored=draw(st.sampled_from((0.0, 0.3, 1.0))),
         frozen=frozenset(frozen),
         transposed=transposed,
-        epilogue=draw(st.sampled_from(EPILOGUES)),
+        epilogue=epilogue,
         reduction=reduction,
         ignore_index=draw(st.sampled_from((-100, 0, None))),
         schedule=draw(st.sampled_from(("forward", "backward"))),
@@ -62,7 +66,7 @@ def calls(draw: st.DrawFn) -> Arguments:
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=25)
 @given(call=calls())
 def test_as_accurate_as_the_reference(call: Arguments) -> None:
     check(call)
@@ -85,6 +89,13 @@ def test_special_values_as_eager(value: float) -> None:
     loss, eager = run(call, *leaves_of(call)), run_reference(call, *leaves_of(call))
     assert torch.equal(loss.isnan(), eager.isnan())
     torch.testing.assert_close(loss, eager, equal_nan=True, rtol=2e-2, atol=2e-2)
+
+
+def test_no_loss_is_negative() -> None:
+    call = exponentials(rows=60, classes=40, ignored=0.0, reduction="none")
+    with torch.no_grad():
+        call.x.copy_(20 * call.weight[call.target])  # all but certain of the target
+    assert (run(call, *leaves_of(call)) >= 0).all()
 
 
 def test_all_rows_ignored() -> None:
@@ -113,7 +124,8 @@ def test_without_gradients_no_exponentials_are_kept() -> None:
     [
         ({"dtype": torch.float32}, "only bfloat16"),
         ({"hidden": 12}, "multiple of 8"),
-        ({"label_smoothing": 0.1}, "label smoothing"),
+        ({"label_smoothing": 0.1, "epilogue": "tanh"}, "label smoothing of logits that are capped"),
+        ({"label_smoothing": 0.1, "class_mask": True}, "label smoothing of logits that are capped or masked"),
         ({"rank": 2}, "sum of two products"),
         ({"bias": True}, "bias needs a gradient"),
     ],
@@ -131,6 +143,7 @@ def test_heads_it_does_not_serve_are_refused(options: dict[str, Any], reason: st
         {"epilogue": "div:3.0,tanh,mul:3.0", "class_mask": True},
         {"class_weight": True, "reduction": "none"},
         {"row_weight": True, "cut": 3},
+        {"label_smoothing": 0.1, "class_weight": True},
         {"schedule": "backward", "transposed": True, "classes": 4096},
         {"ignored": 0.9},
     ],
