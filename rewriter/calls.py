@@ -84,6 +84,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "sum": (_REDUCE, (torch.sum,), ("sum",)),
     "mean": (_REDUCE, (torch.mean,), ("mean",)),
     "log_softmax": (("input", "dim"), (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
+    "logsumexp": (_REDUCE, (torch.logsumexp, torch.special.logsumexp), ("logsumexp",)),
     "gather": (("input", "dim", "index"), (torch.gather,), ("gather",)),
     "take_along_dim": (("input", "index", "dim"), (torch.take_along_dim,), ("take_along_dim",)),
     "nll_loss": (

@@ -272,10 +272,15 @@ class _Reader:
             if user is reader or value not in written(user):
                 continue
             call = read(user)
-            if call is None or call.op != "setitem" or self.region.order[user] > self.region.order[reader]:
+            if call is None or call.op != "setitem" or self.region.order[user] > self._first_read(reader):
                 raise _PathError(user, f"{_describe(user)} writes into the logits")
             self._masked_write(call)
             self.writes.append(user)
+
+    def _first_read(self, reader: fx.Node) -> int:
+        """Where in the graph ``reader``, or for a loss made of several nodes the first of them, takes its input."""
+        nodes = (reader, *self.form.inner) if reader is self.form.anchor else (reader,)
+        return min(map(self.region.order.__getitem__, nodes))
 
     def _masked_write(self, call: Call) -> None:
         value = example_of(call["input"])
@@ -328,7 +333,8 @@ def example_of(node: Any) -> torch.Tensor:
     return value
 
 
-def foreign_users(paths: Sequence[LogitsPath], anchors: Sequence[fx.Node]) -> list[fx.Node]:
-    """Users of the logits that belong to none of the paths."""
-    own = frozenset(anchors).union(*(path.nodes for path in paths))
-    return [user for node in own - frozenset(anchors) for user in node.users if user not in own]
+def foreign_users(paths: Sequence[LogitsPath], forms: Sequence[LossForm]) -> list[fx.Node]:
+    """Users of the logits that belong to none of the paths and losses."""
+    anchors = frozenset(form.anchor for form in forms)
+    own = anchors.union(*(path.nodes for path in paths), *(form.inner for form in forms))
+    return [user for node in own - anchors for user in node.users if user not in own]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -30,6 +30,8 @@ class LossForm:
         label_smoothing: in [0, 1].
         class_weight: (C,) or None.
         negated: the anchor's value is minus the loss (a gathered log-probability).
+        inner: nodes between the logits and the anchor that only serve this loss.
+        target_dim: a dimension of size 1 that ``target`` has beyond the anchor's value, or None.
     """
 
     anchor: fx.Node
@@ -42,6 +44,8 @@ class LossForm:
     label_smoothing: float = 0.0
     class_weight: fx.Node | None = None
     negated: bool = False
+    inner: tuple[fx.Node, ...] = ()
+    target_dim: int | None = None
 
     @property
     def options(self) -> tuple[object, ...]:
@@ -61,6 +65,10 @@ def loss_forms(region: Region) -> Iterator[LossForm | tuple[fx.Node, str]]:
         elif call.op in ("gather", "take_along_dim") and _is_log_softmax(call["input"]):
             form = _gathered(call)
             yield form if isinstance(form, LossForm) else (node, form)
+        elif call.op == "sub":
+            difference = _difference(call)
+            if difference is not None:
+                yield difference if isinstance(difference, LossForm) else (node, difference)
 
 
 def _index_loss(call: Call) -> LossForm | str:
@@ -102,6 +110,64 @@ def _gathered(call: Call) -> LossForm | str:
         if expression(have) != (1 if place == dim else expression(want)):
             return "a gather that is not known to take exactly one class from every row"
     return LossForm(call.node, call["input"], True, call["index"], dim, negated=True)
+
+
+def _difference(call: Call) -> LossForm | str | None:
+    """``z.gather(-1, t) - z.logsumexp(-1)``, or the other way round; None for a difference of anything else."""
+    sides = [_side(call["input"]), _side(call["other"])]
+    if sides[0] is None or sides[1] is None or {side[0].op for side in sides if side} != {"gather", "logsumexp"}:
+        return None
+    (gather, gather_nodes), (logsumexp, logsumexp_nodes) = sorted(
+        (side for side in sides if side), key=lambda side: side[0].op
+    )
+    form, value = _gathered(gather), example(call.node)
+    if isinstance(form, str):
+        return form
+    logits, dim = example(form.logits), logsumexp.get("dim")
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    if gather["input"] is not logsumexp["input"] or logits is None or value is None:
+        return "a gather and a logsumexp of different logits"
+    if len(dims) != 1 or not isinstance(dims[0], int) or dims[0] % logits.ndim != form.class_dim:
+        return "a gather and a logsumexp over different dimensions"
+    kept = value.ndim == logits.ndim
+    rows = [1 if d == form.class_dim else expression(size) for d, size in enumerate(logits.shape)]
+    if not kept:
+        del rows[form.class_dim]
+    shapes = [[expression(size) for size in example_shape] for example_shape in _shapes(call)]
+    if any(shape != rows for shape in shapes) or call.get("alpha", 1) != 1:
+        return "a gather and a logsumexp that are not subtracted row by row"
+    return replace(
+        form,
+        anchor=call.node,
+        of_log_softmax=False,
+        negated=sides[0][0].op == "gather",
+        inner=(*gather_nodes, *logsumexp_nodes),
+        target_dim=None if kept else form.class_dim,
+    )
+
+
+def _shapes(call: Call) -> Iterator[torch.Size]:
+    """The shapes of a binary operation's operands and value."""
+    for node in (call["input"], call["other"], call.node):
+        value = example(node)
+        if value is not None:
+            yield value.shape
+
+
+def _side(node: object) -> tuple[Call, tuple[fx.Node, ...]] | None:
+    """The gather or logsumexp beneath squeezes and casts, and the nodes down to it."""
+    nodes: list[fx.Node] = []
+    while isinstance(node, fx.Node):
+        call = read(node)
+        if call is None:
+            return None
+        nodes.append(node)
+        if call.op in ("gather", "take_along_dim", "logsumexp"):
+            return (replace(call, op="logsumexp" if call.op == "logsumexp" else "gather"), tuple(nodes))
+        if call.op not in ("squeeze", "contiguous", "clone") and not is_cast(call):
+            return None
+        node = call["input"]
+    return None
 
 
 def _is_log_softmax(node: object) -> bool:

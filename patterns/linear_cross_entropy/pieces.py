@@ -50,6 +50,8 @@ def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) ->
     shared = _shared_views([path for path, _ in parts])
     members = []
     for path, other in parts:
+        if other.inner:
+            return "one of several losses on these logits is a gather less a logsumexp, which is read alone"
         if other.options != form.options:
             return "losses of parts of the logits differ in their options"
         if (path.epilogue, path.bias, path.dead, path.num_classes) != (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -17,6 +19,9 @@ from structfly.rewriter.views import RowView
 
 def rewrite_head(site: HeadSite, candidate: FusedCandidate, editor: Editor) -> None:
     """Insert the op before the loss, let the loss's users use it, and remove the logits."""
+    if site.form.target_dim is not None:
+        rows = editor.call(torch.squeeze, site.form.target, site.form.target_dim)
+        site = replace(site, form=replace(site.form, target=rows))
     if site.pieces is not None:
         _rewrite_pieces(site, candidate, editor)
     elif site.total is not None:

@@ -45,7 +45,7 @@ class _Traced:
 
 
 class LinearCrossEntropy:
-    """Exact: loss and gradients are eager's, at least as accurate.  See docs/linear_cross_entropy.md."""
+    """Exact: loss and gradients are eager's, to the rounding of their dtype.  See docs/linear_cross_entropy.md."""
 
     name = "linear_cross_entropy"
 
@@ -87,7 +87,7 @@ class LinearCrossEntropy:
     def _site(self, group: list[_Traced], region: Region) -> HeadSite | tuple[fx.Node, str]:
         first = group[0]
         form, path = first.form, first.path
-        strangers = foreign_users([t.path for t in group], [t.form.anchor for t in group])
+        strangers = foreign_users([t.path for t in group], [t.form for t in group])
         if strangers:
             user = min(strangers, key=region.order.__getitem__)
             return user, _stranger(user)

@@ -60,4 +60,4 @@ class HeadSite(Site):
                 nodes.update(dict.fromkeys((*piece.path.nodes, piece.form.anchor)))
         if self.total is not None:
             nodes.update(dict.fromkeys(self.total.nodes))
-        return (*nodes, self.form.anchor)
+        return (*nodes, *self.form.inner, self.form.anchor)

@@ -59,6 +59,9 @@ def end(kind: str, z: Tensor, t: Tensor, options: dict[str, Any]) -> Tensor:
         return F.cross_entropy(z, t, **options)
     if kind == "nll_loss":
         return F.nll_loss(F.log_softmax(z, 1), t, reduction=options["reduction"])
+    if kind == "difference":
+        log_p = z.gather(1, t.clamp_min(0).unsqueeze(1)).squeeze(1) - z.logsumexp(1)
+        return -log_p.mean() if options["reduction"] == "mean" else log_p
     losses = F.cross_entropy(z, t, **{**options, "reduction": "none"})
     return (losses * (t != 3)).sum() / (t >= 0).sum().clamp_min(1)
 
@@ -71,7 +74,7 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
         LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))],
     )
     rows, labels = VIEWS[draw(st.sampled_from(sorted(VIEWS)))]
-    kind = draw(st.sampled_from(("cross_entropy", "nll_loss", "masked")))
+    kind = draw(st.sampled_from(("cross_entropy", "nll_loss", "difference", "masked")))
     extra = draw(st.sampled_from(("none", "hidden", "logits", "second loss", "overwritten", "autocast")))
     options = {
         "reduction": draw(st.sampled_from(("mean", "sum", "none"))),

@@ -247,6 +247,29 @@ def unrolled_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) 
     return torch.stack(logps)
 
 
+# ------------------------------------------------------------------------------------- (6) gather less logsumexp
+
+
+@form("backward")
+def gather_less_logsumexp(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b) / 1.5
+    return z.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - z.logsumexp(-1)
+
+
+@form()
+def logsumexp_less_gather(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    losses = torch.logsumexp(z, dim=1, keepdim=True) - torch.gather(z, 1, ids.view(-1, 1))
+    return losses.mean()
+
+
+@form()
+def weighted_gather_less_logsumexp(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, mask = F.linear(x, w, b), ids > 3
+    log_p = torch.gather(z, 2, ids[..., None]).squeeze(2) - torch.logsumexp(z, (2,))
+    return -(log_p * mask).sum() / mask.sum()
+
+
 # ------------------------------------------------------------------------------------- (7) weighted sums of tokens
 
 
@@ -528,6 +551,40 @@ def overlapping_parts(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tens
 def rows_left_out(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     z = _rows(F.linear(x, w, b))
     return F.cross_entropy(z[:4], ids.view(-1)[:4]) + F.cross_entropy(z[4:8], ids.view(-1)[4:8])
+
+
+@near_miss("of different logits")
+def gather_and_logsumexp_of_different_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    return (z.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - (z * 2).logsumexp(-1)).sum()
+
+
+@near_miss("over different dimensions")
+def logsumexp_over_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x[0], w[: x.shape[1]])
+    return (z.gather(1, ids[0, :, None] % x.shape[1]).squeeze(1) - z.logsumexp(0)).sum()
+
+
+@near_miss("row by row")
+def gather_less_logsumexp_broadcast(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return (z.gather(1, ids.view(-1, 1)) - z.logsumexp(1)).mean()
+
+
+@near_miss("must exist")
+def logsumexp_used_elsewhere(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    lse = z.logsumexp(-1)
+    return (lse - z.gather(-1, ids.unsqueeze(-1)).squeeze(-1)).sum() + 1e-4 * lse.square().sum()
+
+
+@near_miss("writes into the logits")
+def masked_between_gather_and_logsumexp(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = F.linear(x, w, b)
+        lse = z.logsumexp(-1)
+        z[..., 30:] = -float("inf")
+        return (lse - z.gather(-1, (ids % 30).unsqueeze(-1)).squeeze(-1)).sum()
 
 
 @near_miss("changes log-probabilities")
