@@ -18,12 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import peers
 from structfly import measure
 
 IGNORED = -100
 REFERENCE_ROWS = 2048
 PROVIDERS = ("eager", "eager-float", "inductor", "structfly")
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What is made of logits and targets, by name.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "plain": lambda z, t: F.cross_entropy(z, t, ignore_index=IGNORED),
+    "capped": lambda z, t: F.cross_entropy(torch.tanh(z / 30.0) * 30.0, t, ignore_index=IGNORED),
+    "smoothed": lambda z, t: F.cross_entropy(z, t, ignore_index=IGNORED, label_smoothing=0.1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,8 @@ class Case:
         device: "cpu" or "cuda".
         logits: "random", or "trained": peaked at frequent classes, as a trained model's (loss about 2 to 3).
         ignored: share of rows whose target is -100.
+        loss: a key of ``LOSSES``.
+        training: forward and backward, or the loss alone, without gradients.
     """
 
     rows: int
@@ -47,6 +56,15 @@ class Case:
     device: str
     logits: str
     ignored: float
+    loss: str = "plain"
+    training: bool = True
+
+    @property
+    def mode(self) -> str:
+        """The conditions in one line."""
+        passes = "forward+backward" if self.training else "forward"
+        kind = "" if self.loss == "plain" else f"{self.loss}, "
+        return f"{self.shape} {self.dtype} {self.logits} logits, {kind}{self.ignored:.0%} ignored, {passes}"
 
     @property
     def shape(self) -> str:
@@ -55,8 +73,8 @@ class Case:
 
     @property
     def gradient_bytes(self) -> int:
-        """Size of dx and dw."""
-        return (self.rows + self.classes) * self.features * self.torch_dtype.itemsize
+        """Size of dx and dw, 0 where there are none."""
+        return self.training * (self.rows + self.classes) * self.features * self.torch_dtype.itemsize
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -98,39 +116,37 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     return Inputs(x.to(case.torch_dtype).requires_grad_(), w.to(case.torch_dtype).requires_grad_(), t)
 
 
-def truth(inputs: Inputs) -> Truth:
+def truth(inputs: Inputs, loss: str = "plain") -> Truth:
     """The exact answer, rows in chunks: in float64 for float32 inputs, else in float32 without TF32."""
     dtype = torch.float64 if inputs.x.dtype == torch.float32 else torch.float32
-    x, w, t = inputs.x.detach().to(dtype), inputs.w.detach().to(dtype), inputs.t
-    count = (t != IGNORED).sum()
-    loss, dx, dw = (
-        torch.zeros((), dtype=torch.float64, device=x.device),
-        torch.empty_like(x),
-        torch.zeros_like(w),
-    )
+    x, w = (tensor.detach().to(dtype).requires_grad_() for tensor in (inputs.x, inputs.w))
+    count = (inputs.t != IGNORED).sum()
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         for start in range(0, len(x), REFERENCE_ROWS):
-            rows = slice(start, start + REFERENCE_ROWS)
-            targets = t[rows].clamp_min(0)[:, None]
-            counted = (t[rows] != IGNORED)[:, None]
-            log_p = (x[rows] @ w.T).log_softmax(1)
-            loss -= log_p.gather(1, targets).masked_fill(~counted, 0).sum(dtype=torch.float64)
-            dz = log_p.exp_().scatter_add_(1, targets, -torch.ones_like(targets, dtype=dtype))
-            dz *= counted.to(dtype) / count
-            dx[rows] = dz @ w
-            dw.addmm_(dz.T, x[rows])
+            t = inputs.t[start : start + REFERENCE_ROWS]
+            counted = (t != IGNORED).sum()
+            if counted:
+                mean = LOSSES[loss](F.linear(x[start : start + REFERENCE_ROWS], w), t)
+                (mean * (counted.double() / count).to(dtype)).backward()
+                total += mean.detach().double() * counted
     finally:
         torch.set_float32_matmul_precision(precision)
-    return Truth(loss / count, dx, dw)
+    assert x.grad is not None
+    assert w.grad is not None
+    return Truth(total / count, x.grad, w.grad)
 
 
 def errors(loss: Tensor, inputs: Inputs, exact: Truth) -> dict[str, float]:
-    """Relative Frobenius errors of the loss and of the gradients that a step left, by name."""
-    made = Truth(loss, _gradient(inputs.x), _gradient(inputs.w))
+    """Relative Frobenius errors of the loss and, of a training step, of the gradients that it left, by name."""
+    made = {"loss": loss}
+    if loss.requires_grad:
+        made |= {"dx": _gradient(inputs.x), "dw": _gradient(inputs.w)}
     found = {}
-    for name, value, reference in zip(Truth._fields, made, exact, strict=True):
+    for name, value in made.items():
+        reference = getattr(exact, name)
         difference = torch.linalg.vector_norm(value.detach().to(reference.dtype) - reference)
         found[name] = float(difference / torch.linalg.vector_norm(reference))
     return found
@@ -142,42 +158,56 @@ def _gradient(tensor: Tensor) -> Tensor:
     return tensor.grad
 
 
-def plain_loss(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-    """The definition."""
-    return F.cross_entropy(F.linear(x, w), t)
+def make_loss(provider: str, options: Mapping[str, Any], loss: str = "plain") -> Loss:
+    """The loss by a provider: one of ``PROVIDERS``, of :mod:`benchmarks.peers`, or "structfly@SIZE".
 
+    Args:
+        options: structfly's.
+        loss: a key of ``LOSSES``; peers only know "plain".
+    """
+    of_logits = LOSSES[loss]
 
-def float_loss(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-    """As model code writes it: the loss of half-precision logits is taken in float32."""
-    return F.cross_entropy(F.linear(x, w).float(), t)
+    def definition(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return of_logits(F.linear(x, w), t)
 
+    def as_models_write_it(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return of_logits(F.linear(x, w).float(), t)
 
-def make_loss(provider: str, options: Mapping[str, Any]) -> Loss:
-    """The loss by a provider of ``PROVIDERS``; ``options`` are structfly's."""
     if provider == "eager":
-        return plain_loss
+        return definition
     if provider == "eager-float":
-        return float_loss
-    chosen = dict(options) if provider == "structfly" else {}
-    return torch.compile(float_loss, backend=provider, options=chosen or None, fullgraph=True, dynamic=False)
+        return as_models_write_it
+    if provider in peers.PEERS:
+        if loss != "plain":
+            raise ValueError(f"{provider} is measured with the plain loss only, not {loss!r}")
+        return peers.PEERS[provider](as_models_write_it)
+    backend, _, memory = provider.partition("@")
+    chosen = dict(options) if backend == "structfly" else {}
+    if memory:
+        chosen["budget"] = {**chosen.get("budget", {}), "loss_memory": memory}
+    return torch.compile(as_models_write_it, backend=backend, options=chosen or None, fullgraph=True, dynamic=False)
 
 
-def make_step(loss: Loss, inputs: Inputs) -> Callable[[], Tensor]:
-    """Forward and backward into fresh gradients; returns the loss."""
+def make_step(loss: Loss, inputs: Inputs, *, training: bool = True) -> Callable[[], Tensor]:
+    """Forward and backward into fresh gradients, or forward alone; returns the loss."""
 
-    def step() -> Tensor:
+    def train() -> Tensor:
         inputs.x.grad = inputs.w.grad = None
         result = loss(*inputs)
         result.backward()
         return result
 
-    return step
+    def evaluate() -> Tensor:
+        with torch.no_grad():
+            return loss(*inputs)
+
+    return train if training else evaluate
 
 
 def peak_memory(case: Case, provider: str, options: Mapping[str, Any]) -> int:
     """Bytes of one warm step above its inputs, the gradients it leaves included."""
     inputs = make_inputs(case)
-    step = make_step(make_loss(provider, options), inputs)
+    step = make_step(make_loss(provider, options, case.loss), inputs, training=case.training)
 
     def step_from_nothing() -> None:
         step()

@@ -10,7 +10,9 @@ and in float32 for the others.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import head, recording
-from benchmarks.head import PROVIDERS, Case, Inputs
+from benchmarks.head import LOSSES, PROVIDERS, Case, Inputs
+from benchmarks.peers import PEERS
 from benchmarks.recording import Row
 from structfly import measure
 
 KERNEL = "linear_cross_entropy"
-FLOOR = "three products"
+FLOORS = {True: "three products", False: "one product"}  # of a training step, of an evaluation
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "shapes": ["2048x256x32000"],
@@ -43,7 +46,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "matmul": 8192,
     },
 }
-# What structfly must reach on a CPU: its time over eager's and over Inductor's, its memory over eager's.
+CPU_BARRED = "2048x256x32000 float32 random logits, 0% ignored, forward+backward"
+# What structfly must reach there: its time over eager's and over Inductor's, its memory over eager's.
 CPU_BARS = (("time_s", "eager", 0.85), ("time_s", "inductor", 1.05), ("peak_extra_bytes", "eager", 1 / 6))
 
 
@@ -64,33 +68,35 @@ def matmul_rate(device: str, dtype: str, size: int, repeats: int) -> Row:
     )
 
 
-def make_products(inputs: Inputs) -> Callable[[], object]:
-    """The products of the shape alone: logits, dx and dw."""
+def make_products(inputs: Inputs, *, training: bool) -> Callable[[], object]:
+    """The products of the shape alone: logits and, in training, dx and dw."""
     x, w = inputs.x.detach(), inputs.w.detach()
 
     def products() -> None:
         z = x @ w.T
-        z @ w
-        z.T @ x
+        if training:
+            z @ w
+            z.T @ x
 
     return products
 
 
 def measure_case(case: Case, providers: Sequence[str], options: dict[str, Any], repeats: int) -> list[Row]:
     """All rows of one case."""
-    mode = f"{case.shape} {case.dtype} {case.logits} logits, {case.ignored:.0%} ignored, forward+backward"
+    mode = case.mode
     inputs = head.make_inputs(case)
-    exact = head.truth(inputs)
+    exact = head.truth(inputs, case.loss)
     torch.compiler.reset()
     steps: dict[str, Callable[[], Any]] = {}
     rows: list[Row] = []
     for provider in providers:
-        step = steps[provider] = head.make_step(head.make_loss(provider, options), inputs)
+        loss = head.make_loss(provider, options, case.loss)
+        step = steps[provider] = head.make_step(loss, inputs, training=case.training)
         for name, error in head.errors(step(), inputs, exact).items():
             metric = f"relative_error_{name}"
             rows.append(Row.of_value(error, kernel=KERNEL, provider=provider, mode=mode, metric=metric))
     del exact
-    steps[FLOOR] = make_products(inputs)
+    steps[FLOORS[case.training]] = make_products(inputs, training=case.training)
     timings = measure.times_in_rotation(steps, case.device, repeats=repeats)
     rows += [Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode) for name, timing in timings.items()]
     del steps, inputs
@@ -106,6 +112,7 @@ def measure_case(case: Case, providers: Sequence[str], options: dict[str, Any], 
 def case_table(mode: str, rows: Sequence[Row]) -> Table:
     """The providers of one case, with ratios to eager, Inductor and the floor."""
     values = {(row.provider, row.metric): row for row in rows}
+    floor = next(row.provider for row in rows if row.provider in FLOORS.values())
 
     def ratio(provider: str, metric: str, base: str) -> str:
         if (provider, metric) not in values or (base, metric) not in values:
@@ -133,11 +140,11 @@ def case_table(mode: str, rows: Sequence[Row]) -> Table:
         table.add_row(
             provider,
             f"{time.p50 * 1e3:.2f} ({time.p20 * 1e3:.2f} to {time.p80 * 1e3:.2f})",
-            *(ratio(provider, "time_s", base) for base in ("eager", "inductor", FLOOR)),
+            *(ratio(provider, "time_s", base) for base in ("eager", "inductor", floor)),
             show(provider, "peak_extra_bytes", ".0f", 2**20),
             show(provider, "peak_extra_above_gradients_bytes", ".0f", 2**20),
             ratio(provider, "peak_extra_bytes", "eager"),
-            " ".join(show(provider, f"relative_error_{name}", ".1e") for name in ("loss", "dx", "dw")),
+            " ".join(show(provider, f"relative_error_{name}", ".1e") for name in ("loss", "dx", "dw")).strip(),
         )
     return table
 
@@ -155,6 +162,13 @@ def bars(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def provider(name: str) -> str:
+    """A provider's name, checked."""
+    if name in PROVIDERS or name in PEERS or re.fullmatch(r"structfly@\S+", name):
+        return name
+    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join((*PROVIDERS, *PEERS))} and not structfly@SIZE")
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; what is not given depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,7 +177,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--ignored", type=float, help="share of rows with target -100")
     parser.add_argument("--logits", nargs="+", choices=("random", "trained"), default=["random"])
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS)
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=["plain"])
+    parser.add_argument("--passes", nargs="+", choices=("training", "evaluation"), default=["training"])
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        type=provider,
+        help=f"{', '.join((*PROVIDERS, *PEERS))}, or structfly@SIZE: with that budget.loss_memory, e.g. 600MiB",
+    )
     parser.add_argument("--options", type=json.loads, default={}, help="structfly's options, as JSON")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
@@ -188,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
     rows = []
     for n, h, v in chosen.shapes:
-        for logits in chosen.logits:
+        for logits, loss, passes in itertools.product(chosen.logits, chosen.loss, chosen.passes):
             case = Case(
                 rows=n,
                 features=h,
@@ -197,12 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 device=chosen.device,
                 logits=logits,
                 ignored=chosen.ignored,
+                loss=loss,
+                training=passes == "training",
             )
             measured = measure_case(case, chosen.providers, chosen.options, chosen.repeats)
             console.print(case_table(measured[0].mode, measured))
             rows += measured
     if chosen.device == "cpu":
-        for line in bars(rows):
+        for line in bars([row for row in rows if row.mode == CPU_BARRED]):
             console.print(line, highlight=False)
     environment = measure.environment(chosen.device)
     console.print(" | ".join(f"{key} {value}" for key, value in environment.items()), soft_wrap=True)

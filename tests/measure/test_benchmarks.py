@@ -3,9 +3,11 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import head, linear_cross_entropy, recording
 from benchmarks.head import Case
@@ -13,23 +15,53 @@ from benchmarks.recording import Row
 from structfly.measure import Timing
 
 
-def case(logits: str = "random", ignored: float = 0.2) -> Case:
-    return Case(rows=50, features=8, classes=70, dtype="float32", device="cpu", logits=logits, ignored=ignored)
+def case(logits: str = "random", **changes: Any) -> Case:
+    sizes: dict[str, Any] = {"rows": 50, "features": 8, "classes": 70, "dtype": "float32", "device": "cpu"}
+    return Case(**{**sizes, "logits": logits, "ignored": 0.2, **changes})
 
 
 @pytest.mark.parametrize("logits", ["random", "trained"])
-def test_truth_is_the_definition_in_float64(logits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loss", head.LOSSES)
+def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "REFERENCE_ROWS", 16)  # several chunks, the last one short
     inputs = head.make_inputs(case(logits))
     assert (inputs.t == head.IGNORED).any()
     x, w = (tensor.detach().double().requires_grad_() for tensor in (inputs.x, inputs.w))
-    loss = head.plain_loss(x, w, inputs.t)
-    loss.backward()
+    value = head.LOSSES[loss](F.linear(x, w), inputs.t)
+    value.backward()
     assert x.grad is not None
     assert w.grad is not None
-    exact = head.truth(inputs)
-    for made, expected in zip(exact, (loss.detach(), x.grad, w.grad), strict=True):
+    exact = head.truth(inputs, loss)
+    for made, expected in zip(exact, (value.detach(), x.grad, w.grad), strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-14)
+
+
+# Inductor's workers and Dynamo warn of torch's own deprecations.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("provider", ["eager", "eager-float", "inductor", "structfly", "structfly@1MiB"])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, training: bool) -> None:
+    torch._dynamo.reset()
+    problem = case(loss="capped", training=training)
+    inputs = head.make_inputs(problem)
+    loss = head.make_loss(provider, {"rewrite": "always"}, problem.loss)
+    errors = head.errors(head.make_step(loss, inputs, training=training)(), inputs, head.truth(inputs, problem.loss))
+    assert errors.keys() == ({"loss", "dx", "dw"} if training else {"loss"})
+    assert all(error < 1e-5 for error in errors.values())
+
+
+def test_a_peer_does_not_answer_for_another_loss() -> None:
+    with pytest.raises(ValueError, match="plain loss only, not 'capped'"):
+        head.make_loss("liger", {}, "capped")
+
+
+@pytest.mark.parametrize("passes", ["training", "evaluation"])
+def test_a_measured_case_makes_a_table(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "peak_memory_in_own_process", lambda *_: 2**20)
+    problem = case(training=passes == "training")
+    rows = linear_cross_entropy.measure_case(problem, ["eager"], {}, repeats=1)
+    assert {row.mode for row in rows} == {problem.mode}
+    assert len(linear_cross_entropy.case_table(problem.mode, rows).rows) == 2  # eager, and the products alone
 
 
 def test_errors_are_those_of_the_gradients_left() -> None:
@@ -97,6 +129,10 @@ def test_shapes_are_read_and_checked() -> None:
     chosen = linear_cross_entropy.parse_arguments(["--device", "cpu", "--shapes", "2x3x4", "5x6x7"])
     assert chosen.shapes == [(2, 3, 4), (5, 6, 7)]
     assert chosen.dtype == "float32"
+    named = linear_cross_entropy.parse_arguments(["--device", "cpu", "--providers", "structfly@64MiB", "cce"])
+    assert named.providers == ["structfly@64MiB", "cce"]
+    with pytest.raises(SystemExit):
+        linear_cross_entropy.parse_arguments(["--device", "cpu", "--providers", "liga"])
     for wrong in ("2x3", "2x3x0", "2x3x4x5", "a"):
         with pytest.raises(SystemExit):
             linear_cross_entropy.parse_arguments(["--device", "cpu", "--shapes", wrong])
