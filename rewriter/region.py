@@ -70,19 +70,25 @@ def _walk(region: Region, seen: set[int]) -> Iterator[Region]:
     seen.add(id(region.owner))
     yield region
     for node in region.graph.nodes:
-        kind = compat.subgraph_kind(node)
-        if kind is None:
-            continue
-        for argument in (*node.args, *node.kwargs.values()):
-            if not isinstance(argument, fx.Node) or argument.op != "get_attr":
-                continue
-            body = getattr(region.owner, str(argument.target), None)
-            if not isinstance(body, fx.GraphModule) or id(body) in seen:
+        kind = compat.subgraph_kind(node) or ""
+        for body in bodies(region.owner, node):
+            if id(body) in seen:
                 continue
             closed = region.closed
             if kind not in ("checkpoint", "plain"):
                 closed = closed or _CLOSED.get(kind, f"inside the body of {kind}, which structfly does not enter")
             yield from _walk(Region(body, region.checkpointed or kind == "checkpoint", closed), seen)
+
+
+def bodies(owner: fx.GraphModule, node: fx.Node) -> Iterator[fx.GraphModule]:
+    """The graphs that ``node`` of ``owner``'s graph runs: a checkpoint's, a branch's, a custom autograd function's."""
+    if compat.subgraph_kind(node) is None:
+        return
+    for argument in (*node.args, *node.kwargs.values()):
+        if isinstance(argument, fx.Node) and argument.op == "get_attr":
+            body = getattr(owner, str(argument.target), None)
+            if isinstance(body, fx.GraphModule):
+                yield body
 
 
 # ------------------------------------------------------------------------------------------------------- names
@@ -112,6 +118,9 @@ def qualified_name(node: fx.Node, parameter: fx.Node | None = None) -> str:
 
 def _clean(path: str) -> str:
     path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", path)
+    while path != (spelt := re.sub(r"getattr\(([^()]*), '([^']+)'\)", r"\1.\2", path)):
+        path = spelt
+    path = path.replace(".__self__", "")
     path = re.sub(r".*__closure__\[\d+\]\.cell_contents", "closure", path)  # how torch 2.11 names a captured module
     root, _, rest = path.partition(".")
     return rest or re.sub(r"^[LG]\['([^']+)'\]$", r"\1", root)

@@ -6,15 +6,17 @@ those nodes read, would be seen by the one and not by the other.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx
 
 from structfly import compat
-from structfly.rewriter.region import Region, example
+from structfly.rewriter.region import Region, bodies, example
 
 _INPLACE_OPERATORS = {
     operator.setitem,
@@ -39,13 +41,24 @@ def written(node: fx.Node) -> list[fx.Node]:
         return _nodes(node.args[:1]) if _names_a_write(str(node.target)) else []
     if node.op != "call_function":
         return []
-    if node.target in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
+    if node.target in _INPLACE_OPERATORS or _is_told_to_write(node):
         return _nodes(node.args[:1]) or _nodes(node.kwargs.get("input"))
     declared = compat.written_arguments(node)
     if declared is not None:
         return _nodes(declared)
     named = node.args[:1] if _names_a_write(getattr(node.target, "__name__", "")) else ()
     return _nodes((named, node.kwargs.get("out")))
+
+
+def _is_told_to_write(node: fx.Node) -> bool:
+    """Whether ``inplace=True`` is among the arguments, by name or by position."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is True
+    if not isinstance(node.target, FunctionType):
+        return False
+    parameters = list(inspect.signature(node.target).parameters)
+    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
+    return place < len(node.args) and node.args[place] is True
 
 
 def _names_a_write(name: str) -> bool:
@@ -67,32 +80,44 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
     """Why ``nodes`` cannot all be computed where the last of them stands, and the node to blame; None if they can.
 
     Tensors are told apart by their storage, so that a write through a view counts.  A tensor whose version tells of
-    more writes than can be found in the graph (a body's, or an unknown operation's) pins what reads it.
+    more writes than can be found in the graph pins what reads it.
     """
     order = region.order
     first, last = min(map(order.__getitem__, nodes)), max(map(order.__getitem__, nodes))
     read = {operand for node in nodes for operand in node.all_input_nodes} - set(nodes)
     storages = {key for operand in read for key in _storages(operand)}
     found: dict[int, int] = {}
-    for place, node in enumerate(region.graph.nodes):
-        for target in written(node):
-            for key in _storages(target):
-                found[key] = found.get(key, 0) + 1
-            if not first <= place <= last:
-                continue
-            if node in nodes:
-                if target not in nodes:
-                    return node, f"{node.name} writes into {target.name}, which stays in the graph"
-            elif storages.intersection(_storages(target)):
-                return node, (
-                    f"{node.name} writes into a tensor that the nodes of this site read, after the first of them and "
-                    "before the last; write into a copy, or later"
-                )
+    for place, node, target in _writes(region):
+        for key in _storages(target):
+            found[key] = found.get(key, 0) + 1
+        if not first <= place <= last:
+            continue
+        if node in nodes:
+            if target not in nodes:
+                return node, f"{node.name} writes into {target.name}, which stays in the graph"
+        elif storages.intersection(_storages(target)):
+            return node, (
+                f"{node.name} writes into a tensor that the nodes of this site read, after the first of them and "
+                "before the last; write into a copy, or later"
+            )
+    # An input that shares memory with another one is made with a version of 1.
+    inputs = {key for node in region.graph.nodes if node.op == "placeholder" for key in _storages(node)}
     for operand in sorted(read, key=order.__getitem__):
         tensor = example(operand)
-        if tensor is not None and compat.version(tensor) > sum(found.get(key, 0) for key in _storages(operand)):
+        known = sum(found.get(key, 0) + (key in inputs) for key in _storages(operand))
+        if tensor is not None and compat.version(tensor) > known:
             return operand, f"{operand.name} is written in place by an operation whose place is not known"
     return None
+
+
+def _writes(region: Region) -> Iterator[tuple[int, fx.Node, fx.Node]]:
+    """Every write: its place in the graph, its node there, and what is written, perhaps inside a body of that node."""
+    for place, node in enumerate(region.graph.nodes):
+        for target in written(node):
+            yield place, node, target
+        for body in bodies(region.owner, node):
+            for _, _, target in _writes(Region(body)):
+                yield place, node, target
 
 
 def _storages(node: fx.Node) -> list[int]:

@@ -144,6 +144,21 @@ def test_the_linear_keeps_its_own_precision_where_only_the_loss_is_under_autocas
     assert_like_eager(Rewritten(step, then="aot_eager"), step, inputs())
 
 
+def test_inputs_that_share_memory_do_not_stand_in_the_way() -> None:
+    model = torch.nn.Linear(8, 30, bias=False)
+    with torch.no_grad():
+        model.weight.mul_(2.0)
+
+    def step(parameters: dict[str, Tensor], x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), labels)
+
+    x, _, labels = inputs()
+    fast = Rewritten(step)
+    parameters = {name: value.detach().requires_grad_() for name, value in model.named_parameters()}
+    torch.testing.assert_close(fast(parameters, x, labels), step(parameters, x, labels))
+    assert fast.statuses == ["rewritten"]
+
+
 def test_without_gradients_only_the_losses_are_made() -> None:
     fast = Rewritten(head, then="aot_eager")
     with torch.no_grad():

@@ -23,6 +23,9 @@ def node_in(path: str, kind: type) -> fx.Node:
         ("L['self']._modules['model']._modules['blocks']._modules['0']", "model.blocks.0"),
         ("L['step'].__closure__[2].cell_contents.head", "head"),
         ("L['head']", "head"),
+        ("getattr(G['m'], '1')", "1"),
+        ("getattr(getattr(L['self'].blocks, '3').mlp, '0')", "blocks.3.mlp.0"),
+        ("L['fn'].__self__.lm_head", "lm_head"),
     ],
 )
 def test_names_are_those_of_named_modules(path: str, name: str) -> None:

@@ -452,6 +452,15 @@ def mask_overwritten(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tenso
         return losses.sum()
 
 
+@near_miss("writes into a tensor that the nodes of this site read")
+def hidden_states_overwritten_in_a_checkpoint(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        hidden = x * 1
+        z = _rows(F.linear(hidden, w, b))
+        total: Tensor = checkpoint(lambda h: h.mul_(2.0).sum(), hidden, use_reentrant=False)
+        return F.cross_entropy(z, labels.view(-1)) + 0.0 * total
+
+
 @near_miss("writes into mask, which stays in the graph")
 def losses_written_into_the_mask(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
