@@ -34,7 +34,8 @@ class Tiles:
     stages: int
 
 
-# The fastest of those measured on an H100: eight warps hold a tile's sums in half of their registers.
+# Eight warps hold a tile's sums in half of their registers, and three steps of both operands take 144 of the 227 KiB of
+# shared memory, which leaves room for an epilogue's part.
 HOPPER = Tiles(m=128, n=256, k=64, group=8, parts=4, warps=8, stages=3)
 # For the interpreter, which runs a program at a time: small, so that small problems have several tiles.
 INTERPRETED = Tiles(m=16, n=32, k=16, group=2, parts=2, warps=1, stages=1)
@@ -56,7 +57,7 @@ class Blocks:
 class Product:
     """A product of ``a`` (M, K) and ``b`` (K, N) as ``template`` describes it, ready to be launched many times.
 
-    Descriptors are made once: on the host they cost more than a launch.
+    Descriptors are made once and serve every launch.
 
     Args:
         template: a template that extends the skeleton; its hooks' arguments begin with those of each launch.

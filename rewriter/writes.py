@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Collection, Iterator
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -54,11 +55,14 @@ def _is_told_to_write(node: fx.Node) -> bool:
     """Whether ``inplace=True`` is among the arguments, by name or by position."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is True
-    if not isinstance(node.target, FunctionType):
-        return False
-    parameters = list(inspect.signature(node.target).parameters)
-    place = parameters.index("inplace") if "inplace" in parameters else len(node.args)
-    return place < len(node.args) and node.args[place] is True
+    place = _place_of_inplace(node.target) if isinstance(node.target, FunctionType) else None
+    return place is not None and place < len(node.args) and node.args[place] is True
+
+
+@cache
+def _place_of_inplace(function: FunctionType) -> int | None:
+    parameters = list(inspect.signature(function).parameters)
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def _names_a_write(name: str) -> bool:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import Blocks, Product, best_split, programs_on, tiles_for
+from structfly.lowering.gemm import Blocks, Product, best_split, has_descriptor, programs_on, tiles_for
 from structfly.lowering.linear_cross_entropy.chunked import Gradients, Head, Wanted, allocate_gradients, class_terms
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms
 from structfly.lowering.linear_cross_entropy.schedule import exponential_rows, low_stride, row_stride
@@ -68,6 +68,8 @@ class _Run:
         self.terms = class_terms(head)
         self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
         self.weight = head.weight[: head.num_classes]
+        if not has_descriptor(self.weight):  # a view of a larger buffer that begins anywhere
+            self.weight = self.weight.clone(memory_format=torch.contiguous_format)
         self.mask = None if self.terms.mask is None else self.terms.mask.contiguous().view(torch.uint8)
         rows, self.hidden = head.x.shape
         self.length = exponential_rows(rows, head.num_classes, workspace)

@@ -106,6 +106,16 @@ def test_all_rows_ignored() -> None:
     assert not any(gradient.any() for gradient in gradients)
 
 
+def test_a_weight_that_begins_anywhere_in_a_buffer() -> None:
+    call = exponentials(rows=40, classes=50)
+    buffer = torch.empty(call.weight.numel() + 3, dtype=torch.bfloat16, device=DEVICE)
+    weight = buffer[3:].view_as(call.weight).copy_(call.weight.detach()).requires_grad_()
+    assert weight.data_ptr() % 16
+    moved = call._replace(weight=weight)
+    for a, b in zip(linear_cross_entropy(*moved), linear_cross_entropy(*call), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_same_bits_every_time() -> None:
     call = exponentials(rows=60, classes=70, workspace=16 * 80 * 2)
     for first, second in zip(linear_cross_entropy(*call), linear_cross_entropy(*call), strict=True):
