@@ -18,16 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 # ------------------------------------------------------------------------------------------------ graph vocabulary
 
 
-def is_enter_autocast(node: fx.Node) -> bool:
-    """True for the node that opens an autocast region."""
-    return node.op == "call_function" and node.target is torch.amp.autocast_mode._enter_autocast
-
-
-def is_exit_autocast(node: fx.Node) -> bool:
-    """True for the node that closes an autocast region."""
-    return node.op == "call_function" and node.target is torch.amp.autocast_mode._exit_autocast
-
-
 def functorch_nesting(node: fx.Node) -> int:
     """+1 where a torch.func transform (grad, vmap, jvp) opens in the graph, -1 where one closes, else 0."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
