@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import peers
+from benchmarks.peers import PEERS, Loss
 from structfly import measure
 
 IGNORED = -100
 REFERENCE_ROWS = 2048
 PROVIDERS = ("eager", "eager-float", "inductor", "structfly")
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 # What is made of logits and targets, by name.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "plain": lambda z, t: F.cross_entropy(z, t, ignore_index=IGNORED),
@@ -177,10 +176,10 @@ def make_loss(provider: str, options: Mapping[str, Any], loss: str = "plain") ->
         return definition
     if provider == "eager-float":
         return as_models_write_it
-    if provider in peers.PEERS:
+    if provider in PEERS:
         if loss != "plain":
             raise ValueError(f"{provider} is measured with the plain loss only, not {loss!r}")
-        return peers.PEERS[provider](as_models_write_it)
+        return PEERS[provider](as_models_write_it)
     backend, _, memory = provider.partition("@")
     chosen = dict(options) if backend == "structfly" else {}
     if memory:

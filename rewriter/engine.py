@@ -103,20 +103,19 @@ class _Run:
         found: list[_Found] = []
         for rule in self.rules:
             try:
-                results = rule.find(region)
+                results = [_checked(result, region) for result in furthest(rule.find(region))]
             except Exception as error:
                 self._failed(rule.name, None, (number, -1), error)
                 continue
-            for result in furthest(results):
+            for result in results:
                 place = (number, region.order[result.node])
-                checked = _checked(result, region)
-                if isinstance(checked, Miss):
-                    self._missed(checked, place)
-                elif not self.config.for_site(checked.name).rule_enabled(rule.name):
+                if isinstance(result, Miss):
+                    self._missed(result, place)
+                elif not self.config.for_site(result.name).rule_enabled(rule.name):
                     reason = f"the rule {rule.name} is switched off here by the configuration"
-                    self._say(checked, place, "kept", reason)
+                    self._say(result, place, "kept", reason)
                 else:
-                    found.append(_Found(rule, checked, region, place))
+                    found.append(_Found(rule, result, region, place))
         return found
 
     def _choose(self, found: Sequence[_Found]) -> list[tuple[_Found, Choice]]:

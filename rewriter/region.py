@@ -100,6 +100,13 @@ def example(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def example_tensors(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors in a node's example value: one, or those of a tuple, or none."""
+    value = node.meta.get("example_value")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [each for each in values if isinstance(each, torch.Tensor)]
+
+
 def qualified_name(node: fx.Node, parameter: fx.Node | None = None) -> str:
     """The module a node belongs to, as ``named_modules`` would call it, without the outermost variable.
 

@@ -13,11 +13,10 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
-import torch
 from torch import fx
 
 from structfly import compat
-from structfly.rewriter.region import Region, bodies, example
+from structfly.rewriter.region import Region, bodies, example, example_tensors
 
 _INPLACE_OPERATORS = {
     operator.setitem,
@@ -125,6 +124,4 @@ def _writes(region: Region) -> Iterator[tuple[int, fx.Node, fx.Node]]:
 
 
 def _storages(node: fx.Node) -> list[int]:
-    value = node.meta.get("example_value")
-    tensors = value if isinstance(value, (tuple, list)) else [value]
-    return [compat.storage_key(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return [compat.storage_key(tensor) for tensor in example_tensors(node)]

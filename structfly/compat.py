@@ -55,8 +55,8 @@ def written_arguments(node: fx.Node) -> list[Any] | None:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same number for tensors that share memory; for a wrapper subclass, that of its own storage."""
-    return int(tensor.untyped_storage()._cdata)
+    """The same number for tensors that share memory; for a sparse tensor, which has no storage, its own."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
 
 
 def version(tensor: Tensor) -> int:

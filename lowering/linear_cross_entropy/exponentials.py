@@ -202,8 +202,10 @@ class _Run:
         a, b, high = self.exps.t(), self.x_chunk, dw.view(torch.uint16)
         if dw.stride(1) != 1:  # stored (hidden, classes): so is what is made
             a, b, high = b.t(), a.t(), high.t()
-        low = torch.empty(high.shape[0], low_stride(high.shape[1]), dtype=torch.uint8, device=high.device)
-        planes = [Blocks(high), Blocks(low[:, : high.shape[1]] if len(self.starts) > 1 else high)]
+        low, single = high, len(self.starts) == 1
+        if not single:
+            low = torch.empty(high.shape[0], low_stride(high.shape[1]), dtype=torch.uint8, device=high.device)
+            low = low[:, : high.shape[1]]
         outer: list[Tensor] = []
         if self.share:
             ones = self.factor.new_ones(self.head.num_classes)
@@ -214,10 +216,10 @@ class _Run:
                 "linear_cross_entropy_weight",
                 a,
                 b,
-                [*planes, *(outer if first else ())],
-                {"first": first, "single": len(self.starts) == 1, "uniform": bool(outer) and first},
+                [Blocks(high), Blocks(low), *(outer if first else ())],
+                {"first": first, "single": single, "uniform": bool(outer) and first},
             )
-            for first in (True, False)
+            for first in ((True,) if single else (True, False))
         ]
 
     # ------------------------------------------------------------------------------------------------ one chunk

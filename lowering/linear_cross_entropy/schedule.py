@@ -36,8 +36,12 @@ def why_no_exponentials(
 
 
 def exponentials_bytes(rows: int, length: int, hidden: int, classes: int, *, dx: bool, dw: bool) -> int:
-    """Bytes that the scheme "exponentials" takes besides inputs and gradients, in chunks of ``length`` of ``rows``."""
-    row = row_stride(classes) * 2 + hidden * (2 + 4 * dx) + 4 * (-(-classes // HOPPER.n) + 5)
+    """Bytes that the scheme "exponentials" takes besides inputs and gradients, in chunks of ``length`` of ``rows``.
+
+    The exponentials themselves are stored only where a gradient is wanted.
+    """
+    exps = row_stride(classes) * torch.bfloat16.itemsize * (dx or dw)
+    row = exps + hidden * (2 + 4 * dx) + 4 * (-(-classes // HOPPER.n) + 5)
     return length * row + (classes * low_stride(hidden) if dw and length < rows else 0)
 
 

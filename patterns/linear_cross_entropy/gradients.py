@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from structfly.lowering.linear_cross_entropy.chunked import Wanted
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import needs_gradient
-from structfly.rewriter.views import example_tuple
+from structfly.rewriter.region import example_tensors
 
 
 def wanted_gradients(paths: Sequence[LogitsPath], ends: Sequence[fx.Node]) -> Wanted | tuple[fx.Node, str]:
@@ -44,11 +43,6 @@ def wanted_gradients(paths: Sequence[LogitsPath], ends: Sequence[fx.Node]) -> Wa
 
 def _cuts(node: fx.Node) -> bool:
     """Whether something that requires a gradient goes in and nothing that does comes out, as under no_grad."""
-    results = list(_tensors(node))
-    goes_in = any(value.requires_grad for operand in node.all_input_nodes for value in _tensors(operand))
+    results = example_tensors(node)
+    goes_in = any(value.requires_grad for operand in node.all_input_nodes for value in example_tensors(operand))
     return goes_in and bool(results) and not any(value.requires_grad for value in results)
-
-
-def _tensors(node: fx.Node) -> Iterable[torch.Tensor]:
-    value = example_tuple(node)
-    return (each for each in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(each, torch.Tensor))

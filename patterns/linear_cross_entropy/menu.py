@@ -123,11 +123,11 @@ class _Sizes:
         while (shortest := min(lengths)) > max(1, profile.fast_rows // 8):
             lengths.add(-(-shortest // 2))
         longest = min(self._longest(limit, scheme), self.rows)
-        if scheme == "exponentials" and longest > 0:
-            longest = exponential_rows(self.rows, self.classes, longest * self.row_bytes)
-            lengths.update(full_row_counts(self.hidden, profile.processors, longest))
         if longest > 0:
             lengths.add(longest)
+        if scheme == "exponentials":
+            lengths.update(full_row_counts(self.hidden, profile.processors, longest))
+            lengths = {exponential_rows(self.rows, self.classes, length * self.row_bytes) for length in lengths}
         return sorted(lengths, reverse=True)
 
     def _longest(self, limit: int, scheme: str) -> int:

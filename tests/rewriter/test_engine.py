@@ -181,6 +181,16 @@ def test_a_rule_that_fails_to_read_is_reported() -> None:
     assert [(site.status, "KeyError" in site.reason) for site in outcome.sites] == [("failed", True)]
 
 
+def test_a_failing_check_of_a_site_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise LookupError("no storage")
+
+    monkeypatch.setattr("structfly.rewriter.engine.why_pinned", fail)
+    value, (outcome,), _ = run(SineOfDouble(), torch.sin, X)
+    assert torch.equal(value, torch.sin(X))
+    assert [(site.status, "no storage" in site.reason) for site in outcome.sites] == [("failed", True)]
+
+
 def test_checkpoint_bodies_are_entered() -> None:
     def function(x: Tensor) -> Tensor:
         result: Tensor = checkpoint(torch.sin, x, use_reentrant=False)

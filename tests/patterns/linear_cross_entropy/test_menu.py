@@ -118,6 +118,19 @@ def test_the_limit_is_kept_and_more_memory_is_never_slower(shape: tuple[int, int
     assert roomier.seconds <= site.seconds
 
 
+def without_gradient(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    with torch.no_grad():
+        return loss(x, w, t)
+
+
+def test_an_evaluation_keeps_no_exponentials() -> None:
+    site = choose(SEED, function=without_gradient)
+    assert site.candidate.startswith("exponentials, ")
+    assert "loss only" in site.candidate
+    assert site.peak_bytes is not None
+    assert site.peak_bytes < 128 * MIB
+
+
 def test_what_fits_nowhere_takes_the_least_and_says_so() -> None:
     site = choose(SEED, memory="8MiB")
     assert site.status == "rewritten"
