@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.launch import Launch
 from structfly.lowering.template import Parameter, load, render
 
 
@@ -32,6 +33,11 @@ class Tiles:
     parts: int
     warps: int
     stages: int
+
+    @property
+    def part(self) -> int:
+        """Columns of a part."""
+        return self.n // self.parts
 
 
 # Eight warps hold a tile's sums in half of their registers, and three steps of both operands take 144 of the 227 KiB of
@@ -65,6 +71,7 @@ class Product:
         arguments: the template's other arguments, in its order.
         parameters: the template's own.
         split: programs that share the inner dimension of a tile.
+        tiles: how it is cut up; by default as :func:`tiles_for` says.
 
     Raises:
         UnsupportedError: an operand's layout has no descriptor.
@@ -79,8 +86,9 @@ class Product:
         parameters: Mapping[str, Parameter] | None = None,
         *,
         split: int = 1,
+        tiles: Tiles | None = None,
     ) -> None:
-        tiles = tiles_for(a.device)
+        tiles = tiles or tiles_for(a.device)
         (rows, inner), columns = a.shape, b.shape[1]
         (a_stored, a_transposed), (b_stored, b_transposed) = _stored(a), _stored(b)
         layout: dict[str, Parameter] = {
@@ -96,29 +104,25 @@ class Product:
             _descriptor(b_stored, *((tiles.n, tiles.k) if b_transposed else (tiles.k, tiles.n))),
         )
         self._arguments = [
-            _descriptor(each.tensor, tiles.m, tiles.n // (tiles.parts if each.cut else 1))
-            if isinstance(each, Blocks)
-            else each
+            _descriptor(each.tensor, tiles.m, tiles.part if each.cut else tiles.n) if isinstance(each, Blocks) else each
             for each in arguments
         ]
         self._sizes = (rows, columns, inner)
         programs = min(programs_on(a.device), -(-rows // tiles.m) * -(-columns // tiles.n) * split)
-        self._constants = {
+        constants = {
             "BM": tiles.m,
             "BN": tiles.n,
             "BK": tiles.k,
             "GROUP": tiles.group,
             "SPLIT": split,
             "PROGRAMS": programs,
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
         }
         kernel = _kernel(template, tuple({**layout, **(parameters or {})}.items()))
-        self._launch = kernel[(programs,)]
+        self._launch = Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
     def __call__(self, *arguments: Tensor | int) -> None:
-        """Launch it on the current device with the launch's own arguments."""
-        self._launch(*self._operands, *arguments, *self._arguments, *self._sizes, **self._constants)
+        """Launch it on the current device and stream with the launch's own arguments."""
+        self._launch(*self._operands, *arguments, *self._arguments, *self._sizes)
 
 
 def busy(rows: int, columns: int, split: int, processors: int, tiles: Tiles = HOPPER) -> float:
@@ -128,9 +132,13 @@ def busy(rows: int, columns: int, split: int, processors: int, tiles: Tiles = HO
 
 
 def best_split(rows: int, columns: int, processors: int, tiles: Tiles = HOPPER) -> int:
-    """1, or 2 where that keeps clearly more of the processors busy; a sum of two does not depend on their order."""
+    """1, or 2 where that keeps clearly more of the processors busy, or where none has a second tile.
+
+    A sum of two does not depend on their order.
+    """
     one, two = (busy(rows, columns, split, processors, tiles) for split in (1, 2))
-    return 2 if two > 1.1 * one else 1
+    single = -(-rows // tiles.m) * -(-columns // tiles.n) <= processors
+    return 2 if single or two > 1.1 * one else 1
 
 
 def full_row_counts(columns: int, processors: int, most: int, tiles: Tiles = HOPPER) -> list[int]:

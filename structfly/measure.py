@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import random
 import statistics
 import sys
 import time
@@ -94,6 +95,7 @@ def times_in_rotation(
 ) -> dict[str, Timing]:
     """Time several callables side by side: each round runs every one once, so that drift hits all alike.
 
+    Every round has an order of its own, the same in every run: who follows whom decides how hot a device is.
     CUDA events time the work on a GPU, from an idle device; a monotonic clock times the call on a CPU.
 
     Args:
@@ -114,9 +116,11 @@ def times_in_rotation(
         raise ValueError(f"repeats is {repeats}; at least 1 measured call is needed")
     clock = _time_cuda_call if device.type == "cuda" else _time_cpu_call
     samples: dict[str, list[float]] = {name: [] for name in fns}
+    order, shuffle = list(fns), random.Random(0).shuffle
     for turn in range(warmups + repeats):
-        for name, fn in fns.items():
-            seconds = clock(fn)
+        shuffle(order)
+        for name in order:
+            seconds = clock(fns[name])
             if turn >= warmups:
                 samples[name].append(seconds)
     return {name: summarize(values) for name, values in samples.items()}

@@ -14,8 +14,11 @@ which e overflows all the same is done again with r = the largest u, which costs
 synchronisation with the host: the launches are always made and find nothing to do.
 
 Rows that do not count (ignored, or of coefficient 0) are left out: the rows that do are gathered one after another, and
-the kernels read on the device how many there are.  The weight's gradient is summed over chunks in float32 without its
-lowest 8 bits, the upper 16 of the 24 in the gradient's own memory.
+the kernels read on the device how many there are.
+
+A target's entry is by far the largest of its row.  What its rounding to bfloat16 leaves out is added to dx where the
+factor is multiplied in, as factor (entry - bfloat16(entry)) W_t, and to dW by
+:mod:`~structfly.lowering.linear_cross_entropy.weight_sum`.
 
 Label smoothing takes c_n f' w_v share off every dz_nv, share = smoothing / C: an outer product, which goes into the
 gradients' epilogues as one, -c_n f' share (sum_v w_v W_v) for dx and -w_v (sum_n c_n f' share x_n) for dW.
@@ -23,22 +26,28 @@ gradients' epilogues as one, -c_n f' share (sum_v w_v W_v) for dx and -w_v (sum_
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from structfly.compat import assert_on_device
 from structfly.lowering.gemm import Blocks, Product, best_split, has_descriptor, programs_on, tiles_for
+from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.chunked import Gradients, Head, Wanted, allocate_gradients, class_terms
+from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms
-from structfly.lowering.linear_cross_entropy.schedule import exponential_rows, low_stride, row_stride
+from structfly.lowering.linear_cross_entropy.schedule import exponential_rows, row_stride
+from structfly.lowering.linear_cross_entropy.smoothing import weighted_classes, weighted_rows
+from structfly.lowering.linear_cross_entropy.weight_sum import ChunkRows, WeightSum
 from structfly.lowering.template import Parameter, load, render
 
 _SAMPLED_CLASSES = 8
 _HIDDEN_BLOCK = 1024
-_BLOCK_ROWS = 2048  # of what is upcast at a time
+_GROUP = 32  # rows of tiles of the logits that are taken together: most often all of a chunk's
 
 
 def run_exponentials(
@@ -46,121 +55,118 @@ def run_exponentials(
 ) -> tuple[Tensor, Gradients | None]:
     """Fulfils the contract of :func:`~structfly.lowering.linear_cross_entropy.chunked.run_chunks`, for heads that
     :func:`~structfly.lowering.linear_cross_entropy.schedule.why_no_exponentials` has nothing against."""
-    rows = head.x.shape[0]
-    losses = head.x.new_zeros(rows, dtype=torch.float32)
+    losses = head.x.new_zeros(head.x.shape[0], dtype=torch.float32)
     gradients = None if wanted is None else allocate_gradients(head, wanted)
-    if gradients is not None:
-        gradients.x.zero_()  # rows that do not count are never written
-        gradients.weight[head.num_classes if rows else 0 :].zero_()
-    if rows:
+    if len(losses):
         with torch.cuda.device(head.x.device) if head.x.is_cuda else nullcontext():
             _Run(head, coefficient, gradients, workspace, losses).run()
+    elif gradients is not None:
+        gradients.weight.zero_()
     return losses, gradients
 
 
 class _Run:
-    """Buffers that every chunk uses anew, the kernels over them, and the loop over chunks."""
+    """Buffers that every chunk fills anew, the kernels over them, and the loop over chunks.
+
+    Kernels are made ready when they are first needed, while the device is busy with those before.
+    """
 
     def __init__(
         self, head: Head, coefficient: Tensor | None, gradients: Gradients | None, workspace: int, losses: Tensor
     ) -> None:
         self.head, self.coefficient, self.losses = head, coefficient, losses
+        self.gradient = gradients is not None
+        self.dx = gradients.x if gradients is not None and gradients.x.numel() else None
+        self.dw = gradients.weight if gradients is not None and gradients.weight.numel() else None
         self.terms = class_terms(head)
+        self.share = head.label_smoothing / head.num_classes
         self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
         self.weight = head.weight[: head.num_classes]
         if not has_descriptor(self.weight):  # a view of a larger buffer that begins anywhere
             self.weight = self.weight.clone(memory_format=torch.contiguous_format)
-        self.mask = None if self.terms.mask is None else self.terms.mask.contiguous().view(torch.uint8)
         rows, self.hidden = head.x.shape
         self.length = exponential_rows(rows, head.num_classes, workspace)
         self.starts = range(0, rows, self.length)
-        self.share = head.label_smoothing / head.num_classes
-        self._find_rows()
+        self.rows = LiveRows(head, coefficient, self.length)
         self.split = 1
-        if gradients is not None and gradients.x.numel():
+        if self.dx is not None:
             self.split = best_split(self.length, self.hidden, programs_on(self.x.device), tiles_for(self.x.device))
-        self._make_buffers(gradient=gradients is not None)
-        self._make_exponentials(gradient=gradients is not None)
-        self.hidden_product: Product | None = None
-        self.weight_products: list[Product] = []
-        if gradients is not None and gradients.x.numel():
-            self._make_hidden_product(gradients.x)
-        if gradients is not None and gradients.weight.numel():
-            self._make_weight_product(gradients.weight[: head.num_classes])
+        self._make_buffers()
 
     def run(self) -> None:
+        beside = _Beside(self.x.device, used=self.dx is not None and self.dw is not None)
         for number, start in enumerate(self.starts):
             self._exponentials(start, self.overflowed[number])
-            if self.hidden_product is not None:
-                self.hidden_product(self.live, start)
-                self.kernels.scatter[(self.length,)](
-                    *(self.index, self.live, start, self.hidden_sums, self.factor, self._given(self.coefficient)),
-                    *(self.weighted_classes, self.dx, self.dx.stride(0)),
-                    **self.hidden_blocks,
-                )
-            if self.weight_products:
-                self.weight_products[number > 0](self.live, start)
+            weight, live = self.weight_sum, self.rows.count
+            if weight is not None and number:
+                weight.add_targets(start)
+            beside.fork()
+            if self.dx is not None:  # first, for its tiles are few and long: the other product fills their gaps
+                self.hidden_product(live, start)
+                self.scatter(live, start)
+            if weight is not None:
+                with beside:
+                    weight.add_product(start)
+            beside.join()
+            if weight is not None and not number:
+                weight.add_targets(start)
+        if weight is not None:
+            weight.close(len(self.starts))
+        if self.x.is_cuda:
+            classes = self.head.num_classes
+            assert_on_device(self.rows.wrong == 0, f"a target is out of bounds for {classes} classes")
+
+    def _exponentials(self, start: int, overflowed: Tensor) -> None:
+        """Exponentials, losses and factors of the rows from ``start`` on."""
+        live = self.rows.count
+        self.gather(live, start)
+        self.exponentials(live, start, overflowed)
+        # Once more with the largest logits, if some were too large; else these launches find no rows.
+        self.largest(overflowed, start, overflowed)
+        self.exponentials(overflowed, start, overflowed)
+        self.finish(live, start)
 
     # ------------------------------------------------------------------------------------------------ preparation
 
-    def _find_rows(self) -> None:
-        """Where the rows that count stand, and how many they are; both stay on the device."""
-        counts = torch.ones_like(self.head.target, dtype=torch.bool)
-        if self.head.ignore_index is not None:
-            counts &= self.head.target != self.head.ignore_index
-        if self.coefficient is not None:
-            counts &= self.coefficient != 0
-        self.index = torch.nonzero_static(counts, size=counts.numel()).squeeze(1)
-        self.live = counts.sum(dtype=torch.int32)
-        self.counts = counts
-
-    def _make_buffers(self, *, gradient: bool) -> None:
-        classes = self.head.num_classes
-        self.tiles = -(-classes // tiles_for(self.x.device).n)
-        self.x_chunk = self.x.new_empty(self.length, self.hidden)
-        self.exps = self.x.new_empty((self.length, row_stride(classes)) if gradient else (1, 16))[:, :classes]
-        self.tile_values = self.x.new_empty(self.length, self.tiles, dtype=torch.float32)
-        self.u_target, self.slope_target, self.u_sum, self.reference, self.factor = (
-            self.x.new_empty(self.length, dtype=torch.float32) for _ in range(5)
-        )
-        self.weighted_classes = self.weighted_bias = self.weight_sum = self.factor
+    def _make_buffers(self) -> None:
+        classes, device = self.head.num_classes, self.x.device
+        self.tiles = -(-classes // tiles_for(device).n)
+        self.tile_sums = torch.empty(self.length, self.tiles, device=device)
+        vectors = torch.empty(6, self.length, device=device).unbind()
+        self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors
+        exps = self.x.new_empty((self.length, row_stride(classes)) if self.gradient else (1, 16))[:, :classes]
+        self.chunk = ChunkRows(exps, self.x.new_empty(self.length, self.hidden), factor, entry)
+        self.hidden_sums = self.unused = factor
+        if self.dx is not None:
+            self.hidden_sums = torch.empty(self.length, self.hidden, device=device)
+        self.weighted_classes = self.weighted_bias = self.class_weight_sum = self.unused
         if self.share:
-            self.weighted_classes, self.weighted_bias = self._weighted_classes()
-            sum_of_ones = self.factor.new_full((), float(classes))
-            self.weight_sum = sum_of_ones if self.terms.weight_sum is None else self.terms.weight_sum
-        self.hidden_sums = self.factor
-        self.overflowed = torch.zeros(len(self.starts), dtype=torch.int32, device=self.x.device)
-        self.hidden_blocks = {"HIDDEN": self.hidden, "BLOCK": min(_HIDDEN_BLOCK, _power_of_two(self.hidden))}
+            class_weight = self.terms.weight
+            self.weighted_classes, self.weighted_bias = weighted_classes(self.weight, self.terms.bias, class_weight)
+            sum_of_ones = factor.new_full((), float(classes))
+            self.class_weight_sum = sum_of_ones if self.terms.weight_sum is None else self.terms.weight_sum
+        self.overflowed = torch.zeros(len(self.starts), dtype=torch.int32, device=device)
+        self.bias = self._given(self.terms.bias)
+        self.mask = self.unused if self.terms.mask is None else self.terms.mask.contiguous().view(torch.uint8)
+        self.per_row = {"HIDDEN": self.hidden, "BLOCK": min(_HIDDEN_BLOCK, _power_of_two(self.hidden))}
 
-    def _weighted_classes(self) -> tuple[Tensor, Tensor]:
-        """sum_v w_v W_v (H,) and sum_v w_v b_v (), in float32."""
-        total = self.x.new_zeros(self.hidden, dtype=torch.float32)
-        class_weight, bias = self.terms.weight, self.terms.bias
-        for start in range(0, self.head.num_classes, _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
-            block = self.weight[part].float()
-            total += block.sum(0) if class_weight is None else class_weight[part] @ block
-        if bias is None:
-            return total, total.new_zeros(())
-        return total, bias.float().sum() if class_weight is None else class_weight @ bias.float()
+    def _given(self, tensor: Tensor | None) -> Tensor:
+        """The tensor, or for None one that the kernel does not read."""
+        return self.unused if tensor is None else tensor.contiguous()
 
-    def _weighted_rows(self) -> Tensor:
-        """sum_n c_n f' share x_n (H,) over the rows that count, in float32."""
-        weights = self.counts.float() if self.coefficient is None else self.coefficient * self.counts
-        total = self.x.new_zeros(self.hidden, dtype=torch.float32)
-        for start in range(0, self.x.shape[0], _BLOCK_ROWS):
-            part = slice(start, start + _BLOCK_ROWS)
-            total += weights[part] @ self.x[part].float()
-        return total * (_constant_slope(self.terms) * self.share)
-
-    def _make_exponentials(self, *, gradient: bool) -> None:
-        chain: dict[str, Parameter] = {
+    @cached_property
+    def chain(self) -> dict[str, Parameter]:
+        """What the kernels that see logits are generated from."""
+        return {
             "steps": tuple((step.operation, step.constant) for step in self.terms.epilogue.steps),
             "nonlinear": not self.terms.epilogue.linear,
             "has_bias": self.terms.bias is not None,
-            "has_mask": self.mask is not None,
-            "gradient": gradient,
+            "has_mask": self.terms.mask is not None,
+            "gradient": self.gradient,
         }
+
+    @cached_property
+    def row_kernels(self) -> Any:
         rows: dict[str, Parameter] = {
             "constant_slope": _constant_slope(self.terms),
             "class_weight": self.terms.weight is not None,
@@ -170,87 +176,119 @@ class _Run:
             "share": self.share,
             "interpreted": not self.x.is_cuda,
         }
-        self.kernels = _row_module(tuple({**chain, **rows}.items()))
-        arguments = [
-            *(self.reference, self.tile_values, self.tiles),
-            Blocks(self.exps, cut=False) if gradient else self.factor,
-            *(self._given(self.terms.bias), self._given(self.mask)),
-        ]
-        self.exponentials, self.largest = (
-            Product(
-                "linear_cross_entropy_exponentials",
-                self.x_chunk,
-                self.weight.t(),
-                arguments,
-                {**chain, "largest": largest},
-            )
-            for largest in (False, True)
+        return _row_module(tuple({**self.chain, **rows}.items()))
+
+    @cached_property
+    def gather(self) -> Launch:
+        return Launch(
+            self.row_kernels.gather,
+            (self.length,),
+            {"CLASSES": self.head.num_classes, "SAMPLES": _SAMPLED_CLASSES, **self.per_row},
+            [
+                *(self.rows.index, self.head.target, self.x, self.x.stride(0), self.weight, *self.weight.stride()),
+                *(self.bias, self.mask, self.weighted_classes, self.weighted_bias),
+                *(self.chunk.factor_x, self.u_target, self.slope_target, self.u_sum, self.reference),
+            ],
         )
 
-    def _given(self, tensor: Tensor | None) -> Tensor:
-        """The tensor, or for None one that the kernel does not read."""
-        return self.factor if tensor is None else tensor.contiguous()
+    @cached_property
+    def exponentials(self) -> Product:
+        return self._logits_product(largest=False)
 
-    def _make_hidden_product(self, dx: Tensor) -> None:
-        self.dx = dx
-        self.hidden_sums = self.x.new_empty(self.length, self.hidden, dtype=torch.float32)
-        self.hidden_product = Product(
-            "linear_cross_entropy_hidden", self.exps, self.weight, [Blocks(self.hidden_sums)], split=self.split
+    @cached_property
+    def largest(self) -> Product:
+        return self._logits_product(largest=True)
+
+    def _logits_product(self, *, largest: bool) -> Product:
+        exps = Blocks(self.chunk.exps, cut=False) if self.gradient else self.unused
+        return Product(
+            "linear_cross_entropy_exponentials",
+            self.chunk.factor_x,
+            self.weight.t(),
+            [self.reference, self.tile_sums, self.tiles, exps, self.bias, self.mask],
+            {**self.chain, "largest": largest},
+            tiles=replace(tiles_for(self.x.device), group=_GROUP),
         )
 
-    def _make_weight_product(self, dw: Tensor) -> None:
-        a, b, high = self.exps.t(), self.x_chunk, dw.view(torch.uint16)
-        if dw.stride(1) != 1:  # stored (hidden, classes): so is what is made
-            a, b, high = b.t(), a.t(), high.t()
-        low, single = high, len(self.starts) == 1
-        if not single:
-            low = torch.empty(high.shape[0], low_stride(high.shape[1]), dtype=torch.uint8, device=high.device)
-            low = low[:, : high.shape[1]]
-        outer: list[Tensor] = []
+    @cached_property
+    def finish(self) -> Launch:
+        chunk = self.chunk
+        return Launch(
+            self.row_kernels.finish,
+            (self.length,),
+            {"TILES": self.tiles, "TILE_BLOCK": _power_of_two(self.tiles), **self.per_row},
+            [
+                *(self.rows.index, self.head.target, self._given(self.coefficient), self._given(self.terms.weight)),
+                *(self.class_weight_sum, self.tile_sums, self.reference),
+                *(self.u_target, self.slope_target, self.u_sum, self.losses),
+                *(chunk.exps, chunk.exps.stride(0), chunk.factor_x, chunk.factor, chunk.entry, self.hidden_sums),
+            ],
+        )
+
+    @cached_property
+    def hidden_product(self) -> Product:
+        sums = [Blocks(self.hidden_sums)]
+        return Product("linear_cross_entropy_hidden", self.chunk.exps, self.weight, sums, split=self.split)
+
+    @cached_property
+    def scatter(self) -> Launch:
+        assert self.dx is not None
+        self.dx.zero_()  # rows that do not count are never written
+        return Launch(
+            self.row_kernels.scatter,
+            (self.length,),
+            self.per_row,
+            [
+                *(self.rows.index, self.head.target, self.weight, *self.weight.stride()),
+                *(self._given(self.coefficient), self.weighted_classes, self.chunk.factor, self.chunk.entry),
+                *(self.hidden_sums, self.dx, self.dx.stride(0)),
+            ],
+        )
+
+    @cached_property
+    def weight_sum(self) -> WeightSum | None:
+        if self.dw is None:
+            return None
+        classes, outer = self.head.num_classes, None
+        self.dw[classes:].zero_()
         if self.share:
-            ones = self.factor.new_ones(self.head.num_classes)
-            outer = [ones if self.terms.weight is None else self.terms.weight, self._weighted_rows()]
-            outer = outer if dw.stride(1) == 1 else outer[::-1]
-        self.weight_products = [
-            Product(
-                "linear_cross_entropy_weight",
-                a,
-                b,
-                [Blocks(high), Blocks(low), *(outer if first else ())],
-                {"first": first, "single": single, "uniform": bool(outer) and first},
-            )
-            for first in ((True,) if single else (True, False))
-        ]
+            counts = torch.ones_like(self.losses) if self.coefficient is None else self.coefficient
+            if self.head.ignore_index is not None:
+                counts = counts * (self.head.target != self.head.ignore_index)
+            uniform = weighted_rows(self.x, counts) * (_constant_slope(self.terms) * self.share)
+            weights = self.terms.weight
+            outer = (uniform.new_ones(classes) if weights is None else weights, uniform)
+        return WeightSum(self.dw[:classes], self.x, self.chunk, self.rows, outer)
 
-    # ------------------------------------------------------------------------------------------------ one chunk
 
-    def _exponentials(self, start: int, overflowed: Tensor) -> None:
-        """Exponentials, losses and factors of the rows from ``start`` on; ``x_chunk`` becomes factor x."""
-        head, terms = self.head, self.terms
-        self.kernels.gather[(self.length,)](
-            *(self.x, self.x.stride(0), self.weight, *self.weight.stride()),
-            *(self._given(terms.bias), self._given(self.mask), self.weighted_classes, self.weighted_bias),
-            *(head.target, self.index, self.live, start),
-            *(self.x_chunk, self.u_target, self.slope_target, self.u_sum, self.reference),
-            CLASSES=head.num_classes,
-            SAMPLES=_SAMPLED_CLASSES,
-            **self.hidden_blocks,
-        )
-        self.exponentials(self.live, start, overflowed)
-        # Once more with the largest logits, if some were too large; else these launches find no rows.
-        self.largest(overflowed, start, overflowed)
-        self.kernels.raise_reference[(self.length,)](
-            *(overflowed, start, self.tile_values, self.reference), TILES=self.tiles, BLOCK=_power_of_two(self.tiles)
-        )
-        self.exponentials(overflowed, start, overflowed)
-        self.kernels.finish[(self.length,)](
-            *(self.index, self.live, start, head.target, self._given(self.coefficient), self._given(terms.weight)),
-            *(self.weight_sum, self.tile_values, self.reference, self.u_target, self.slope_target, self.u_sum),
-            *(self.losses, self.exps, self.exps.stride(0), self.x_chunk, self.factor, self.hidden_sums),
-            TILES=self.tiles,
-            TILE_BLOCK=_power_of_two(self.tiles),
-            **self.hidden_blocks,
-        )
+class _Beside:
+    """A stream for work that needs nothing later than ``fork`` and is done at ``join``, if it is used."""
+
+    def __init__(self, device: torch.device, *, used: bool) -> None:
+        self._stream = _side_stream(device) if used and device.type == "cuda" else None
+        self._context: AbstractContextManager[object] = nullcontext()
+
+    def fork(self) -> None:
+        """What has been launched so far comes before all work in this stream."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def __enter__(self) -> None:
+        self._context = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._context.__exit__(*error)
+
+    def join(self) -> None:
+        """The current stream waits for that work."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+@lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @lru_cache(maxsize=256)

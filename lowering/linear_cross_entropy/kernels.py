@@ -45,6 +45,8 @@ def _check(call: Arguments) -> None:
     if call.row_weight is not None and call.reduction != "sum":
         raise StructflyError(f"row_weight goes with reduction='sum', not {call.reduction!r}")
     target = call.target
+    if target.is_cuda and call.scheme == "exponentials":
+        return  # which looks at every target anyway
     wrong = (target < 0) | (target >= call.num_classes)
     if call.ignore_index is not None:
         wrong &= target != call.ignore_index
@@ -69,9 +71,9 @@ def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
     """What makes the reduction: ``loss = sum_n weight_n loss_n / count``; None means ones, the count is float64."""
     dtype = call.head.accumulation
     if call.reduction == "mean":
-        live = torch.ones_like(call.target, dtype=dtype)
-        if call.ignore_index is not None:
-            live = (call.target != call.ignore_index).to(dtype)
+        if call.ignore_index is None and call.class_weight is None:
+            return None, torch.full((), len(call.target), dtype=torch.float64, device=call.x.device)
+        live = torch.ones_like(call.target) if call.ignore_index is None else call.target != call.ignore_index
         if call.class_weight is not None:
             live = live * call.class_weight.to(dtype)[torch.where(live != 0, call.target, 0)]
         return None, live.sum(dtype=torch.float64)
@@ -87,8 +89,8 @@ def _coefficient(
     Returns the coefficients for the row step and the factor left over for the float32 gradients.
     """
     rows = call.x.shape[0]
-    factor = (torch.ones_like(count) if upstream is None else upstream) / count
-    factor = torch.where(count == 0, 0.0, factor)  # no live row: the loss is NaN, the gradients are 0
+    factor = count.reciprocal() if upstream is None else upstream / count
+    factor = factor.masked_fill_(count == 0, 0.0)  # no live row: the loss is NaN, the gradients are 0
     factor = factor.to(call.head.accumulation)
     one = torch.ones_like(factor)
     if saved_dtype(call.x.dtype) == call.x.dtype:

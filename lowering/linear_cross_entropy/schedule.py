@@ -5,9 +5,11 @@ These rules are shared by the run-time loop, which knows the row count, and by t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from structfly.lowering.gemm import HOPPER
+from structfly.lowering.gemm import HOPPER, INTERPRETED, Tiles
 
 # Leading dimension of the logits buffer: rows start at multiples of 16 elements, so that GEMMs take aligned paths.
 _ALIGNMENT = 16
@@ -35,19 +37,23 @@ def why_no_exponentials(
     return "the bias needs a gradient" if bias_gradient else ""
 
 
-def exponentials_bytes(rows: int, length: int, hidden: int, classes: int, *, dx: bool, dw: bool) -> int:
-    """Bytes that the scheme "exponentials" takes besides inputs and gradients, in chunks of ``length`` of ``rows``.
+def exponentials_bytes(length: int, hidden: int, classes: int, *, dx: bool, dw: bool) -> int:
+    """Bytes that the scheme "exponentials" takes besides inputs and gradients, in chunks of ``length`` rows.
 
     The exponentials themselves are stored only where a gradient is wanted.
     """
     exps = row_stride(classes) * torch.bfloat16.itemsize * (dx or dw)
-    row = exps + hidden * (2 + 4 * dx) + 4 * (-(-classes // HOPPER.n) + 5)
-    return length * row + (classes * low_stride(hidden) if dw and length < rows else 0)
+    row = exps + hidden * (2 + 4 * dx) + 4 * (-(-classes // HOPPER.n) + 6)
+    return length * row + (classes * low_stride(hidden) if dw else 0)
 
 
-def low_stride(columns: int) -> int:
-    """Bytes from one row of the weight gradient's lower plane to the next."""
-    return -(-columns // 16) * 16
+# A sum's tile is taken in two parts, so that what its epilogue reads comes in few pieces, each of which it waits for.
+WEIGHT_TILES = {"cuda": replace(HOPPER, group=4, parts=2), "cpu": INTERPRETED}
+
+
+def low_stride(columns: int, tiles: Tiles = WEIGHT_TILES["cuda"]) -> int:
+    """Bytes of a row of the weight gradient's lower plane: a part of a tile and the next share theirs."""
+    return -(-columns // (2 * tiles.part)) * tiles.part
 
 
 def rows_per_chunk(rows: int, classes: int, dtype: torch.dtype, workspace: int) -> int:

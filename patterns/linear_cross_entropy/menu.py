@@ -102,7 +102,7 @@ class _Sizes:
         """
         if scheme == "exponentials":
             gradients = self._site.gradients
-            return exponentials_bytes(self.rows, length, self.hidden, self.classes, dx=gradients.x, dw=gradients.weight)
+            return exponentials_bytes(length, self.hidden, self.classes, dx=gradients.x, dw=gradients.weight)
         logits = length * self.row_bytes
         total, gradient = self._sum_bytes(-(-self.rows // length))
         return max(total, total - gradient + logits) if total != gradient else logits
@@ -189,8 +189,11 @@ def _fused(
                 hidden = replace(hidden, flops=hidden.flops / share)
             stages.append(hidden)
         if site.gradients.weight:
-            total = accumulation_dtype(dtype, -(-sizes.rows // length)).itemsize if scheme == "logits" else 3
-            moved = (rows * c + rows * h) * dtype.itemsize + 2 * c * h * total
+            moved = (rows * c + rows * h) * dtype.itemsize
+            if scheme == "exponentials":  # 20 bits of the sum are read and written between the tiles' arithmetic
+                stages.append(Stage(0, 2 * c * h * 2.5, launches))
+            else:
+                moved += 2 * c * h * accumulation_dtype(dtype, -(-sizes.rows // length)).itemsize
             stages.append(Stage(2 * rows * c * h, moved, launches, dtype, rows))
     cost = Cost(tuple(stages), sizes.transient_bytes(length, scheme), saved, opaque_calls=calls)
     when = (

@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from structfly.lowering.gemm import HOPPER
+from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES
 from structfly.lowering.template import Parameter, load, render
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor, for one program
@@ -50,7 +51,7 @@ def rows_of_logits() -> None:
 
 def product(template: str, a_transposed: bool, b_transposed: bool, own: dict[str, str], **own_parameters: Any) -> None:
     """One product of the shipped tiles; ``own`` are the types of the template's arguments."""
-    tiles, split = HOPPER, bool(own_parameters.pop("split", False))
+    tiles, split = own_parameters.pop("tiles", HOPPER), bool(own_parameters.pop("split", False))
     layout: dict[str, Parameter] = {
         "name": template,
         "a_transposed": a_transposed,
@@ -87,7 +88,7 @@ def products() -> None:
             **window,
             "overflowed": "*i32",
             "reference": "*fp32",
-            "tile_values": "*fp32",
+            "tile_sums": "*fp32",
             "tiles_stride": "i32",
             "exps": blocks("bf16", HOPPER.m, HOPPER.n) if gradient else "*fp32",
             "bias": "*bf16",
@@ -99,20 +100,16 @@ def products() -> None:
     for b_transposed, split in itertools.product((False, True), repeat=2):
         own = {**window, "c": blocks("fp32", *part)}
         product("linear_cross_entropy_hidden", False, b_transposed, own, split=split)
-    for first, single, uniform in (
-        (True, True, True),
-        (True, False, True),
-        (True, False, False),
-        (False, False, False),
-    ):
-        own = {**window, "high": blocks("u16", *part), "low": blocks("u16" if single else "u8", *part)}
+    for first, uniform in ((True, True), (True, False), (False, False)):
+        tiles = WEIGHT_TILES["cuda"]
+        own = {**window, "high": blocks("u16", tiles.m, tiles.part), "low": blocks("u8", tiles.m, tiles.part)}
         own |= {"along_m": "*fp32", "along_n": "*fp32"} if uniform else {}
-        product("linear_cross_entropy_weight", True, False, own, first=first, single=single, uniform=uniform)
+        product("linear_cross_entropy_weight", True, False, own, tiles=tiles, first=first, uniform=uniform)
 
 
 def rows_of_exponentials() -> None:
     """The row kernels, with all options and with none."""
-    window = {"index": "*i64", "live": "*i32", "start": "i32"}
+    window = {"live": "*i32", "start": "i32", "index": "*i32", "target": "*i64"}
     hidden = {"HIDDEN": 2048, "BLOCK": 1024}
     for capped, smoothed in ((False, False), (True, False), (False, True)):
         options: dict[str, Parameter] = dict.fromkeys(
@@ -130,18 +127,39 @@ def rows_of_exponentials() -> None:
                 **options,
             )
         )
-        types = {"x": "*bf16", "x_stride": "i32", "weight": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
-        types |= {"bias": "*bf16", "mask": "*u8", **floats("weighted_classes", "weighted_bias"), "target": "*i64"}
-        types |= {**window, "x_chunk": "*bf16", **floats("u_target", "slope_target", "u_sum", "reference")}
+        weight = {"weight": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
+        types = {**window, "x": "*bf16", "x_stride": "i32", **weight, "bias": "*bf16", "mask": "*u8"}
+        types |= {**floats("weighted_classes", "weighted_bias"), "x_chunk": "*bf16"}
+        types |= floats("u_target", "slope_target", "u_sum", "reference")
         compile_one(module.gather, types, {"CLASSES": 50257, "SAMPLES": 8, **hidden}, warps=4)
-        types = {"overflowed": "*i32", "start": "i32", **floats("tile_values", "reference")}
-        compile_one(module.raise_reference, types, {"TILES": 197, "BLOCK": 256}, warps=4)
-        types = {**window, "target": "*i64", **floats("coefficient", "class_weight", "weight_sum", "tile_sums")}
-        types |= {**floats("reference", "u_target", "slope_target", "u_sum", "losses"), "exps": "*bf16"}
-        types |= {"exps_stride": "i32", "x_chunk": "*bf16", **floats("factor", "hidden_sums")}
+        types = {**window, **floats("coefficient", "class_weight", "weight_sum", "tile_sums", "reference")}
+        types |= {**floats("u_target", "slope_target", "u_sum", "losses"), "exps": "*bf16", "exps_stride": "i32"}
+        types |= {"x_chunk": "*bf16", **floats("factor", "entry", "hidden_sums")}
         compile_one(module.finish, types, {"TILES": 197, "TILE_BLOCK": 256, **hidden}, warps=4)
-        types = {**window, **floats("c", "factor", "coefficient", "weighted_classes"), "out": "*bf16"}
-        compile_one(module.scatter, {**types, "out_stride": "i32"}, hidden, warps=4)
+        types = {**window, **weight, **floats("coefficient", "weighted_classes", "factor", "entry", "c")}
+        compile_one(module.scatter, {**types, "out": "*bf16", "out_stride": "i32"}, hidden, warps=4)
+
+
+def live_rows() -> None:
+    """The rows that count."""
+    for number, kind in enumerate(("*i32", "*i64")):
+        module = load(
+            render("linear_cross_entropy_live_rows", ignore_index=-100 if number else None, coefficient=bool(number))
+        )
+        types = {"target": "*i64", "coefficient": "*fp32", "rows": "i32", "length": "i32"}
+        types |= {"index": "*i32", "keys": kind, "count": "*i32", "wrong": "*i32"}
+        constants = {"LARGEST": 2**31 - 1 if number == 0 else 2**63 - 1, "CLASSES": 50257, "BLOCK": 4096}
+        compile_one(module.live_rows, types, constants, warps=16)
+
+
+def targets_of_exponentials() -> None:
+    """What the weight's gradient gets at the targets."""
+    module = load(render("linear_cross_entropy_targets", interpreted=False))
+    types = {"live": "*i32", "start": "i32", "keys": "*i32", "order": "*i64", "index": "*i32", "x": "*bf16"}
+    types |= {"x_stride": "i32", "factor_x": "*bf16", **floats("factor", "entry")}
+    types |= {"high": "*u16", "high_stride": "i32", "low": "*u8", "low_stride": "i32"}
+    constants = {"CLASSES": 50257, "HIDDEN": 768, "WIDTH": WEIGHT_TILES["cuda"].part}
+    compile_one(module.add_targets, types, {**constants, "BYTES": 128, "ROWS": 4}, warps=2)
 
 
 def floats(*names: str) -> dict[str, str]:
@@ -153,4 +171,6 @@ if __name__ == "__main__":
     rows_of_logits()
     products()
     rows_of_exponentials()
+    live_rows()
+    targets_of_exponentials()
     print("compiled")

@@ -1,0 +1,119 @@
+"""The weight's gradient in the scheme of exponentials: a product for each chunk, summed in 20 bits.
+
+The upper 16 bits of a float32 lie in the gradient's own memory, the next 4 beside it: what every addition rounds has
+1/256 of the variance of a rounding to bfloat16.  The last call with rows rounds to bfloat16.
+
+A row's contribution at its own target is by far its largest, and the product forms it from two rounded factors, the
+entry of the exponentials and factor x.  What they leave out,
+
+    factor entry x - bfloat16(entry) bfloat16(factor x),
+
+is added class by class in float32, chunk after chunk and in order of rows, so that results stay the same bit for bit.
+It must be added before the sum is rounded, so before a chunk's product; for the first chunk, whose product begins the
+sum, after it, which is why the first product never rounds and there are always two.  Where the gradient is stored
+(hidden, classes), a class is a column and this is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.gemm import Blocks, Product
+from structfly.lowering.launch import Launch
+from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
+from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, low_stride
+from structfly.lowering.template import load, render
+
+_BYTES, _ROWS = 128, 4  # of the lower plane and of a class, that a program takes at a time
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """The buffers of a chunk's R rows.
+
+    Attributes:
+        exps: (R, C) exponentials with their target's entry put right, bfloat16.
+        factor_x: (R, H) factor x, bfloat16.
+        factor, entry: (R,) float32; entry is the target's before it was rounded.
+    """
+
+    exps: Tensor
+    factor_x: Tensor
+    factor: Tensor
+    entry: Tensor
+
+
+class WeightSum:
+    """Sums dW over chunks.
+
+    Args:
+        dw: (C, H) bfloat16, rows or columns contiguous.
+        x: (N, H) hidden states.
+        chunk: the buffers that every chunk fills anew.
+        rows: the rows that count.
+        outer: vectors (C,) and (H,) in float32 whose outer product is taken off, or None.
+    """
+
+    def __init__(
+        self, dw: Tensor, x: Tensor, chunk: ChunkRows, rows: LiveRows, outer: tuple[Tensor, Tensor] | None
+    ) -> None:
+        self._rows = rows
+        self._length, hidden = chunk.factor_x.shape
+        a, b, high = chunk.exps.t(), chunk.factor_x, dw.view(torch.uint16)
+        transposed = dw.stride(1) != 1
+        if transposed:  # so is what is made
+            a, b, high = b.t(), a.t(), high.t()
+        tiles = WEIGHT_TILES[dw.device.type]
+        low = torch.empty(high.shape[0], low_stride(high.shape[1], tiles), dtype=torch.uint8, device=dw.device)
+        planes = [Blocks(high), Blocks(low)]
+        vectors: Sequence[Tensor] = () if outer is None else outer[::-1] if transposed else outer
+        self._products = [
+            Product(
+                "linear_cross_entropy_weight",
+                a,
+                b,
+                [*planes, *(vectors if first else ())],
+                {"first": first, "uniform": first and outer is not None},
+                tiles=tiles,
+            )
+            for first in (True, False)
+        ]
+        self._add_targets: Launch | None = None
+        if not transposed:
+            keys, order = rows.by_target()
+            self._add_targets = Launch(
+                _module(not dw.is_cuda).add_targets,
+                (self._length, -(-low.shape[1] // _BYTES)),
+                {"CLASSES": dw.shape[0], "HIDDEN": hidden, "WIDTH": tiles.part, "BYTES": _BYTES, "ROWS": _ROWS},
+                [
+                    *(keys, order, rows.index, x, x.stride(0), chunk.factor_x, chunk.factor, chunk.entry),
+                    *(high, high.stride(0), low, low.stride(0)),
+                ],
+                num_warps=2,
+            )
+
+    def add_targets(self, start: int) -> None:
+        """Add what the product leaves out at the targets of the rows from ``start`` on: before the product of a chunk
+        that is not the first, after that of the first."""
+        if self._add_targets is not None:
+            self._add_targets(self._rows.count, start)
+
+    def add_product(self, start: int) -> None:
+        """Add the product of the rows from ``start`` on, chunk after chunk."""
+        self._products[start > 0](self._rows.count, start)
+
+    def close(self, chunks: int) -> None:
+        """Round, where a second chunk has not."""
+        if chunks == 1:
+            self.add_product(self._length)
+
+
+@lru_cache(maxsize=2)
+def _module(interpreted: bool) -> Any:
+    return load(render("linear_cross_entropy_targets", interpreted=interpreted))
