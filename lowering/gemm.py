@@ -89,6 +89,7 @@ class Product:
         tiles: Tiles | None = None,
     ) -> None:
         tiles = tiles or tiles_for(a.device)
+        self._tiles, self._split = tiles, split
         (rows, inner), columns = a.shape, b.shape[1]
         (a_stored, a_transposed), (b_stored, b_transposed) = _stored(a), _stored(b)
         layout: dict[str, Parameter] = {
@@ -119,6 +120,12 @@ class Product:
         }
         kernel = _kernel(template, tuple({**layout, **(parameters or {})}.items()))
         self._launch = Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
+
+    @property
+    def rounds(self) -> tuple[int, int, int]:
+        """What says how long the processors are busy with it: tiles across, splits, and steps of a split."""
+        across, splits = -(-self._sizes[1] // self._tiles.n), self._split
+        return across, splits, -(-self._sizes[2] // (self._tiles.k * splits))
 
     def __call__(self, *arguments: Tensor | int) -> None:
         """Launch it on the current device and stream with the launch's own arguments."""

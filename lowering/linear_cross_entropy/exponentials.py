@@ -258,7 +258,8 @@ class _Run:
             uniform = weighted_rows(self.x, counts) * (_constant_slope(self.terms) * self.share)
             weights = self.terms.weight
             outer = (uniform.new_ones(classes) if weights is None else weights, uniform)
-        return WeightSum(self.dw[:classes], self.x, self.chunk, self.rows, outer)
+        beside = None if self.dx is None else self.hidden_product
+        return WeightSum(self.dw[:classes], self.x, self.chunk, self.rows, outer, beside)
 
 
 class _Beside:

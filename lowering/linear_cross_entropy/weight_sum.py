@@ -58,10 +58,17 @@ class WeightSum:
         chunk: the buffers that every chunk fills anew.
         rows: the rows that count.
         outer: vectors (C,) and (H,) in float32 whose outer product is taken off, or None.
+        beside: the product of the same rows that is launched before and runs beside, or None.
     """
 
     def __init__(
-        self, dw: Tensor, x: Tensor, chunk: ChunkRows, rows: LiveRows, outer: tuple[Tensor, Tensor] | None
+        self,
+        dw: Tensor,
+        x: Tensor,
+        chunk: ChunkRows,
+        rows: LiveRows,
+        outer: tuple[Tensor, Tensor] | None,
+        beside: Product | None,
     ) -> None:
         self._rows = rows
         self._length, hidden = chunk.factor_x.shape
@@ -78,7 +85,7 @@ class WeightSum:
                 "linear_cross_entropy_weight",
                 a,
                 b,
-                [*planes, *(vectors if first else ())],
+                [*planes, *((0, 0, 0) if beside is None else beside.rounds), *(vectors if first else ())],
                 {"first": first, "uniform": first and outer is not None},
                 tiles=tiles,
             )

@@ -184,7 +184,7 @@ def _fused(
             saved = sum(sizes.gradient_bytes)
         if site.gradients.x:
             hidden = _matmul(rows, c, h, launches, dtype)
-            if scheme == "exponentials":  # few large tiles: how well they fill the device counts
+            if scheme == "exponentials" and not site.gradients.weight:  # few large tiles, and nothing to fill the gaps
                 share = max(busy(length, sizes.hidden, split, profile.processors) for split in (1, 2))
                 hidden = replace(hidden, flops=hidden.flops / share)
             stages.append(hidden)

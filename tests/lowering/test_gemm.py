@@ -48,7 +48,7 @@ def test_rows_that_count_are_multiplied(
     )
 
 
-def summed_over_calls(a: Tensor, b: Tensor, live: int, rows: int) -> Tensor:
+def summed_over_calls(a: Tensor, b: Tensor, live: int, rows: int, beside: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
     """a^T b of the first ``live`` rows, ``rows`` a call."""
     m, n = a.shape[1], b.shape[1]
     high = torch.empty(m, -(-n // 8) * 8, dtype=torch.bfloat16, device=DEVICE)[:, :n]
@@ -58,24 +58,28 @@ def summed_over_calls(a: Tensor, b: Tensor, live: int, rows: int) -> Tensor:
     calls = -(-len(a) // rows)
     for number in range(max(calls, 2)):
         part = slice(number * rows, (number + 1) * rows) if number < calls else slice(rows)
-        planes, parameters = [Blocks(high.view(torch.uint16)), Blocks(low)], {"first": number == 0, "uniform": False}
-        product = Product("linear_cross_entropy_weight", a[part].t(), b[part], planes, parameters, tiles=tiles)
+        arguments: list[Tensor | Blocks | int] = [Blocks(high.view(torch.uint16)), Blocks(low), *beside]
+        parameters = {"first": number == 0, "uniform": False}
+        product = Product("linear_cross_entropy_weight", a[part].t(), b[part], arguments, parameters, tiles=tiles)
         product(count, number * rows)
     return high
 
 
 @settings(max_examples=15)
 @given(
-    sizes=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 40)),
+    sizes=st.tuples(st.integers(1, 90), st.integers(1, 110), st.integers(1, 40)),
     calls=st.integers(1, 4),
     left_out=st.integers(0, 160),
+    beside=st.tuples(st.integers(0, 5), st.integers(1, 2), st.integers(0, 40)),
 )
-def test_sums_over_calls_are_rounded_once(sizes: tuple[int, int, int], calls: int, left_out: int) -> None:
+def test_sums_over_calls_are_rounded_once(
+    sizes: tuple[int, int, int], calls: int, left_out: int, beside: tuple[int, int, int]
+) -> None:
     m, n, k = sizes
     a, b = matrix(calls * k, m, transposed=False, seed=2), matrix(calls * k, n, transposed=False, seed=3)
     live = max(calls * k - left_out, 0)
     a[live:], b[live:] = 0, 0  # as the kernels before leave them
-    made = summed_over_calls(a, b, live, k)
+    made = summed_over_calls(a, b, live, k, beside)
     exact = a.cpu().double().t() @ b.cpu().double()
     error = (made.cpu().double() - exact).abs()
     assert (error <= exact.abs() * 1.01 * 2.0**-8 + exact.abs().amax() * calls * 2.0**-12).all()

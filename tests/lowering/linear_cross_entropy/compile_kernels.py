@@ -103,6 +103,7 @@ def products() -> None:
     for first, uniform in ((True, True), (True, False), (False, False)):
         tiles = WEIGHT_TILES["cuda"]
         own = {**window, "high": blocks("u16", tiles.m, tiles.part), "low": blocks("u8", tiles.m, tiles.part)}
+        own |= dict.fromkeys(("beside_across", "beside_splits", "beside_steps"), "i32")
         own |= {"along_m": "*fp32", "along_n": "*fp32"} if uniform else {}
         product("linear_cross_entropy_weight", True, False, own, tiles=tiles, first=first, uniform=uniform)
 
