@@ -27,28 +27,41 @@ from structfly.lowering.linear_cross_entropy.schedule import (
 
 
 @dataclass(frozen=True)
-class Head:
-    """The inputs of the head; shapes as in
+class Linear:
+    """What makes logits: ``epilogue(x weight^T + adapter_scale adapter_x adapter_weight^T + bias)``, of the first
+    ``num_classes`` classes; shapes as in
     :func:`~structfly.lowering.linear_cross_entropy.reference.linear_cross_entropy_reference`."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
-    target: Tensor
-    class_weight: Tensor | None
-    class_mask: Tensor | None
     adapter_x: Tensor | None
     adapter_weight: Tensor | None
     adapter_scale: float
     epilogue: str
     num_classes: int
-    ignore_index: int | None
-    label_smoothing: float
 
     @property
     def accumulation(self) -> torch.dtype:
         """float32, float64 for float64 inputs: the dtype of losses and coefficients."""
         return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+    def multiply(self, logits: Tensor, part: slice) -> None:
+        """Write the products of the rows ``part``, before bias and epilogue, to ``logits`` (R, C)."""
+        make_logits(logits, self.x[part], self.weight)
+        if self.adapter_x is not None and self.adapter_weight is not None:
+            make_logits(logits, self.adapter_x[part], self.adapter_weight, add=True, alpha=self.adapter_scale)
+
+
+@dataclass(frozen=True)
+class Head(Linear):
+    """The inputs of the head."""
+
+    target: Tensor
+    class_weight: Tensor | None
+    class_mask: Tensor | None
+    ignore_index: int | None
+    label_smoothing: float
 
 
 class Wanted(NamedTuple):
@@ -71,7 +84,7 @@ class Gradients(NamedTuple):
     adapter_weight: Tensor
 
 
-def allocate_gradients(head: Head, wanted: Wanted) -> Gradients:
+def allocate_gradients(head: Linear, wanted: Wanted) -> Gradients:
     """Uninitialised gradients of the inputs' shapes and strides; empty ones where not wanted.  Also the op's fake."""
     inputs = (head.x, head.weight, head.bias, head.adapter_x, head.adapter_weight)
     return Gradients(
@@ -82,7 +95,7 @@ def allocate_gradients(head: Head, wanted: Wanted) -> Gradients:
     )
 
 
-def _nothing(head: Head) -> Tensor:
+def _nothing(head: Linear) -> Tensor:
     return head.x.new_empty(0)
 
 
@@ -124,14 +137,12 @@ def run_chunks(
     terms = class_terms(head)
     length = rows_per_chunk(rows, head.num_classes, dtype, workspace)
     losses = torch.empty(rows, dtype=head.accumulation, device=head.x.device)
-    sums = None if wanted is None else _Sums(head, wanted, -(-rows // length))
+    sums = None if wanted is None else GradientSums(head, wanted, -(-rows // length))
     buffer = head.x.new_empty(length, row_stride(head.num_classes))
     for start in range(0, rows, length):
         part = slice(start, min(start + length, rows))
         logits = buffer[: part.stop - start, : head.num_classes]
-        make_logits(logits, head.x[part], head.weight)
-        if head.adapter_x is not None and head.adapter_weight is not None:
-            make_logits(logits, head.adapter_x[part], head.adapter_weight, add=True, alpha=head.adapter_scale)
+        head.multiply(logits, part)
         row_coefficient = None if coefficient is None else coefficient[part]
         losses[part] = row_step(logits, head.target[part], row_coefficient, terms, gradient=sums is not None)
         if sums is not None:
@@ -141,13 +152,13 @@ def run_chunks(
     return losses, None if sums is None else sums.gradients()
 
 
-class _Sums:
+class GradientSums:
     """The gradient products of one chunk after another, each summed in the dtype the schedule asks for.
 
     A gradient of another dtype than its sum is allocated at the end, when the chunk's logits are gone.
     """
 
-    def __init__(self, head: Head, wanted: Wanted, chunks: int) -> None:
+    def __init__(self, head: Linear, wanted: Wanted, chunks: int) -> None:
         self._head, self._wanted = head, wanted
         self._unscale = 1.0 / gradient_scale(head.x.dtype)
         rows = Wanted(wanted.x, False, False, wanted.adapter_x, False)

@@ -11,6 +11,7 @@ from structfly.compat import assert_on_device
 from structfly.errors import StructflyError
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.chunked import Gradients, Wanted, allocate_gradients, run_chunks
+from structfly.lowering.linear_cross_entropy.coefficients import row_coefficients
 from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.exponentials import run_exponentials
 from structfly.lowering.linear_cross_entropy.rows import RowStep
@@ -81,28 +82,6 @@ def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
     return weight, torch.ones((), dtype=torch.float64, device=call.x.device)
 
 
-def _coefficient(
-    call: Arguments, weight: Tensor | None, count: Tensor, upstream: Tensor | None = None
-) -> tuple[Tensor | None, Tensor]:
-    """Fold ``upstream / count`` into the coefficients where the dtype has the range for it, else keep them near one.
-
-    Returns the coefficients for the row step and the factor left over for the float32 gradients.
-    """
-    rows = call.x.shape[0]
-    factor = count.reciprocal() if upstream is None else upstream / count
-    factor = factor.masked_fill_(count == 0, 0.0)  # no live row: the loss is NaN, the gradients are 0
-    factor = factor.to(call.head.accumulation)
-    one = torch.ones_like(factor)
-    if saved_dtype(call.x.dtype) == call.x.dtype:
-        scaled = factor.expand(rows) if weight is None else weight * factor
-        return scaled.contiguous(), one
-    if weight is None or rows == 0:
-        return None, factor
-    largest = weight.abs().amax()
-    largest = torch.where(largest > 0, largest, one)
-    return weight / largest, factor * largest
-
-
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
     _check(call)
@@ -110,7 +89,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
         wanted = call.wanted_in_forward
-        coefficient, rest = _coefficient(call, weight, count)
+        coefficient, rest = row_coefficients(head, weight, count)
         losses, gradients = _run(call, coefficient, wanted)
         if call.reduction == "none":
             loss = losses
@@ -130,9 +109,9 @@ def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         weight, count = _weights(call)
         grad_loss = grad_loss.to(head.accumulation)
         if call.reduction == "none":
-            coefficient, rest = _coefficient(call, grad_loss, count)
+            coefficient, rest = row_coefficients(head, grad_loss, count)
         else:
-            coefficient, rest = _coefficient(call, weight, count, grad_loss)
+            coefficient, rest = row_coefficients(head, weight, count, grad_loss)
         _, gradients = _run(call, coefficient, wanted)
         assert gradients is not None
         if saved_dtype(call.x.dtype) == call.x.dtype:

@@ -42,7 +42,7 @@ def row_step_triton(
         gradient=gradient,
         gradient_scale=terms.gradient_scale,
     )
-    block, warps = _launch_sizes(classes)
+    block, warps = launch_sizes(classes)
     nothing = losses  # a pointer the kernel does not read
     with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
         kernel[(rows,)](
@@ -68,7 +68,7 @@ def _kernel(epilogue: Epilogue, **parameters: Any) -> Any:
     return load(render("linear_cross_entropy_rows", steps=steps, **parameters)).rows
 
 
-def _launch_sizes(classes: int) -> tuple[int, int]:
+def launch_sizes(classes: int) -> tuple[int, int]:
     """Classes at a time, and warps: eight classes, 16 bytes of bfloat16, a thread.
 
     Wider blocks leave fewer rows on a multiprocessor, which costs more on 50257 classes than it gains on 131072.

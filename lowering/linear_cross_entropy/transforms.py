@@ -15,6 +15,7 @@ from structfly.lowering.linear_cross_entropy.arguments import (
     Arguments,
 )
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
+from structfly.lowering.vmap import one_by_one
 
 _AUTOCAST = torch.library.Library("structfly", "FRAGMENT")
 
@@ -42,22 +43,5 @@ for _device in DEVICES:
     _register_autocast(_device)
 
 
-def _one_by_one(op: Any) -> Any:
-    """A vmap rule that runs the op once per batch entry: one entry already fills the device."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        results = []
-        for index in range(info.batch_size):
-            entry = [
-                value if dim is None or not isinstance(value, Tensor) else value.select(dim, index)
-                for value, dim in zip(arguments, in_dims, strict=True)
-            ]
-            results.append(op(*entry))
-        stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-        return stacked, (0,) * len(stacked)
-
-    return rule
-
-
-torch.library.register_vmap(NAME, _one_by_one(torch.ops.structfly.linear_cross_entropy_v1.default))
-torch.library.register_vmap(BACKWARD_NAME, _one_by_one(torch.ops.structfly.linear_cross_entropy_backward_v1.default))
+torch.library.register_vmap(NAME, one_by_one(torch.ops.structfly.linear_cross_entropy_v1.default))
+torch.library.register_vmap(BACKWARD_NAME, one_by_one(torch.ops.structfly.linear_cross_entropy_backward_v1.default))
