@@ -137,7 +137,7 @@ def run_chunks(
     terms = class_terms(head)
     length = rows_per_chunk(rows, head.num_classes, dtype, workspace)
     losses = torch.empty(rows, dtype=head.accumulation, device=head.x.device)
-    sums = None if wanted is None else GradientSums(head, wanted, -(-rows // length))
+    sums = None if wanted is None else GradientSums(head, wanted, -(-rows // length), terms.gradient_scale)
     buffer = head.x.new_empty(length, row_stride(head.num_classes))
     for start in range(0, rows, length):
         part = slice(start, min(start + length, rows))
@@ -156,11 +156,15 @@ class GradientSums:
     """The gradient products of one chunk after another, each summed in the dtype the schedule asks for.
 
     A gradient of another dtype than its sum is allocated at the end, when the chunk's logits are gone.
+
+    Args:
+        chunks: how many there will be.
+        scale: what the logits' gradients that are added were multiplied by.
     """
 
-    def __init__(self, head: Linear, wanted: Wanted, chunks: int) -> None:
+    def __init__(self, head: Linear, wanted: Wanted, chunks: int, scale: float) -> None:
         self._head, self._wanted = head, wanted
-        self._unscale = 1.0 / gradient_scale(head.x.dtype)
+        self._unscale = 1.0 / scale
         rows = Wanted(wanted.x, False, False, wanted.adapter_x, False)
         self._rows = allocate_gradients(head, rows)
         self._weight = self._sum(wanted.weight, head.weight, chunks)

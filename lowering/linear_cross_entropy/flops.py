@@ -17,7 +17,7 @@ from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.chunked import Wanted
 
 
-def _products(x: Any, adapter: Any, classes: int, wanted: Sequence[bool] | None) -> int:
+def products(x: Any, adapter: Any, classes: int, wanted: Sequence[bool] | None) -> int:
     """Floating-point operations of the matrix products of one pass; a multiply-add counts two."""
     rows, hidden = map(int, x)
     body = 2 * rows * hidden * classes
@@ -32,10 +32,10 @@ def _products(x: Any, adapter: Any, classes: int, wanted: Sequence[bool] | None)
 @register_flop_formula(torch.ops.structfly.linear_cross_entropy_v1)
 def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     call = Arguments(*shapes)
-    return _products(call.x, call.adapter_x, call.num_classes, call.gradients if call.schedule == "forward" else None)
+    return products(call.x, call.adapter_x, call.num_classes, call.gradients if call.schedule == "forward" else None)
 
 
 @register_flop_formula(torch.ops.structfly.linear_cross_entropy_backward_v1)
 def _backward_flops(grad_loss: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
     call = Arguments(*shapes)
-    return _products(call.x, call.adapter_x, call.num_classes, call.gradients)
+    return products(call.x, call.adapter_x, call.num_classes, call.gradients)

@@ -1,0 +1,35 @@
+"""FLOP formulas for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+A module of its own, imported when something is compiled: torch's flop counter imports triton, which importing
+structfly must not do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from structfly.lowering.linear_cross_entropy.flops import products
+from structfly.lowering.linear_divergence import op as _op  # noqa: F401  defines the ops
+from structfly.lowering.linear_divergence.arguments import Arguments
+
+
+def _teacher(call: Arguments) -> int:
+    """Operations of the teacher's product; tensors among the arguments are shapes."""
+    shape: Any = call.teacher_x
+    return 0 if shape is None else products(shape, None, call.num_classes, None)
+
+
+@register_flop_formula(torch.ops.structfly.linear_divergence_v1)
+def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    call = Arguments(*shapes)
+    wanted = call.gradients if call.schedule == "forward" else None
+    return products(call.x, call.adapter_x, call.num_classes, wanted) + _teacher(call)
+
+
+@register_flop_formula(torch.ops.structfly.linear_divergence_backward_v1)
+def _backward_flops(grad_loss: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    call = Arguments(*shapes)
+    return products(call.x, call.adapter_x, call.num_classes, call.gradients) + _teacher(call)

@@ -1,0 +1,125 @@
+"""What the op does at run time: check, weigh the rows, run the chunks, reduce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.errors import StructflyError
+from structfly.lowering.linear_cross_entropy.chunked import Gradients, Wanted, allocate_gradients
+from structfly.lowering.linear_cross_entropy.coefficients import row_coefficients
+from structfly.lowering.linear_cross_entropy.schedule import saved_dtype
+from structfly.lowering.linear_divergence.arguments import DIFFERENTIABLE, Arguments
+from structfly.lowering.linear_divergence.chunked import run_chunks
+from structfly.lowering.linear_divergence.rows import KINDS, TEACHER_FORMS, RowStep
+from structfly.lowering.linear_divergence.rows_aten import row_step_aten
+from structfly.lowering.linear_divergence.rows_triton import row_step_triton
+
+
+def _row_step(x: Tensor) -> RowStep:
+    return row_step_triton if x.is_cuda and x.dtype != torch.float64 else row_step_aten
+
+
+def _run(call: Arguments, coefficient: Tensor | None, wanted: Wanted | None) -> tuple[Tensor, Gradients | None]:
+    teacher, step = call.teacher_rows, _row_step(call.x)
+    return run_chunks(call.student, teacher, call.row_terms, coefficient, wanted, call.workspace, step)
+
+
+def _check(call: Arguments) -> None:
+    """Refuse what the schema cannot: unknown names, and combinations with no meaning."""
+    allowed = {
+        "kind": KINDS,
+        "teacher_form": TEACHER_FORMS,
+        "reduction": ("none", "sum", "mean"),
+        "schedule": ("forward", "backward"),
+    }
+    for name, names in allowed.items():
+        if getattr(call, name) not in names:
+            raise StructflyError(f"{name} is {getattr(call, name)!r}; allowed: {', '.join(map(repr, names))}")
+    _check_teacher(call)
+    if call.kind == "jsd" and not 0.0 < call.beta < 1.0:
+        raise StructflyError(
+            f"beta is {call.beta} for kind='jsd'; allowed: above 0 and below 1; the ends are 'forward_kl' and "
+            "'reverse_kl'"
+        )
+    if call.label_smoothing and (call.kind != "cross_entropy" or not 0.0 <= call.label_smoothing <= 1.0):
+        raise StructflyError(
+            f"label_smoothing is {call.label_smoothing} for kind={call.kind!r}; allowed: 0 to 1 for "
+            "'cross_entropy', 0 for others"
+        )
+    if call.schedule == "forward" and call.reduction == "none" and any(call.gradients):
+        raise StructflyError("reduction='none' has no scalar upstream gradient; use schedule='backward'")
+    if call.row_weight is not None and call.reduction != "sum":
+        raise StructflyError(f"row_weight goes with reduction='sum', not {call.reduction!r}")
+
+
+def _check_teacher(call: Arguments) -> None:
+    linear = (call.teacher_x is not None, call.teacher_weight is not None)
+    if linear != (call.teacher is None,) * 2:
+        raise StructflyError("a teacher is either teacher, or teacher_x and teacher_weight; give one of the two")
+    if call.teacher_form != "logits" and (any(linear) or call.teacher_epilogue):
+        raise StructflyError(f"teacher_form is {call.teacher_form!r} of a teacher whose logits are given or made")
+    if call.teacher_bias is not None and not any(linear):
+        raise StructflyError("teacher_bias goes with teacher_x and teacher_weight")
+    rows = call.teacher_x if call.teacher is None else call.teacher
+    assert rows is not None
+    if call.teacher is not None and tuple(call.teacher.shape) != (call.x.shape[0], call.num_classes):
+        raise StructflyError(
+            f"teacher has shape {tuple(call.teacher.shape)}; allowed: {(call.x.shape[0], int(call.num_classes))}, one "
+            "row for each of x and one column for each class"
+        )
+    if rows.shape[0] != call.x.shape[0]:
+        raise StructflyError(f"teacher_x has {rows.shape[0]} rows and x {call.x.shape[0]}; give one for each")
+    if (rows.dtype == torch.float64) != (call.x.dtype == torch.float64):
+        raise StructflyError(
+            f"the teacher is {rows.dtype} and x {call.x.dtype}; allowed: both float64 or neither; cast one of them"
+        )
+
+
+def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
+    """What makes the reduction: ``loss = sum_n weight_n loss_n / count``; None means ones, the count is float64."""
+    weight = None if call.row_weight is None else call.row_weight.to(call.student.accumulation)
+    count = call.x.shape[0] if call.reduction == "mean" else 1
+    return weight, torch.full((), count, dtype=torch.float64, device=call.x.device)
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Arguments(*arguments)
+    _check(call)
+    student = call.student
+    with torch.autocast(call.x.device.type, enabled=False):
+        weight, count = _weights(call)
+        coefficient, rest = row_coefficients(student, weight, count)
+        losses, gradients = _run(call, coefficient, call.wanted_in_forward)
+        if call.reduction == "none":
+            loss = losses
+        else:
+            if weight is not None:
+                losses = torch.where(weight != 0, losses * weight, 0.0)
+            loss = losses.sum(dtype=torch.float64) / count
+    if gradients is None:
+        gradients = allocate_gradients(student, Wanted(False, False, False, False, False))
+    return loss.to(call.loss_dtype), rest, *gradients
+
+
+def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    call = Arguments(*arguments)
+    student = call.student
+    with torch.autocast(call.x.device.type, enabled=False):
+        weight, count = _weights(call)
+        grad_loss = grad_loss.to(student.accumulation)
+        if call.reduction == "none":
+            coefficient, rest = row_coefficients(student, grad_loss, count)
+        else:
+            coefficient, rest = row_coefficients(student, weight, count, grad_loss)
+        _, gradients = _run(call, coefficient, Wanted(*call.gradients))
+        assert gradients is not None
+        if saved_dtype(call.x.dtype) == call.x.dtype:
+            return tuple(gradients)
+        inputs = (getattr(call, name) for name in DIFFERENTIABLE)
+        return tuple(
+            gradient if tensor is None else gradient.mul_(rest).to(tensor.dtype)
+            for gradient, tensor in zip(gradients, inputs, strict=True)
+        )
