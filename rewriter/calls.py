@@ -58,7 +58,11 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "half": (("input",), (), ("half",)),
     "bfloat16": (("input",), (), ("bfloat16",)),
     "double": (("input",), (), ("double",)),
+    "exp": (("input",), (torch.exp,), ("exp",)),
+    "log": (("input",), (torch.log,), ("log",)),
+    "logaddexp": (_BINARY, (torch.logaddexp,), ("logaddexp",)),
     "contiguous": (("input",), (), ("contiguous",)),
+    "detach": (("input",), (torch.detach,), ("detach",)),
     "clone": (("input",), (torch.clone,), ("clone",)),
     "view": (("input", "*shape"), (), ("view",)),
     "reshape": (("input", "*shape"), (torch.reshape,), ("reshape",)),
@@ -78,15 +82,23 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "chunk": (("input", "chunks", "dim"), (torch.chunk,), ("chunk",)),
     "tensor_split": (("input", "sections", "dim"), (torch.tensor_split,), ("tensor_split",)),
     "unbind": (("input", "dim"), (torch.unbind,), ("unbind",)),
+    "stack": (("tensors", "dim"), (torch.stack,), ()),
+    "tensor": (("data",), (torch.tensor,), ()),
     "size": (("input", "dim"), (), ("size",)),
     "dim": (("input",), (), ("dim", "ndimension")),
     "numel": (("input",), (torch.numel,), ("numel", "nelement")),
     "sum": (_REDUCE, (torch.sum,), ("sum",)),
     "mean": (_REDUCE, (torch.mean,), ("mean",)),
+    "softmax": (("input", "dim"), (torch.softmax, torch.special.softmax), ("softmax",)),
     "log_softmax": (("input", "dim"), (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
     "logsumexp": (_REDUCE, (torch.logsumexp, torch.special.logsumexp), ("logsumexp",)),
     "gather": (("input", "dim", "index"), (torch.gather,), ("gather",)),
     "take_along_dim": (("input", "index", "dim"), (torch.take_along_dim,), ("take_along_dim",)),
+    "kl_div": (
+        ("input", "target", "size_average", "reduce", "reduction", "log_target"),
+        (F.kl_div,),
+        (),
+    ),
     "nll_loss": (
         ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
         (F.nll_loss,),
@@ -109,7 +121,8 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
 }
 
 _FUNCTIONS = {function: (name, row[0]) for name, row in _TABLE.items() for function in row[1]}
-_FUNCTIONS[F.log_softmax] = ("log_softmax", ("input", "dim", "_stacklevel", "dtype"))
+for _function in (F.softmax, F.log_softmax):
+    _FUNCTIONS[_function] = (_function.__name__, ("input", "dim", "_stacklevel", "dtype"))
 _METHODS = {method: (name, row[0]) for name, row in _TABLE.items() for method in row[2]}
 _METHODS["where"] = ("where", ("input", "condition", "other"))
 # Keyword names that differ between spellings of one operation.

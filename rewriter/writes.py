@@ -113,6 +113,17 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
     return None
 
 
+def overwritten(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str] | None:
+    """A node that writes into the value of one of ``nodes``, and that as a reason; None if there is none."""
+    owners = {key: node for node in nodes for key in _storages(node)}
+    for _, writer, target in _writes(region):
+        for key in _storages(target):
+            if key in owners:
+                name = owners[key].name
+                return writer, f"{writer.name} writes into {name}, which the loss is made of; write into a copy"
+    return None
+
+
 def _writes(region: Region) -> Iterator[tuple[int, fx.Node, fx.Node]]:
     """Every write: its place in the graph, its node there, and what is written, perhaps inside a body of that node."""
     for place, node in enumerate(region.graph.nodes):

@@ -51,7 +51,9 @@ def read_config(options: Mapping[str, object] | None, mode: str | None = None) -
 
 def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
     """Run the default rules over a graph, in place."""
-    import structfly.lowering.linear_cross_entropy.flops  # noqa: F401  not at the top: it imports triton
+    # Not at the top: they import triton.
+    import structfly.lowering.linear_cross_entropy.flops
+    import structfly.lowering.linear_divergence.flops  # noqa: F401
 
     return rewrite_graph(gm, DEFAULT_RULES, config, device_profile)
 

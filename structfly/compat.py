@@ -54,6 +54,20 @@ def written_arguments(node: fx.Node) -> list[Any] | None:
     return [values.get(argument.name) for argument in arguments if argument.is_write]
 
 
+def size_checks(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes that do nothing but check the sizes of ``node``, as Dynamo writes them for a size that data decides."""
+    checks: list[fx.Node] = []
+    for user in node.users:
+        if user.target is torch.ops.aten.sym_size.int:
+            compared = list(user.users)
+            asserted = [other for each in compared for other in each.users]
+            if all(each.target is torch.ops.aten._assert_scalar.default for each in asserted) and all(
+                each.users for each in compared
+            ):
+                checks.extend((user, *compared, *asserted))
+    return tuple(checks)
+
+
 def storage_key(tensor: Tensor) -> int:
     """The same number for tensors that share memory; for a sparse tensor, which has no storage, its own."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)

@@ -53,6 +53,9 @@ class Rewritten:
     @property
     def calls(self) -> list[fx.Node]:
         """Calls of structfly's head op in all graphs and their bodies."""
-        op = torch.ops.structfly.linear_cross_entropy_v1.default
+        return self.calls_of(torch.ops.structfly.linear_cross_entropy_v1.default)
+
+    def calls_of(self, op: Any) -> list[fx.Node]:
+        """Calls of an op in all graphs and their bodies."""
         bodies = [module for gm in self.graphs for module in gm.modules() if isinstance(module, fx.GraphModule)]
         return [node for body in bodies for node in body.graph.nodes if node.target is op]

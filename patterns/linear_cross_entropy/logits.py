@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -66,7 +66,24 @@ class Obstacle:
     progress: int
 
 
-def trace(form: LossForm, region: Region) -> LogitsPath | Obstacle:
+class Reads(Protocol):
+    """What reads logits: a loss, or a softmax; the attributes are those of :class:`LossForm`."""
+
+    @property
+    def anchor(self) -> fx.Node: ...
+    @property
+    def logits(self) -> fx.Node: ...
+    @property
+    def class_dim(self) -> int: ...
+    @property
+    def of_log_softmax(self) -> bool: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def inner(self) -> tuple[fx.Node, ...]: ...
+
+
+def trace(form: Reads, region: Region) -> LogitsPath | Obstacle:
     """Walk from a loss's input back to a linear-like producer, then read the way forwards."""
     trail: list[fx.Node] = []
     node = form.logits
@@ -95,7 +112,7 @@ def _logits_operand(node: fx.Node) -> fx.Node | str:
         )
     if call is None or result is None:
         return f"{_describe(node)} stands where a linear, or something that may follow one, is expected"
-    if call.op in ("contiguous", "clone", "tanh", "log_softmax") or is_cast(call):
+    if call.op in ("contiguous", "clone", "detach", "tanh", "log_softmax") or is_cast(call):
         source = call["input"]
     elif call.op in ("add", "mul", "div") or call.op == "where":
         source = next((a for a in (call["input"], call["other"]) if _same_shape(a, result)), None)
@@ -133,7 +150,7 @@ class _PathError(Exception):
 class _Reader:
     """Reads a trail forwards, from the linear to the loss."""
 
-    def __init__(self, linear: LinearLike, trail: tuple[fx.Node, ...], form: LossForm, region: Region) -> None:
+    def __init__(self, linear: LinearLike, trail: tuple[fx.Node, ...], form: Reads, region: Region) -> None:
         self.linear, self.trail, self.form, self.region = linear, trail, form, region
         self.views: list[RowView] = []
         self.view_nodes: list[fx.Node] = []
@@ -205,7 +222,7 @@ class _Reader:
             if value is None or not isinstance(call.get("dim"), int) or call["dim"] % value.ndim != self.class_dim:
                 raise _PathError(node, "a log_softmax that does not go over the classes")
             self.log_softmax = True
-        elif call.op not in ("contiguous", "clone") and not is_cast(call):
+        elif call.op not in ("contiguous", "clone", "detach") and not is_cast(call):
             if self.log_softmax:
                 raise _PathError(node, f"{_describe(node)} changes log-probabilities before the loss takes them")
             self._pointwise(call)

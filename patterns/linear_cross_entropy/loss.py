@@ -60,6 +60,8 @@ def loss_forms(region: Region) -> Iterator[LossForm | tuple[fx.Node, str]]:
         if call is None:
             continue
         if call.op in ("cross_entropy", "nll_loss"):
+            if has_soft_targets(call):
+                continue  # the rule linear_divergence
             form = _index_loss(call)
             yield form if isinstance(form, LossForm) else (node, form)
         elif call.op in ("gather", "take_along_dim") and _is_log_softmax(call["input"]):
@@ -71,12 +73,16 @@ def loss_forms(region: Region) -> Iterator[LossForm | tuple[fx.Node, str]]:
                 yield difference if isinstance(difference, LossForm) else (node, difference)
 
 
+def has_soft_targets(call: Call) -> bool:
+    """Whether a cross_entropy's targets are probabilities and not class indices."""
+    target = example(call["target"])
+    return call.op == "cross_entropy" and target is not None and target.is_floating_point()
+
+
 def _index_loss(call: Call) -> LossForm | str:
     logits, target = example(call["input"]), example(call["target"])
     if logits is None or target is None:
         return "the logits or targets are not tensors of this graph"
-    if target.is_floating_point():
-        return "the targets are probabilities (soft targets); only class indices are supported"
     if call.get("size_average") is not None or call.get("reduce") is not None:
         return "size_average and reduce are deprecated; write reduction= instead"
     weight = call.get("weight")

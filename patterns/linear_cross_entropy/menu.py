@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import sympy
 import torch
 
 from structfly.config import SiteSettings
 from structfly.lowering.gemm import busy, full_row_counts
+from structfly.lowering.linear_cross_entropy.chunked import Wanted
 from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.schedule import (
     accumulation_dtype,
@@ -36,24 +39,31 @@ class FusedCandidate(Candidate):
     workspace: int = 0
 
 
-def head_menu(site: HeadSite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
-    """Costs of leaving the head dense and of fusing it with several chunk lengths, and the limit they must keep.
+class Sized(Protocol):
+    """What the sizes of a head are read from; the attributes are those of :class:`HeadSite`."""
 
-    The limit is ``budget.loss_memory`` where it is set.  Otherwise it is a quarter of the logits, at most the
-    profile's cap, but always what the profile's fast row count takes and never less than 16 MiB.
-    """
-    sizes = _Sizes(site)
+    @property
+    def sizes(self) -> Mapping[sympy.Symbol, int]: ...
+    @property
+    def rows(self) -> sympy.Expr: ...
+    @property
+    def hidden(self) -> sympy.Expr: ...
+    @property
+    def classes(self) -> sympy.Expr: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def gradients(self) -> Wanted: ...
+
+
+def head_menu(site: HeadSite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+    """Costs of leaving the head dense and of fusing it with several chunk lengths, and the limit they must keep."""
+    sizes = HeadSizes(site)
     schemes = ["logits"]
     if profile.generated_products and not _why_no_exponentials(site, sizes):
         schemes.append("exponentials")
-    limit = settings.loss_memory
-    if limit is None:
-        quarter = min(sizes.rows * sizes.row_bytes // 4, profile.workspace_cap)
-        fast = min(sizes.rows, profile.fast_rows)
-        limit = max(quarter, min(sizes.transient_bytes(fast, scheme) for scheme in schemes), _SMALL)
-    schedules = ["backward"] if site.recompute else ["forward", "backward"]
-    if not any(site.gradients):
-        schedules = ["forward"]
+    limit = peak_limit(sizes, schemes, profile, settings)
+    schedules = schedules_of(site.gradients, site.recompute)
     candidates: list[Candidate] = [_dense(site)]
     for scheme in schemes:
         for length in sizes.chunk_lengths(limit, profile, scheme):
@@ -67,7 +77,24 @@ def head_menu(site: HeadSite, profile: DeviceProfile, settings: SiteSettings) ->
     )
 
 
-def _why_no_exponentials(site: HeadSite, sizes: _Sizes) -> str:
+def peak_limit(sizes: HeadSizes, schemes: Sequence[str], profile: DeviceProfile, settings: SiteSettings) -> int:
+    """``budget.loss_memory`` where it is set.  Otherwise a quarter of the logits, at most the profile's cap, but always
+    what the profile's fast row count takes and never less than 16 MiB."""
+    if settings.loss_memory is not None:
+        return settings.loss_memory
+    quarter = min(sizes.rows * sizes.row_bytes // 4, profile.workspace_cap)
+    fast = min(sizes.rows, profile.fast_rows)
+    return max(quarter, min(sizes.transient_bytes(fast, scheme) for scheme in schemes), _SMALL)
+
+
+def schedules_of(gradients: Wanted, recompute: str) -> list[str]:
+    """The schedules that can be chosen from; ``recompute`` says why gradients may not be made in forward, or ""."""
+    if not any(gradients):
+        return ["forward"]
+    return ["backward"] if recompute else ["forward", "backward"]
+
+
+def _why_no_exponentials(site: HeadSite, sizes: HeadSizes) -> str:
     linear = site.path.linear
     reason = why_no_exponentials(
         site.dtype,
@@ -85,15 +112,16 @@ def _why_no_exponentials(site: HeadSite, sizes: _Sizes) -> str:
     return f"its weight's rows of {weight.shape[inner]} do not begin at multiples of 16 bytes"
 
 
-class _Sizes:
-    """The head's sizes at the example values of its symbols."""
+class HeadSizes:
+    """The head's sizes at the example values of its symbols; ``beside`` are bytes that a class of a row takes beside
+    its logit."""
 
-    def __init__(self, site: HeadSite) -> None:
+    def __init__(self, site: Sized, beside: int = 0) -> None:
         self._site = site
         self.rows = max(1, int(at_sizes(site.rows, site.sizes)))
         self.hidden = int(at_sizes(site.hidden, site.sizes))
         self.classes = int(at_sizes(site.classes, site.sizes))
-        self.row_bytes = row_stride(self.classes) * site.dtype.itemsize
+        self.row_bytes = row_stride(self.classes) * (site.dtype.itemsize + beside)
 
     def transient_bytes(self, length: int, scheme: str) -> int:
         """Bytes beyond the gradients themselves: the logits of ``length`` rows, and the weight gradient's own sum.
@@ -147,9 +175,7 @@ class _Sizes:
         return count * accumulation_dtype(dtype, chunks).itemsize, count * saved_dtype(dtype).itemsize
 
 
-def _matmul(
-    rows: Expression, inner: Expression, columns: Expression, launches: Expression, dtype: torch.dtype
-) -> Stage:
+def matmul(rows: Expression, inner: Expression, columns: Expression, launches: Expression, dtype: torch.dtype) -> Stage:
     moved = (rows * inner + inner * columns + rows * columns) * dtype.itemsize
     return Stage(2 * rows * inner * columns, moved, launches, dtype, rows)
 
@@ -157,20 +183,20 @@ def _matmul(
 def _dense(site: HeadSite) -> Candidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     logits = n * c * dtype.itemsize
-    stages = [_matmul(n, h, c, 1, dtype), Stage(0, 2 * logits, 1)]
+    stages = [matmul(n, h, c, 1, dtype), Stage(0, 2 * logits, 1)]
     if any(site.gradients):
         stages.append(Stage(0, 2 * logits, 1))
-        stages.extend(_matmul(n, c, h, 1, dtype) for wanted in site.gradients[:2] if wanted)
+        stages.extend(matmul(n, c, h, 1, dtype) for wanted in site.gradients[:2] if wanted)
     return Candidate("dense", Cost(tuple(stages), transient_bytes=logits, saved_bytes=0), rewrites=False)
 
 
 def _fused(
-    site: HeadSite, sizes: _Sizes, length: int, schedule: str, scheme: str, profile: DeviceProfile
+    site: HeadSite, sizes: HeadSizes, length: int, schedule: str, scheme: str, profile: DeviceProfile
 ) -> FusedCandidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     launches, rows = n / length, sympy.Integer(length)  # no candidate is longer than the example's rows
     chunk = rows * c * dtype.itemsize
-    logits = [_matmul(rows, h, c, launches, dtype)]
+    logits = [matmul(rows, h, c, launches, dtype)]
     if scheme == "logits":
         logits.append(Stage(0, 2 * chunk, launches))  # the row step
     stages = list(logits)
@@ -183,7 +209,7 @@ def _fused(
         else:
             saved = sum(sizes.gradient_bytes)
         if site.gradients.x:
-            hidden = _matmul(rows, c, h, launches, dtype)
+            hidden = matmul(rows, c, h, launches, dtype)
             if scheme == "exponentials" and not site.gradients.weight:  # few large tiles, and nothing to fill the gaps
                 share = max(busy(length, sizes.hidden, split, profile.processors) for split in (1, 2))
                 hidden = replace(hidden, flops=hidden.flops / share)

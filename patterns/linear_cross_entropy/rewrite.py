@@ -10,6 +10,7 @@ from torch import fx
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath, example_of
 from structfly.patterns.linear_cross_entropy.menu import FusedCandidate
+from structfly.patterns.linear_cross_entropy.operands import cast, class_bias, class_rows, matrix, moved_rows
 from structfly.patterns.linear_cross_entropy.pieces import part_losses, whole_target
 from structfly.patterns.linear_cross_entropy.site import HeadSite
 from structfly.patterns.linear_cross_entropy.weighted_sum import Weights, write_weights
@@ -26,7 +27,7 @@ def rewrite_head(site: HeadSite, candidate: FusedCandidate, editor: Editor) -> N
         _rewrite_pieces(site, candidate, editor)
     elif site.total is not None:
         editor.before(site.total.root)
-        weights = write_weights(site.total, site.form, editor)
+        weights = write_weights(site.total, site.form.target, editor)
         loss = _op(site, candidate, editor, _hidden(site, site.path.views, editor), site.form.target, weights.rows)
         editor.replace(site.total.root, _finish(site, loss, weights, editor))
     else:
@@ -61,34 +62,7 @@ def _rewrite_pieces(site: HeadSite, candidate: FusedCandidate, editor: Editor) -
 
 
 def _hidden(site: HeadSite, views: tuple[RowView, ...], editor: Editor) -> fx.Node:
-    """The hidden states, moved as the logits were, classes (now hidden units) last."""
-    return _moved(site.path.linear.x, views, site, editor)
-
-
-def _moved(x: fx.Node, views: tuple[RowView, ...], site: HeadSite, editor: Editor) -> fx.Node:
-    x = _cast(x, site.dtype, editor)
-    width = editor.size(x, -1)
-    class_dim = example_of(x).ndim - 1
-    for view in views:
-        x = view.replay(editor, x, width)
-        class_dim = view.class_dim
-    if class_dim != example_of(x).ndim - 1:
-        x = editor.call(torch.movedim, x, class_dim, -1)
-    return x
-
-
-def _cast(node: fx.Node, dtype: torch.dtype, editor: Editor) -> fx.Node:
-    return node if example_of(node).dtype == dtype else editor.method("to", node, dtype)
-
-
-def _matrix(rows: fx.Node, editor: Editor) -> fx.Node:
-    value = example_of(rows)
-    return rows if value.ndim == 2 else editor.call(torch.reshape, rows, (-1, editor.size(rows, -1)))
-
-
-def _weight(node: fx.Node, transposed: bool, site: HeadSite, editor: Editor) -> fx.Node:
-    node = _cast(node, site.dtype, editor)
-    return editor.method("t", node) if transposed else node
+    return moved_rows(site.path.linear.x, views, site.dtype, editor)
 
 
 def _op(
@@ -103,16 +77,16 @@ def _op(
     path = site.path
     linear, adapter = path.linear, path.linear.adapter
     views = path.views if site.pieces is None else path.views[: site.pieces.shared_views]
-    weight = _weight(linear.weight, linear.transposed, site, editor)
+    weight = class_rows(linear, site.dtype, editor)
     classes: int | fx.Node = editor.size(weight, 0) if path.num_classes is None else path.num_classes
-    adapter_x = None if adapter is None else _matrix(_moved(adapter.x, views, site, editor), editor)
-    adapter_weight = None if adapter is None else _weight(adapter.weight, adapter.transposed, site, editor)
+    adapter_x = None if adapter is None else matrix(moved_rows(adapter.x, views, site.dtype, editor), editor)
+    adapter_weight = None if adapter is None else class_rows(adapter, site.dtype, editor)
     target = editor.call(torch.reshape, target, (-1,))
     arguments = Arguments(
-        x=_matrix(rows, editor),  # type: ignore[arg-type]
+        x=matrix(rows, editor),  # type: ignore[arg-type]
         weight=weight,  # type: ignore[arg-type]
-        bias=_bias(path, site, editor),  # type: ignore[arg-type]
-        target=_cast(target, torch.int64, editor),  # type: ignore[arg-type]
+        bias=class_bias(path, site.dtype, editor),  # type: ignore[arg-type]
+        target=cast(target, torch.int64, editor),  # type: ignore[arg-type]
         class_weight=site.form.class_weight,  # type: ignore[arg-type]
         row_weight=row_weight,  # type: ignore[arg-type]
         class_mask=_live_classes(path, weight, classes, editor),  # type: ignore[arg-type]
@@ -132,15 +106,6 @@ def _op(
         autocast=False,
     )
     return editor.getitem(editor.call(torch.ops.structfly.linear_cross_entropy_v1.default, *arguments), 0)
-
-
-def _bias(path: LogitsPath, site: HeadSite, editor: Editor) -> fx.Node | None:
-    """The linear's own bias and the vector added to its value, as one vector over all classes."""
-    vectors = [vector for vector in (path.linear.bias, path.bias) if vector is not None]
-    flat = [_cast(editor.call(torch.reshape, vector, (-1,)), site.dtype, editor) for vector in vectors]
-    if len(flat) == 2 and path.num_classes is not None:
-        flat = [editor.call(torch.narrow, vector, 0, 0, path.num_classes) for vector in flat]
-    return editor.call(torch.add, *flat) if len(flat) == 2 else next(iter(flat), None)
 
 
 def _live_classes(path: LogitsPath, weight: fx.Node, classes: int | fx.Node, editor: Editor) -> fx.Node | None:

@@ -33,9 +33,9 @@ from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example, qualified_name
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Progress of a miss beyond the walk itself: later conditions are further than any walk.
-_AFTER_TRACE = 10**6
+AFTER_TRACE = 10**6
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class LinearCrossEntropy:
             return [found]
         node, reason = found
         name = qualified_name(group[0].path.linear.node, group[0].path.linear.weight)
-        return [Miss(self.name, node, reason, _AFTER_TRACE, traced.form.anchor, name) for traced in group]
+        return [Miss(self.name, node, reason, AFTER_TRACE, traced.form.anchor, name) for traced in group]
 
     def _site(self, group: list[_Traced], region: Region) -> HeadSite | tuple[fx.Node, str]:
         first = group[0]
@@ -90,7 +90,7 @@ class LinearCrossEntropy:
         strangers = foreign_users([t.path for t in group], [t.form for t in group])
         if strangers:
             user = min(strangers, key=region.order.__getitem__)
-            return user, _stranger(user)
+            return user, stranger(user)
         pieces: Pieces | None = None
         if len(group) > 1:
             read = read_pieces([(t.path, t.form) for t in group], region)
@@ -100,12 +100,12 @@ class LinearCrossEntropy:
         value = example_of(path.linear.node)
         if value.device.type not in DEVICES:
             return path.linear.node, f"on {value.device.type}; supported devices: {', '.join(DEVICES)}"
-        if value.dtype not in _DTYPES:
-            return path.linear.node, f"logits of {value.dtype}; supported: {', '.join(map(str, _DTYPES))}"
-        wrapped = _wrapper_operand([t.path for t in group])
+        if value.dtype not in DTYPES:
+            return path.linear.node, f"logits of {value.dtype}; supported: {', '.join(map(str, DTYPES))}"
+        wrapped = wrapper_operand([t.path for t in group])
         if wrapped is not None:
             return wrapped
-        total = read_weighted_sum(form) if pieces is None and form.reduction == "none" else None
+        total = read_weighted_sum(form.anchor) if pieces is None and form.reduction == "none" else None
         ends = [t.form.anchor for t in group] if total is None else [total.root]
         gradients = wanted_gradients([t.path for t in group], ends)
         if not isinstance(gradients, Wanted):
@@ -167,7 +167,7 @@ def _row_count(form: LossForm, path: LogitsPath, pieces: Pieces | None) -> sympy
     return sympy.expand(math.prod(sizes, start=sympy.Integer(1)))
 
 
-def _wrapper_operand(paths: Sequence[LogitsPath]) -> tuple[fx.Node, str] | None:
+def wrapper_operand(paths: Sequence[LogitsPath]) -> tuple[fx.Node, str] | None:
     """An operand that is no plain tensor: the op would run on what it wraps, without its meaning."""
     nodes = {node for path in paths for node in path.nodes}
     for operand in sorted({operand for node in nodes for operand in node.all_input_nodes}, key=str):
@@ -178,7 +178,7 @@ def _wrapper_operand(paths: Sequence[LogitsPath]) -> tuple[fx.Node, str] | None:
     return None
 
 
-def _stranger(user: fx.Node) -> str:
+def stranger(user: fx.Node) -> str:
     if user.op == "output":
         return (
             "the logits are returned as well, so they must exist; compile a function that returns the loss and not "

@@ -4,6 +4,9 @@ A scalar that is linear in the per-token losses l, S = sum_n w_n l_n, has one up
 gradients can be made in the forward pass with w as row weights (coefficient class A of the head: one pass, 6NHV).
 Reading walks from l to S through linear steps.  Writing sends ones through the same steps: between two sums every step
 scales or reshapes, so what comes out is the weight of each loss.
+
+A divergence is often still one number per row and class when it is masked and summed.  As long as no step treats two
+classes differently the same reading holds, with the classes as a dimension of size 1 in the ones.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from structfly.compat import expression
-from structfly.patterns.linear_cross_entropy.loss import LossForm, needs_gradient
+from structfly.compat import expression, size_checks
+from structfly.patterns.linear_cross_entropy.loss import needs_gradient
 from structfly.rewriter.calls import Call, flat, read
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import is_cast
@@ -40,15 +43,19 @@ class WeightedSum:
     Attributes:
         root: the node whose value is the scalar: the last sum or mean.
         steps: the linear steps from the losses to ``root``, in order.
+        checks: nodes that only check how many rows a mask picks.
+        over_classes: ``root`` is a mean over the classes, too.
     """
 
     root: fx.Node
     steps: tuple[Step, ...]
+    checks: tuple[fx.Node, ...] = ()
+    over_classes: bool = False
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """The nodes that a rewrite makes superfluous."""
-        return tuple(step.call.node for step in self.steps)
+        return (*(step.call.node for step in self.steps), *self.checks)
 
 
 @dataclass(frozen=True)
@@ -66,39 +73,83 @@ class Weights:
     count: int | fx.Node | None
 
 
-def read_weighted_sum(form: LossForm) -> WeightedSum | None:
-    """The scalar that the per-token losses of ``form`` end in, or None if they do not end in one."""
+def read_weighted_sum(losses: fx.Node, class_dim: int | None = None) -> WeightedSum | None:
+    """The scalar that ``losses`` end in, or None if they do not end in one.
+
+    Args:
+        losses: one loss a row or, if ``class_dim`` says which dimension the classes are, one term a row and class.
+    """
     steps: list[Step] = []
-    node = form.anchor
-    while len(node.users) == 1:
-        (user,) = node.users
-        call, value = read(user), example(user)
-        if call is None or value is None or not _is_linear(call, node):
+    checks: tuple[fx.Node, ...] = ()
+    node, picked = losses, False
+    while True:
+        checks += size_checks(node)
+        users = [user for user in node.users if user not in checks]
+        if len(users) != 1:
+            return None
+        call, value = read(users[0]), example(users[0])
+        if call is None or value is None or not _is_linear(call, node, class_dim):
             return None
         steps.append(Step(call, node))
-        if call.op in ("sum", "mean") and value.ndim == 0:
-            return WeightedSum(user, tuple(steps))
-        node = user
-    return None
+        if call.op in ("sum", "mean") and value.ndim == 0 and not (picked and call.op == "mean"):
+            return WeightedSum(users[0], tuple(steps), checks, class_dim is not None and call.op == "mean")
+        if picked:
+            return None  # what follows a pick has as many entries as were picked; only their sum is read
+        picked = call.op == "getitem"
+        if call.op == "sum" and class_dim is not None:
+            if class_dim not in _dims(call, node):
+                return None
+            class_dim = None
+        node = users[0]
 
 
-def _is_linear(call: Call, losses: fx.Node) -> bool:
+def _is_linear(call: Call, losses: fx.Node, class_dim: int | None) -> bool:
     if call.op in ("mul", "div"):
         factor = _factor(call, losses)
         plain = factor is not losses and call.get("rounding_mode") is None and not needs_gradient(factor)
+        plain = plain and _same_for_all_classes(factor, losses, class_dim)
         return plain and (call.op == "mul" or call["input"] is losses) and _keeps_shape(call, losses)
     if call["input"] is not losses:
         return False
-    if call.op in ("neg", *_RESHAPES, *_COPIES) or is_cast(call):
+    if call.op in ("neg", *_COPIES) or is_cast(call):
         return True
+    if call.op in _RESHAPES:
+        return class_dim is None
     if call.op == "where":
-        return _is_zero(call["other"]) and call["condition"] is not losses and _keeps_shape(call, losses)
+        mask = call["condition"]
+        plain = _is_zero(call["other"]) and mask is not losses and _same_for_all_classes(mask, losses, class_dim)
+        return plain and _keeps_shape(call, losses)
     if call.op == "masked_fill":
-        return _is_zero(call["value"]) and isinstance(call["mask"], fx.Node)
+        plain = isinstance(call["mask"], fx.Node) and _same_for_all_classes(call["mask"], losses, class_dim)
+        return plain and _is_zero(call["value"])
+    if call.op == "getitem":
+        return _picks_rows(call, losses, class_dim)
     if call.op == "sum":
         return call.get("dtype") is None
     result = example(call.node)  # a mean over some dimensions would need their sizes
     return call.op == "mean" and result is not None and result.ndim == 0 and call.get("dtype") is None
+
+
+def _same_for_all_classes(operand: Any, terms: fx.Node, class_dim: int | None) -> bool:
+    value, like = example(operand), example(terms)
+    if class_dim is None or value is None or like is None:
+        return True
+    place = class_dim - (like.ndim - value.ndim)
+    return place < 0 or expression(value.shape[place]) == 1
+
+
+def _picks_rows(call: Call, losses: fx.Node, class_dim: int | None) -> bool:
+    """``losses[mask]`` with one flag for every row."""
+    mask, value = example(call["index"]), example(losses)
+    if mask is None or value is None or mask.dtype != torch.bool or class_dim not in (None, value.ndim - 1):
+        return False
+    return mask.ndim == value.ndim - (class_dim is not None)
+
+
+def _dims(call: Call, losses: fx.Node) -> tuple[int, ...]:
+    value = example(losses)
+    assert value is not None
+    return tuple(sorted(dim % value.ndim for dim in flat(call.get("dim"))))
 
 
 def _factor(call: Call, losses: fx.Node) -> Any:
@@ -125,11 +176,11 @@ class _Stage:
     summed: tuple[int, ...] = ()
 
 
-def write_weights(total: WeightedSum, form: LossForm, editor: Editor) -> Weights:
-    """Insert the nodes that make the row weights of ``total``."""
-    value = example(form.anchor)
+def write_weights(total: WeightedSum, like: fx.Node, editor: Editor) -> Weights:
+    """Insert the nodes that make the row weights of ``total``; ``like`` has the losses' shape, with 1 for classes."""
+    value = example(total.steps[0].losses)
     dtype = torch.float64 if value is not None and value.dtype == torch.float64 else torch.float32
-    ones = editor.call(torch.ones_like, form.target, dtype=dtype)
+    ones = editor.call(torch.ones_like, like, dtype=dtype)
     stages = [_Stage(ones, ones)]
     constant, weighted = 1.0, False
     for step in total.steps:
@@ -150,6 +201,14 @@ def write_weights(total: WeightedSum, form: LossForm, editor: Editor) -> Weights
         elif call.op == "masked_fill":
             stage.weights = editor.call(torch.masked_fill, stage.weights, call["mask"], 0.0)
             weighted = True
+        elif call.op == "getitem":
+            mask = call["index"]
+            picked = example(mask)
+            assert picked is not None
+            if picked.ndim < stage.weights.meta["example_value"].ndim:
+                mask = editor.call(torch.unsqueeze, mask, -1)
+            stage.weights = editor.call(torch.where, mask, stage.weights, 0.0)
+            weighted = True
         elif call.op in _RESHAPES:
             stage.weights = editor.like(call.node, stage.weights, *call.node.args[1:], **call.node.kwargs)
         elif call.op == "sum" and call.node is not total.root:
@@ -161,9 +220,7 @@ def write_weights(total: WeightedSum, form: LossForm, editor: Editor) -> Weights
 
 
 def _next_stage(call: Call, stage: _Stage, editor: Editor) -> _Stage:
-    value = stage.weights.meta["example_value"]
-    dims = call.get("dim")
-    stage.summed = tuple(sorted(dim % value.ndim for dim in flat(dims)))
+    stage.summed = _dims(call, stage.weights)
     sums = editor.call(torch.sum, stage.weights, stage.summed, call.get("keepdim", False))
     if call.get("keepdim", False):
         stage.summed = ()

@@ -159,7 +159,7 @@ def test_triton_rows_refuse_float64(place: int) -> None:
     rows = [torch.empty(1, 3), torch.empty(1, 3)]
     rows[place] = rows[place].double()
     with pytest.raises(UnsupportedError, match="float64"):
-        row_step_triton(*rows, None, PLAIN, gradient=False)
+        row_step_triton(rows[0], rows[1], None, PLAIN, gradient=False)
 
 
 @pytest.mark.gpu

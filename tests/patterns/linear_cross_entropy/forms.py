@@ -500,12 +500,6 @@ def relu_before(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) ->
     return F.cross_entropy(F.relu(_rows(F.linear(x, w, b))), labels.view(-1))
 
 
-@near_miss("soft targets")
-def soft_targets(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    target = F.one_hot(ids.view(-1), w.shape[0]).to(x.dtype)
-    return F.cross_entropy(_rows(F.linear(x, w, b)), target)
-
-
 @near_miss("constant number")
 def learned_scale(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_rows(F.linear(x, w) * b[0]), labels.view(-1))
