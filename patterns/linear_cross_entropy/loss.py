@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from structfly.compat import expression
-from structfly.rewriter.calls import Call, read
+from structfly.rewriter.calls import Call, flat, read
 from structfly.rewriter.linear import is_cast
 from structfly.rewriter.region import Region, example
 from structfly.rewriter.views import VIEWS, view_input
@@ -55,9 +56,13 @@ class LossForm:
 
 def loss_forms(region: Region) -> Iterator[LossForm | tuple[fx.Node, str]]:
     """Every anchor of a region: a form, or the anchor with the reason why its form is not supported."""
-    for node in region.graph.nodes:
-        call = read(node)
-        if call is None:
+    calls = [call for call in map(read, region.graph.nodes) if call is not None]
+    sums = [each for call in calls if call.op == "add" and (each := _smoothed(call)) is not None]
+    yield from sums
+    within = {node for each in sums for node in each.inner}
+    for call in calls:
+        node = call.node
+        if node in within:
             continue
         if call.op in ("cross_entropy", "nll_loss"):
             if has_soft_targets(call):
@@ -136,11 +141,7 @@ def _difference(call: Call) -> LossForm | str | None:
     if len(dims) != 1 or not isinstance(dims[0], int) or dims[0] % logits.ndim != form.class_dim:
         return "a gather and a logsumexp over different dimensions"
     kept = value.ndim == logits.ndim
-    rows = [1 if d == form.class_dim else expression(size) for d, size in enumerate(logits.shape)]
-    if not kept:
-        del rows[form.class_dim]
-    shapes = [[expression(size) for size in example_shape] for example_shape in _shapes(call)]
-    if any(shape != rows for shape in shapes) or call.get("alpha", 1) != 1:
+    if not _row_by_row(call, logits, form.class_dim, kept):
         return "a gather and a logsumexp that are not subtracted row by row"
     return replace(
         form,
@@ -150,6 +151,67 @@ def _difference(call: Call) -> LossForm | str | None:
         inner=(*gather_nodes, *logsumexp_nodes),
         target_dim=None if kept else form.class_dim,
     )
+
+
+def _smoothed(call: Call) -> LossForm | None:
+    """timm's label smoothing: ``a * -log_p.gather(-1, t) + s * -log_p.mean(-1)`` with a + s = 1."""
+    sides = [_scaled_side(call["input"]), _scaled_side(call["other"])]
+    if sides[0] is None or sides[1] is None or sides[0][0].op == sides[1][0].op:
+        return None
+    (gather, confidence, nodes), (mean, smoothing, others) = sorted(
+        (side for side in sides if side), key=lambda side: side[0].op
+    )
+    if gather["input"] is not mean["input"] or not _is_log_softmax(gather["input"]):
+        return None
+    form, logits, value = _gathered(gather), example(gather["input"]), example(call.node)
+    if isinstance(form, str) or logits is None or value is None or smoothing > 0.0 or confidence > 0.0:
+        return None
+    dims, kept = flat(mean.get("dim")), value.ndim == logits.ndim
+    over_classes = len(dims) == 1 and isinstance(dims[0], int) and dims[0] % logits.ndim == form.class_dim
+    whole = math.isclose(confidence + smoothing, -1.0, rel_tol=1e-12)
+    if not over_classes or not whole or not _row_by_row(call, logits, form.class_dim, kept):
+        return None
+    return replace(
+        form,
+        anchor=call.node,
+        label_smoothing=-smoothing,
+        negated=False,
+        inner=(*nodes, *others),
+        target_dim=None if kept else form.class_dim,
+    )
+
+
+def _scaled_side(node: object) -> tuple[Call, float, tuple[fx.Node, ...]] | None:
+    """The gather or mean beneath signs, constant factors, squeezes and casts; the factor; the nodes down to it."""
+    nodes: list[fx.Node] = []
+    factor = 1.0
+    while isinstance(node, fx.Node):
+        call = read(node)
+        if call is None:
+            return None
+        nodes.append(node)
+        if call.op in ("gather", "take_along_dim", "mean"):
+            return replace(call, op="mean" if call.op == "mean" else "gather"), factor, tuple(nodes)
+        node = call.get("input")
+        if call.op == "neg":
+            factor = -factor
+        elif call.op == "mul":
+            number, node = (call["other"], node) if isinstance(node, fx.Node) else (node, call["other"])
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                return None
+            factor *= number
+        elif call.op not in ("squeeze", "contiguous", "clone") and not is_cast(call):
+            return None
+    return None
+
+
+def _row_by_row(call: Call, logits: torch.Tensor, class_dim: int, kept: bool) -> bool:
+    """Whether both operands of a sum or difference have one number a row, as has its value."""
+    rows = [1 if dim == class_dim else expression(size) for dim, size in enumerate(logits.shape)]
+    if not kept:
+        del rows[class_dim]
+    shapes = [[expression(size) for size in shape] for shape in _shapes(call)]
+    return all(shape == rows for shape in shapes) and call.get("alpha", 1) == 1
 
 
 def _shapes(call: Call) -> Iterator[torch.Size]:

@@ -149,6 +149,21 @@ def smoothed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Te
 
 
 @form()
+def timm_label_smoothing(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    smoothing = 0.1
+    log_p = F.log_softmax(_rows(F.linear(x, w, b)), dim=-1)
+    nll = -log_p.gather(dim=-1, index=ids.view(-1).unsqueeze(1))
+    loss = (1.0 - smoothing) * nll.squeeze(1) + smoothing * -log_p.mean(dim=-1)
+    return loss.mean()
+
+
+@form("backward")
+def timm_label_smoothing_per_token(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = F.linear(x, w).log_softmax(-1)
+    return log_p.mean(-1, keepdim=True) * -0.25 + log_p.gather(-1, ids.unsqueeze(-1)) * -0.75
+
+
+@form()
 def class_weighted(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     weight = torch.linspace(0.5, 2.0, w.shape[0], dtype=w.dtype)
     return F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), weight=weight)
@@ -498,6 +513,21 @@ def no_linear(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> T
 @near_miss("relu (relu) stands where a linear")
 def relu_before(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.relu(_rows(F.linear(x, w, b))), labels.view(-1))
+
+
+@near_miss("must exist")
+def smoothing_that_does_not_add_up(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = F.log_softmax(_rows(F.linear(x, w, b)), dim=-1)
+    nll = -log_p.gather(dim=-1, index=ids.view(-1).unsqueeze(1)).squeeze(1)
+    return (nll - 0.1 * log_p.mean(dim=-1)).mean()
+
+
+@near_miss("must exist")
+def mean_of_log_probabilities_used_elsewhere(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = F.log_softmax(_rows(F.linear(x, w, b)), dim=-1)
+    smooth = -log_p.mean(dim=-1)
+    nll = -log_p.gather(dim=-1, index=ids.view(-1).unsqueeze(1)).squeeze(1)
+    return (0.9 * nll + 0.1 * smooth).mean() + smooth.square().mean()
 
 
 @near_miss("constant number")

@@ -35,7 +35,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
 def test_form_is_rewritten_and_exact(name: str) -> None:
     form = FORMS[name]
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # for a mask that picks rows
-        fast = Rewritten(form.function, then="aot_eager")
+        fast = Rewritten(form.function)
         assert_like_eager(fast, form.function, inputs(), roundings=64)
     assert fast.statuses == ["rewritten"], fast.sites
     (node,) = fast.calls_of(OP)
@@ -43,6 +43,14 @@ def test_form_is_rewritten_and_exact(name: str) -> None:
     call = Arguments(*arguments)
     teacher = "head" if call.teacher is None else call.teacher_form
     assert (call.kind, call.schedule, teacher) == form[1:]
+
+
+def test_a_mask_that_picks_rows_survives_aot_autograd() -> None:
+    function = FORMS["gkd_masked"].function
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        fast = Rewritten(function, then="aot_eager")
+        assert_like_eager(fast, function, inputs(), roundings=64)
+    assert fast.statuses == ["rewritten"]
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)
