@@ -64,8 +64,11 @@ class LinearDivergence:
     def _attempts(self, anchor: fx.Node, divergence: Divergence, region: Region) -> list[DivergenceSite | Miss]:
         """The site; or why neither distribution is a student's."""
         bases = sorted(divergence.bases, key=lambda base: region.order[_node(base)], reverse=True)
-        if len(bases) != 2:
+        if len(bases) == 1:
             return []  # an entropy, which is no divergence
+        if len(bases) > 2:
+            reason = "probabilities times log-probabilities of more than two distributions (a detached one is another)"
+            return [Miss(self.name, anchor, reason, 0, anchor)]
         learning = [base for base in bases if base.gradient]
         if len(learning) == 2:
             reason = "both distributions take part in differentiation; make the teacher's under torch.no_grad()"

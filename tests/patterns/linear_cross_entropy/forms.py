@@ -519,7 +519,7 @@ def relu_before(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) ->
 def smoothing_that_does_not_add_up(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     log_p = F.log_softmax(_rows(F.linear(x, w, b)), dim=-1)
     nll = -log_p.gather(dim=-1, index=ids.view(-1).unsqueeze(1)).squeeze(1)
-    return (nll - 0.1 * log_p.mean(dim=-1)).mean()
+    return (nll + 0.1 * -log_p.mean(dim=-1)).mean()
 
 
 @near_miss("must exist")

@@ -326,6 +326,12 @@ def teacher_learns_too(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q:
     return F.kl_div(F.linear(x, w).log_softmax(-1), F.linear(x, w * 2).softmax(-1), reduction="sum")
 
 
+@near_miss("more than two distributions")
+def weights_detached(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    log_p, log_q = F.linear(x, w).log_softmax(-1), F.linear(y, u).log_softmax(-1)
+    return (log_p.exp().detach() * (log_p - log_q)).sum(-1).mean()
+
+
 @near_miss("is not the softmax of logits")
 def targets_learn(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
@@ -376,7 +382,7 @@ def mixture_of_other_weights(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tens
     return 0.5 * (F.kl_div(log_m, p, reduction="sum") + F.kl_div(log_m, teacher, reduction="sum"))
 
 
-@near_miss("none of the divergences")
+@near_miss("more than two distributions")
 def mixture_detached(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     p, teacher = F.linear(x, w, b).softmax(-1), F.linear(y, u).softmax(-1)
     log_m = (0.5 * p + 0.5 * teacher).log().detach()
