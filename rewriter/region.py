@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from structfly import compat
+from structfly.rewriter.calls import Call, read
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Region:
     def order(self) -> dict[fx.Node, int]:
         """Position of every node in the graph."""
         return {node: index for index, node in enumerate(self.graph.nodes)}
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """Every node that can be read, in graph order, as all rules see it before any of them writes."""
+        return tuple(call for call in map(read, self.graph.nodes) if call is not None)
 
     @cached_property
     def _transformed(self) -> frozenset[fx.Node]:

@@ -56,11 +56,10 @@ class LossForm:
 
 def loss_forms(region: Region) -> Iterator[LossForm | tuple[fx.Node, str]]:
     """Every anchor of a region: a form, or the anchor with the reason why its form is not supported."""
-    calls = [call for call in map(read, region.graph.nodes) if call is not None]
-    sums = [each for call in calls if call.op == "add" and (each := _smoothed(call)) is not None]
+    sums = [each for call in region.calls if call.op == "add" and (each := _smoothed(call)) is not None]
     yield from sums
     within = {node for each in sums for node in each.inner}
-    for call in calls:
+    for call in region.calls:
         node = call.node
         if node in within:
             continue

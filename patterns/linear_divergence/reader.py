@@ -35,8 +35,8 @@ _REDUCTIONS = {"none": "", "sum": "sum", "batchmean": "batchmean", "mean": "mean
 def divergences(region: Region) -> Iterator[tuple[fx.Node, Divergence | str]]:
     """The nodes that are divergences and not part of a larger one; or losses and why they are not read as one."""
     reader = _Reader()
-    for node in region.graph.nodes:
-        reader.read(node)
+    for call in region.calls:
+        reader.read(call)
     known = reader.known
     for node, reading in known.items():
         if isinstance(reading, Divergence):
@@ -51,17 +51,15 @@ class _Reader:
         self.known: dict[fx.Node, Reading] = {}
         self.failures: dict[fx.Node, str] = {}
 
-    def read(self, node: fx.Node) -> None:
-        call = read(node)
-        if call is None or written(node):  # what is written in place has two meanings
+    def read(self, call: Call) -> None:
+        node, reading = call.node, self._read(call)
+        if reading is None or written(node):  # what is written in place has two meanings
             return
-        reading = self._read(call)
         if isinstance(reading, (Logs, Probabilities, Divergence)):
             if not needs_gradient(node) and any(each.gradient for each in reading.distributions):
                 reading = reading.renamed(lambda each: each.detached)  # a detach, or code under no_grad
             reading = replace(reading, nodes=reading.nodes | {node})
-        if reading is not None:
-            self.known[node] = reading
+        self.known[node] = reading
 
     def _read(self, call: Call) -> Reading | None:
         op = call.op
@@ -85,9 +83,11 @@ class _Reader:
             return self._cross_entropy(call)
         if op == "sum":
             return self._sum(call)
-        if op in ("contiguous", "clone", "detach") or is_cast(call):
-            return self.known.get(call["input"])
-        return _constant(call) if op == "tensor" else None
+        if op == "tensor":
+            return _constant(call)
+        source = self.known.get(call.get("input"))
+        keeps = source is not None and (op in ("contiguous", "clone", "detach") or is_cast(call))
+        return source if keeps else None
 
     # ------------------------------------------------------------------------------------------- pointwise
 
@@ -138,9 +138,9 @@ class _Reader:
             if numbers[0] is None:
                 return logs.shifted(sign * float(numbers[1] or 0.0))
             return logs.scaled(sign).shifted(float(numbers[0]))
-        if not _same_shapes(first, second, call.node):
-            return None
         one, two = self.known.get(first), self.known.get(second)
+        if (one is None and two is None) or not _same_shapes(first, second, call.node):
+            return None
         if isinstance(one, Divergence) and isinstance(two, Divergence):
             return one.plus(two.scaled(sign))
         if isinstance(one, Probabilities) or isinstance(two, Probabilities):

@@ -40,6 +40,7 @@ def test_every_template_is_found() -> None:
         "linear_cross_entropy_hidden",
         "linear_cross_entropy_rows",
         "linear_cross_entropy_weight",
+        "linear_divergence_rows",
     ]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -119,7 +116,7 @@ def check(step: RowStep, logits: Tensor, teacher: Tensor, coefficient: Tensor | 
 
 @pytest.mark.parametrize("step", STEPS)
 @INTERPRETED
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problem=row_problems())
 def test_losses_and_gradients(step: RowStep, problem: tuple[Tensor, Tensor, Tensor | None, RowTerms]) -> None:
     check(step, *problem)
@@ -169,9 +166,3 @@ def test_wide_rows(classes: int, kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(16, classes + PADDING, generator=generator).bfloat16()
     check(row_step_triton, logits, torch.randn(16, classes, generator=generator), None, replace(PLAIN, kind=kind))
-
-
-def test_importing_the_row_step_does_not_import_triton() -> None:
-    code = "import sys, structfly.lowering.linear_divergence.rows_triton; sys.exit('triton' in sys.modules)"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
