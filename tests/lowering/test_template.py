@@ -38,7 +38,9 @@ def test_every_template_is_found() -> None:
         "linear_cross_entropy_exponential_rows",
         "linear_cross_entropy_exponentials",
         "linear_cross_entropy_hidden",
+        "linear_cross_entropy_live_rows",
         "linear_cross_entropy_rows",
+        "linear_cross_entropy_targets",
         "linear_cross_entropy_weight",
         "linear_divergence_rows",
     ]
