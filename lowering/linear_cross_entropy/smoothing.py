@@ -14,11 +14,7 @@ _BLOCK_ROWS = 2048  # of what is upcast at a time
 
 def weighted_classes(weight: Tensor, bias: Tensor | None, class_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum_v w_v W_v (H,) and sum_v w_v b_v (), in float32."""
-    total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
-    for start in range(0, weight.shape[0], _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
-        block = weight[part].float()
-        total += block.sum(0) if class_weight is None else class_weight[part] @ block
+    total = weight.sum(0, dtype=torch.float32) if class_weight is None else weighted_rows(weight, class_weight)
     if bias is None:
         return total, total.new_zeros(())
     return total, bias.float().sum() if class_weight is None else class_weight @ bias.float()

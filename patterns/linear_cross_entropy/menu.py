@@ -28,6 +28,8 @@ from structfly.records.cost import Expression, at_sizes
 
 # Logits below this many bytes are not worth saving memory on: time alone decides.
 _SMALL = 16 * 2**20
+# What a chunk of rows may take where its exponentials are not kept.
+_STATISTICS = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,9 @@ class HeadSizes:
         lengths = {self.rows}
         while (shortest := min(lengths)) > max(1, profile.fast_rows // 8):
             lengths.add(-(-shortest // 2))
+        if scheme == "exponentials" and not any(self._site.gradients):
+            limit = min(limit, _STATISTICS)
+            lengths = {length for length in lengths if self.transient_bytes(length, scheme) <= limit}
         longest = min(self._longest(limit, scheme), self.rows)
         if longest > 0:
             lengths.add(longest)
