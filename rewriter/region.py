@@ -55,6 +55,17 @@ class Region:
                 inside.append(node)
         return frozenset(inside)
 
+    @cached_property
+    def undifferentiated(self) -> frozenset[fx.Node]:
+        """The nodes under a no_grad of this graph."""
+        enabled, inside = True, []
+        for node in self.graph.nodes:
+            mode = compat.sets_grad_mode(node)
+            enabled = enabled if mode is None else mode
+            if not enabled:
+                inside.append(node)
+        return frozenset(inside)
+
     def why_closed(self, node: fx.Node) -> str:
         """Why ``node`` may not be rewritten, or ""."""
         if node in self._transformed:

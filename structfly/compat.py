@@ -28,6 +28,13 @@ def functorch_nesting(node: fx.Node) -> int:
     return -1 if name.endswith("_decrement_nesting") else 0
 
 
+def sets_grad_mode(node: fx.Node) -> bool | None:
+    """The mode that a node switches differentiation to, for a node that does, else None."""
+    if node.op != "call_function" or node.target is not torch._C._set_grad_enabled:
+        return None
+    return bool(node.args[0])
+
+
 _CHECKPOINT_BODIES = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 _PLAIN_BODIES = ("invoke_subgraph",)
 
