@@ -18,67 +18,96 @@ from structfly.errors import StructflyError, UnsupportedError
 
 @dataclass(frozen=True)
 class HeadAutograd:
-    """The formula for one op, whose outputs are the loss, the factor and one gradient for each of ``differentiable``.
+    """The formula for one op, whose outputs are the loss, the factor, one gradient for each of ``differentiable`` and,
+    where there is ``listed``, a list of the gradients of its tensors.
 
     Attributes:
         rule: what the op is called in messages: the name of the rule that writes it.
         arguments: the op's arguments, a named tuple with ``schedule`` and ``gradients``.
         differentiable: the arguments that have gradients, in the order of ``gradients``.
         backward_op: takes the upstream gradient and the op's arguments, returns the gradients.
+        listed: an argument that is a list of tensors, each of which has a gradient after those, or "".
     """
 
     rule: str
     arguments: Any
     differentiable: Sequence[str]
-    backward_op: Callable[..., tuple[Tensor, ...]]
+    backward_op: Callable[..., tuple[Any, ...]]
+    listed: str = ""
 
     def register(self, name: str) -> None:
         """Make it the formula of the op ``name``."""
         torch.library.register_autograd(name, self._backward, setup_context=self._setup_context)
 
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         call = self.arguments(*inputs)
-        sources = [getattr(call, name) for name in self.differentiable]
+        sources = self._in_order(call)
         ctx.set_materialize_grads(False)
         ctx.schedule, ctx.gradients = call.schedule, tuple(call.gradients)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in sources]
         if call.schedule == "forward":
-            ctx.save_for_backward(*output[1:], *(source for source in sources if source is not None))
+            _, factor, *made = output
+            ctx.save_for_backward(factor, *self._one_by_one(made), *(s for s in sources if s is not None))
             return
         ctx.tensor_positions = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.arguments = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_positions))
+        listed = getattr(call, self.listed) if self.listed else ()
+        arguments = call._replace(**{self.listed: None}) if self.listed else call
+        ctx.arguments = [None if isinstance(value, Tensor) else value for value in arguments]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_positions), *listed)
 
-    def _backward(self, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        fields = self.arguments._fields
-        result: list[Tensor | None] = [None] * len(fields)
+    def _backward(self, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_loss is None:
-            return tuple(result)
-        positions = [fields.index(name) for name in self.differentiable]
-        for position, name, made in zip(positions, self.differentiable, ctx.gradients, strict=True):
-            if ctx.needs_input_grad[position] and not made:
+            return self._by_argument([None] * len(ctx.gradients))
+        count = len(self.differentiable)
+        names = [*self.differentiable, *(f"{self.listed}[{i}]" for i in range(len(ctx.gradients) - count))]
+        needed = self._in_order(self.arguments(*ctx.needs_input_grad))
+        for name, need, made in zip(names, needed, ctx.gradients, strict=True):
+            if need and not made:
                 raise StructflyError(
                     f"a gradient of {name!r} is asked for, but the call's gradients={list(ctx.gradients)} left it out; "
-                    f"set its entry to True (order: {', '.join(self.differentiable)})"
+                    f"set its entry to True (order: {', '.join(names)})"
                 )
+        saved = ctx.saved_tensors  # unpacked once, as checkpoints demand
         if ctx.schedule == "forward":
-            factor, *saved = ctx.saved_tensors
-            gradients, sources = saved[: len(positions)], tuple(saved[len(positions) :])
+            factor, *saved = saved
+            gradients, sources = saved[: len(names)], tuple(saved[len(names) :])
             scale = grad_loss.to(factor.dtype) * factor
             made = [_scaled(gradient, scale, dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
         else:
-            arguments = list(ctx.arguments)
-            for position, tensor in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
-                arguments[position] = tensor
+            call = self._restored(ctx, saved)
             with torch.no_grad():
-                made = list(self.backward_op(grad_loss, *arguments))
-            sources = tuple(arguments[position] for position in positions if arguments[position] is not None)
+                made = self._one_by_one(self.backward_op(grad_loss, *call))
+            sources = tuple(tensor for tensor in self._in_order(call) if tensor is not None)
         kept = [gradient if want else None for gradient, want in zip(made, ctx.gradients, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: a second differentiation must fail, not find zeros
             kept = self._refuse_second_derivative(kept, sources)
-        for position, gradient in zip(positions, kept, strict=True):
-            result[position] = gradient
-        return tuple(result)
+        return self._by_argument(kept)
+
+    def _restored(self, ctx: Any, saved: Sequence[Tensor]) -> Any:
+        """The op's arguments, of which schedule "backward" saved the tensors."""
+        arguments, count = list(ctx.arguments), len(ctx.tensor_positions)
+        for position, tensor in zip(ctx.tensor_positions, saved[:count], strict=True):
+            arguments[position] = tensor
+        call = self.arguments(*arguments)
+        return call._replace(**{self.listed: list(saved[count:])}) if self.listed else call
+
+    def _in_order(self, by_argument: Any) -> list[Any]:
+        """What the arguments that have gradients have, the listed ones one by one, in the order of ``gradients``."""
+        listed = getattr(by_argument, self.listed) if self.listed else ()
+        return [*(getattr(by_argument, name) for name in self.differentiable), *listed]
+
+    def _by_argument(self, in_order: list[Tensor | None]) -> tuple[Any, ...]:
+        """The inverse: one entry for each argument, None for those without a gradient."""
+        entries: dict[str, Any] = dict.fromkeys(self.arguments._fields)
+        count = len(self.differentiable)
+        entries.update(zip(self.differentiable, in_order[:count], strict=True))
+        if self.listed:
+            entries[self.listed] = in_order[count:]
+        return tuple(entries.values())
+
+    def _one_by_one(self, made: Sequence[Any]) -> list[Tensor]:
+        """Gradients as an op returns them, without the list."""
+        return [*made[:-1], *made[-1]] if self.listed else list(made)
 
     def _refuse_second_derivative(
         self, gradients: list[Tensor | None], sources: Sequence[Tensor]

@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.linear_cross_entropy.chunked import Head, Wanted
+from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 
 # The ABI version goes up with any change of the schema, of the fakes or of the autograd formula, so that a compile
 # cache filled by another version is never served.
-NAME = "structfly::linear_cross_entropy_v1"
-BACKWARD_NAME = "structfly::linear_cross_entropy_backward_v1"
+NAME = "structfly::linear_cross_entropy_v2"
+BACKWARD_NAME = "structfly::linear_cross_entropy_backward_v2"
 DEVICES = ("cpu", "cuda")
 
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? row_weight, "
-    "Tensor? class_mask, Tensor? adapter_x, Tensor? adapter_weight, float adapter_scale, str epilogue, "
+    "Tensor? adapter_x, Tensor? adapter_weight, float adapter_scale, str epilogue, Tensor[] operands, "
     "SymInt num_classes, int? ignore_index, float label_smoothing, str reduction, ScalarType loss_dtype, "
     "bool[] gradients, str schedule, str scheme, int workspace, bool autocast"
 )
 GRADIENTS = "Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_adapter_x, Tensor grad_adapter_weight"
+OPERAND_GRADIENTS = "Tensor[] grad_operands"
 
-# The arguments that have gradients, in the order of ``gradients``.
+# The arguments that have gradients, in the order of ``gradients``; the operands, which follow, have one each.
 DIFFERENTIABLE = ("x", "weight", "bias", "adapter_x", "adapter_weight")
 
 
@@ -32,9 +34,9 @@ class Arguments(NamedTuple):
     """The op's arguments, in the schema's order; meanings as in
     :func:`~structfly.lowering.linear_cross_entropy.reference.linear_cross_entropy_reference`, and:
 
-    ``loss_dtype`` is the dtype of the returned loss, ``gradients`` says for x, weight, bias, adapter_x and
-    adapter_weight whether a gradient will be asked for, ``schedule`` is "forward" or "backward", ``scheme`` is
-    "logits" (:mod:`~structfly.lowering.linear_cross_entropy.chunked`) or "exponentials"
+    ``loss_dtype`` is the dtype of the returned loss, ``gradients`` says for x, weight, bias, adapter_x,
+    adapter_weight and each of the operands whether a gradient will be asked for, ``schedule`` is "forward" or
+    "backward", ``scheme`` is "logits" (:mod:`~structfly.lowering.linear_cross_entropy.chunked`) or "exponentials"
     (:mod:`~structfly.lowering.linear_cross_entropy.exponentials`), ``workspace`` the bytes one chunk of either may
     take, and ``autocast`` whether an autocast region around the call casts what the
     linear multiplies, as it does for ``linear`` (a rewrite has put the linear's own casts into the graph, and the loss
@@ -47,11 +49,11 @@ class Arguments(NamedTuple):
     target: Tensor
     class_weight: Tensor | None
     row_weight: Tensor | None
-    class_mask: Tensor | None
     adapter_x: Tensor | None
     adapter_weight: Tensor | None
     adapter_scale: float
     epilogue: str
+    operands: Sequence[Tensor]
     num_classes: int
     ignore_index: int | None
     label_smoothing: float
@@ -71,17 +73,25 @@ class Arguments(NamedTuple):
             bias=self.bias,
             target=self.target,
             class_weight=self.class_weight,
-            class_mask=self.class_mask,
             adapter_x=self.adapter_x,
             adapter_weight=self.adapter_weight,
             adapter_scale=self.adapter_scale,
-            epilogue=self.epilogue,
+            epilogue=parse_epilogue(self.epilogue),
+            operands=self.operands,
             num_classes=self.num_classes,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
         )
 
     @property
+    def wanted(self) -> Wanted:
+        return Wanted.of(self.gradients)
+
+    @property
     def wanted_in_forward(self) -> Wanted | None:
-        wanted = Wanted(*self.gradients)
-        return wanted if self.schedule == "forward" and any(wanted) else None
+        return self.wanted if self.schedule == "forward" and self.wanted.any else None
+
+    @property
+    def differentiable(self) -> list[Tensor | None]:
+        """The arguments in the order of ``gradients``."""
+        return [*(getattr(self, name) for name in DIFFERENTIABLE), *self.operands]

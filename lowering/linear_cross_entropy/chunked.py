@@ -8,13 +8,14 @@ chunk length follow :mod:`~structfly.lowering.linear_cross_entropy.schedule`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.linear_cross_entropy.epilogue import Epilogue
 from structfly.lowering.linear_cross_entropy.products import from_classes, make_logits, to_classes
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowStep
 from structfly.lowering.linear_cross_entropy.schedule import (
@@ -38,7 +39,8 @@ class Linear:
     adapter_x: Tensor | None
     adapter_weight: Tensor | None
     adapter_scale: float
-    epilogue: str
+    epilogue: Epilogue
+    operands: Sequence[Tensor]
     num_classes: int
 
     @property
@@ -59,19 +61,35 @@ class Head(Linear):
 
     target: Tensor
     class_weight: Tensor | None
-    class_mask: Tensor | None
     ignore_index: int | None
     label_smoothing: float
 
 
-class Wanted(NamedTuple):
-    """Which gradients are wanted."""
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are wanted; of the epilogue's operands one by one."""
 
-    x: bool
-    weight: bool
-    bias: bool
-    adapter_x: bool
-    adapter_weight: bool
+    x: bool = False
+    weight: bool = False
+    bias: bool = False
+    adapter_x: bool = False
+    adapter_weight: bool = False
+    operands: tuple[bool, ...] = ()
+
+    @classmethod
+    def of(cls, flags: Sequence[bool]) -> Wanted:
+        """Read the op's argument ``gradients``."""
+        x, weight, bias, adapter_x, adapter_weight, *operands = flags
+        return cls(x, weight, bias, adapter_x, adapter_weight, tuple(operands))
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """The op's argument ``gradients``."""
+        return (self.x, self.weight, self.bias, self.adapter_x, self.adapter_weight, *self.operands)
+
+    @property
+    def any(self) -> bool:
+        return any(self.flags)
 
 
 class Gradients(NamedTuple):
@@ -82,31 +100,34 @@ class Gradients(NamedTuple):
     bias: Tensor
     adapter_x: Tensor
     adapter_weight: Tensor
+    operands: list[Tensor]
 
 
 def allocate_gradients(head: Linear, wanted: Wanted) -> Gradients:
     """Uninitialised gradients of the inputs' shapes and strides; empty ones where not wanted.  Also the op's fake."""
     inputs = (head.x, head.weight, head.bias, head.adapter_x, head.adapter_weight)
-    return Gradients(
-        *(
-            torch.empty_like(tensor, dtype=saved_dtype(tensor.dtype)) if want and tensor is not None else _nothing(head)
-            for tensor, want in zip(inputs, wanted, strict=True)
-        )
+    operands = wanted.operands or (False,) * len(head.operands)
+    x, weight, bias, adapter_x, adapter_weight, *operand_gradients = (
+        torch.empty_like(tensor, dtype=saved_dtype(tensor.dtype)) if want and tensor is not None else _nothing(head)
+        for tensor, want in zip((*inputs, *head.operands), (*wanted.flags[:5], *operands), strict=True)
     )
+    return Gradients(x, weight, bias, adapter_x, adapter_weight, operand_gradients)
 
 
 def _nothing(head: Linear) -> Tensor:
     return head.x.new_empty(0)
 
 
-def class_terms(head: Head) -> ClassTerms:
-    """What the rows share, restricted to the live classes."""
+def class_terms(head: Head, operand_gradients: tuple[bool, ...] = ()) -> ClassTerms:
+    """What the rows share, restricted to the live classes, and the operands of all rows."""
     classes = slice(head.num_classes)
     weight = None if head.class_weight is None else head.class_weight.to(head.accumulation)
+    conditions = head.epilogue.conditions
     return ClassTerms(
-        epilogue=parse_epilogue(head.epilogue),
+        epilogue=head.epilogue,
+        operands=tuple(o if i in conditions else o.to(head.accumulation) for i, o in enumerate(head.operands)),
+        operand_gradients=operand_gradients or (False,) * len(head.operands),
         bias=None if head.bias is None else head.bias[classes],
-        mask=None if head.class_mask is None else head.class_mask[classes],
         weight=weight,
         weight_sum=None if weight is None else weight.sum(),
         label_smoothing=head.label_smoothing,
@@ -134,7 +155,7 @@ def run_chunks(
         (N,) losses in ``head.accumulation`` and the gradients.
     """
     rows, dtype = head.x.shape[0], head.x.dtype
-    terms = class_terms(head)
+    terms = class_terms(head, () if wanted is None else wanted.operands)
     length = rows_per_chunk(rows, head.num_classes, dtype, workspace)
     losses = torch.empty(rows, dtype=head.accumulation, device=head.x.device)
     sums = None if wanted is None else GradientSums(head, wanted, -(-rows // length), terms.gradient_scale)
@@ -144,9 +165,10 @@ def run_chunks(
         logits = buffer[: part.stop - start, : head.num_classes]
         head.multiply(logits, part)
         row_coefficient = None if coefficient is None else coefficient[part]
-        losses[part] = row_step(logits, head.target[part], row_coefficient, terms, gradient=sums is not None)
+        results = row_step(logits, head.target[part], row_coefficient, terms.of_rows(part), gradient=sums is not None)
+        losses[part] = results.losses
         if sums is not None:
-            sums.add(logits, part)
+            sums.add(logits, part, results.operand_sums)
         del logits
     del buffer  # before the gradients are rounded, which takes memory of its own
     return losses, None if sums is None else sums.gradients()
@@ -165,13 +187,19 @@ class GradientSums:
     def __init__(self, head: Linear, wanted: Wanted, chunks: int, scale: float) -> None:
         self._head, self._wanted = head, wanted
         self._unscale = 1.0 / scale
-        rows = Wanted(wanted.x, False, False, wanted.adapter_x, False)
+        rows = Wanted(x=wanted.x, adapter_x=wanted.adapter_x)
         self._rows = allocate_gradients(head, rows)
         self._weight = self._sum(wanted.weight, head.weight, chunks)
         self._bias = None
         if wanted.bias and head.bias is not None:
             self._bias = torch.zeros_like(head.bias, dtype=head.accumulation)
         self._adapter = self._sum(wanted.adapter_weight, head.adapter_weight, chunks)
+        sizes = {"class": head.num_classes, "row": head.x.shape[0], "scalar": head.x.shape[0]}
+        self._operands = {
+            operand.index: head.x.new_zeros(sizes[operand.kind], dtype=head.accumulation)
+            for operand, want in zip(head.epilogue.operands, wanted.operands, strict=True)
+            if want
+        }
 
     def _sum(self, want: bool, parameter: Tensor | None, chunks: int) -> Tensor | None:
         if not want or parameter is None:
@@ -181,7 +209,7 @@ class GradientSums:
         total[self._head.num_classes if chunks else 0 :].zero_()
         return total
 
-    def add(self, dz: Tensor, part: slice) -> None:
+    def add(self, dz: Tensor, part: slice, operand_sums: Sequence[Tensor] = ()) -> None:
         """Add the chunk ``part`` whose logits' gradient is ``dz`` (R, C)."""
         head, unscale = self._head, self._unscale
         scale = unscale * head.adapter_scale
@@ -196,6 +224,11 @@ class GradientSums:
             from_classes(self._rows.adapter_x[part], dz, head.adapter_weight, scale)
         if self._adapter is not None and head.adapter_x is not None:
             to_classes(self._adapter, dz, head.adapter_x[part], scale, add=add)
+        for (operand, total), share in zip(self._operands.items(), operand_sums, strict=True):
+            if head.epilogue.operands[operand].kind == "class":
+                total.add_(share)
+            else:
+                total[part] = share
 
     def gradients(self) -> Gradients:
         """All gradients, rounded to their own dtypes."""
@@ -206,7 +239,14 @@ class GradientSums:
             bias=self._rounded(self._bias, head.bias),
             adapter_x=self._rows.adapter_x,
             adapter_weight=self._rounded(self._adapter, head.adapter_weight),
+            operands=[self._rounded(self._of_operand(i), operand) for i, operand in enumerate(head.operands)],
         )
+
+    def _of_operand(self, operand: int) -> Tensor | None:
+        total = self._operands.get(operand)
+        if total is None or self._head.epilogue.operands[operand].kind != "scalar":
+            return total
+        return total.sum(dtype=torch.float64)
 
     def _rounded(self, total: Tensor | None, parameter: Tensor | None) -> Tensor:
         if total is None or parameter is None:

@@ -10,7 +10,11 @@ from structfly.lowering.linear_cross_entropy.schedule import saved_dtype
 
 
 def row_coefficients(
-    linear: Linear, weight: Tensor | None, count: Tensor, upstream: Tensor | None = None
+    linear: Linear,
+    weight: Tensor | None,
+    count: Tensor,
+    upstream: Tensor | None = None,
+    largest: Tensor | float = 1.0,
 ) -> tuple[Tensor | None, Tensor]:
     """Fold ``upstream / count`` into the coefficients where the dtype has the range for it, else keep them near one.
 
@@ -18,6 +22,7 @@ def row_coefficients(
         weight: (N,) weights of the rows' losses in ``linear.accumulation``, or None for ones.
         count: () float64 normaliser.
         upstream: () gradient of the loss, or None for one.
+        largest: a number or (), how large a row of coefficient 1 makes the gradient of what the softmax sees.
 
     Returns:
         the coefficients for the row step, None for ones, and the factor left over for the float32 gradients.
@@ -30,8 +35,14 @@ def row_coefficients(
     if saved_dtype(linear.x.dtype) == linear.x.dtype:
         scaled = factor.expand(rows) if weight is None else weight * factor
         return scaled.contiguous(), one
-    if weight is None or rows == 0:
+    if rows == 0:
         return None, factor
-    largest = weight.abs().amax()
+    if linear.epilogue.has_steepest:  # of a chain without a bound float16 wants no gradient
+        largest = largest * linear.epilogue.steepest([operand.to(linear.accumulation) for operand in linear.operands])
+    if weight is not None:
+        largest = largest * weight.abs().amax()
+    if isinstance(largest, float) and largest in (0.0, 1.0):
+        return None, factor
+    largest = torch.as_tensor(largest, dtype=factor.dtype, device=factor.device)
     largest = torch.where(largest > 0, largest, one)
-    return weight / largest, factor * largest
+    return (one if weight is None else weight).expand(rows) / largest, factor * largest

@@ -78,7 +78,7 @@ class _Run:
         self.gradient = gradients is not None
         self.dx = gradients.x if gradients is not None and gradients.x.numel() else None
         self.dw = gradients.weight if gradients is not None and gradients.weight.numel() else None
-        self.terms = class_terms(head)
+        self.terms, self.live_classes = _apart(class_terms(head))
         self.share = head.label_smoothing / head.num_classes
         self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
         self.weight = head.weight[: head.num_classes]
@@ -147,7 +147,7 @@ class _Run:
             self.class_weight_sum = sum_of_ones if self.terms.weight_sum is None else self.terms.weight_sum
         self.overflowed = torch.zeros(len(self.starts), dtype=torch.int32, device=device)
         self.bias = self._given(self.terms.bias)
-        self.mask = self.unused if self.terms.mask is None else self.terms.mask.contiguous().view(torch.uint8)
+        self.mask = self.unused if self.live_classes is None else self.live_classes.contiguous().view(torch.uint8)
         self.per_row = {"HIDDEN": self.hidden, "BLOCK": min(_HIDDEN_BLOCK, _power_of_two(self.hidden))}
 
     def _given(self, tensor: Tensor | None) -> Tensor:
@@ -158,10 +158,10 @@ class _Run:
     def chain(self) -> dict[str, Parameter]:
         """What the kernels that see logits are generated from."""
         return {
-            "steps": tuple((step.operation, step.constant) for step in self.terms.epilogue.steps),
+            "steps": self.terms.epilogue.source(),
             "nonlinear": not self.terms.epilogue.linear,
             "has_bias": self.terms.bias is not None,
-            "has_mask": self.terms.mask is not None,
+            "has_mask": self.live_classes is not None,
             "gradient": self.gradient,
         }
 
@@ -299,7 +299,19 @@ def _row_module(parameters: tuple[tuple[str, Parameter], ...]) -> Any:
 
 def _constant_slope(terms: ClassTerms) -> float:
     """f' where it is a number; where it is not, it stands in the exponentials."""
-    return float(terms.epilogue.apply_(torch.zeros(()), derivative=True)) if terms.epilogue.linear else 1.0
+    return terms.epilogue.scale if terms.epilogue.linear else 1.0
+
+
+def _apart(terms: ClassTerms) -> tuple[ClassTerms, Tensor | None]:
+    """The terms without the steps that set classes to -inf at the end, and which classes those leave, None for all."""
+    epilogue, steps = terms.epilogue.without_dead_classes()
+    mask: Tensor | None = None
+    for step in steps:
+        ((condition, _),) = step.tensors()
+        flags = terms.operands[condition.index]
+        flags = ~flags if step.name == "masked_fill" else flags
+        mask = flags if mask is None else mask & flags
+    return replace(terms, epilogue=epilogue, operands=(), operand_gradients=()), mask
 
 
 def _power_of_two(size: int) -> int:

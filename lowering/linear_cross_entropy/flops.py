@@ -6,7 +6,6 @@ structfly must not do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,25 +16,24 @@ from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.chunked import Wanted
 
 
-def products(x: Any, adapter: Any, classes: int, wanted: Sequence[bool] | None) -> int:
+def products(x: Any, adapter: Any, classes: int, wanted: Wanted | None) -> int:
     """Floating-point operations of the matrix products of one pass; a multiply-add counts two."""
     rows, hidden = map(int, x)
     body = 2 * rows * hidden * classes
     low_rank = 0 if adapter is None else 2 * rows * int(adapter[1]) * classes
     total = body + low_rank
     if wanted is not None:
-        flags = Wanted(*wanted)
-        total += body * (flags.x + flags.weight) + low_rank * (flags.adapter_x + flags.adapter_weight)
+        total += body * (wanted.x + wanted.weight) + low_rank * (wanted.adapter_x + wanted.adapter_weight)
     return total
 
 
-@register_flop_formula(torch.ops.structfly.linear_cross_entropy_v1)
+@register_flop_formula(torch.ops.structfly.linear_cross_entropy_v2)
 def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     call = Arguments(*shapes)
-    return products(call.x, call.adapter_x, call.num_classes, call.gradients if call.schedule == "forward" else None)
+    return products(call.x, call.adapter_x, call.num_classes, call.wanted_in_forward)
 
 
-@register_flop_formula(torch.ops.structfly.linear_cross_entropy_backward_v1)
+@register_flop_formula(torch.ops.structfly.linear_cross_entropy_backward_v2)
 def _backward_flops(grad_loss: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
     call = Arguments(*shapes)
-    return products(call.x, call.adapter_x, call.num_classes, call.gradients)
+    return products(call.x, call.adapter_x, call.num_classes, call.wanted)

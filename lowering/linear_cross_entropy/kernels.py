@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structfly.compat import assert_on_device
 from structfly.errors import StructflyError
-from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.arguments import DIFFERENTIABLE, Arguments
 from structfly.lowering.linear_cross_entropy.chunked import Gradients, Wanted, allocate_gradients, run_chunks
 from structfly.lowering.linear_cross_entropy.coefficients import row_coefficients
 from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
@@ -43,6 +43,7 @@ def _check(call: Arguments) -> None:
         raise StructflyError(f"the scheme 'exponentials' does not serve this head: {unserved}; use 'logits'")
     if call.schedule == "forward" and call.reduction == "none" and any(call.gradients):
         raise StructflyError("reduction='none' has no scalar upstream gradient; use schedule='backward'")
+    _check_operands(call)
     if call.row_weight is not None and call.reduction != "sum":
         raise StructflyError(f"row_weight goes with reduction='sum', not {call.reduction!r}")
     target = call.target
@@ -57,14 +58,37 @@ def _check(call: Arguments) -> None:
         raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
 
 
+def _check_operands(call: Arguments) -> None:
+    """Refuse operands that are not what the epilogue says, or gradients that are not one each."""
+    epilogue, operands = parse_epilogue(call.epilogue), call.operands
+    if len(operands) != len(epilogue.operands) or len(call.gradients) != len(call.differentiable):
+        raise StructflyError(
+            f"{len(operands)} operands and {len(call.gradients)} flags of gradients; the epilogue {call.epilogue!r} "
+            f"takes {len(epilogue.operands)} operands, which with {', '.join(DIFFERENTIABLE)} have a flag each"
+        )
+    if call.x.dtype == torch.float16 and call.wanted.any and not epilogue.has_steepest:
+        raise StructflyError(
+            f"the slope of epilogue {call.epilogue!r} has no bound, and float16 no room for it; use another dtype"
+        )
+    shapes = {"scalar": (), "row": call.target.shape, "class": (call.num_classes,)}
+    for operand, tensor in zip(epilogue.operands, operands, strict=True):
+        condition = operand.index in epilogue.conditions
+        fits = tensor.dtype == torch.bool if condition else tensor.is_floating_point()
+        if tensor.shape != shapes[operand.kind] or not fits:
+            raise StructflyError(
+                f"operand {operand} of epilogue {call.epilogue!r} has shape {tuple(tensor.shape)} and {tensor.dtype}; "
+                f"it takes {tuple(shapes[operand.kind])} and {'torch.bool' if condition else 'a floating-point dtype'}"
+            )
+
+
 def _why_no_exponentials(call: Arguments) -> str:
     return why_no_exponentials(
         call.x.dtype,
         call.x.shape[1],
+        parse_epilogue(call.epilogue),
         label_smoothing=call.label_smoothing,
-        linear=call.class_mask is None and parse_epilogue(call.epilogue).linear,
         adapter=call.adapter_x is not None,
-        bias_gradient=Wanted(*call.gradients).bias,
+        bias_gradient=call.wanted.bias,
     )
 
 
@@ -82,14 +106,19 @@ def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
     return weight, torch.ones((), dtype=torch.float64, device=call.x.device)
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
+def _largest_gradient(call: Arguments) -> Tensor | float:
+    """How large a row of coefficient 1 makes the gradient of what the softmax sees."""
+    return 1.0 if call.class_weight is None else call.class_weight.to(call.head.accumulation).amax()
+
+
+def forward(*arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
     call = Arguments(*arguments)
     _check(call)
     head = call.head
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
         wanted = call.wanted_in_forward
-        coefficient, rest = row_coefficients(head, weight, count)
+        coefficient, rest = row_coefficients(head, weight, count, largest=_largest_gradient(call))
         losses, gradients = _run(call, coefficient, wanted)
         if call.reduction == "none":
             loss = losses
@@ -98,26 +127,26 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
                 losses = torch.where(weight != 0, losses * weight, 0.0)
             loss = losses.sum(dtype=torch.float64) / count
     if gradients is None:
-        gradients = allocate_gradients(head, Wanted(False, False, False, False, False))
+        gradients = allocate_gradients(head, Wanted())
     return loss.to(call.loss_dtype), rest, *gradients
 
 
-def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
     call = Arguments(*arguments)
-    head, wanted = call.head, Wanted(*call.gradients)
+    head, wanted = call.head, call.wanted
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
-        grad_loss = grad_loss.to(head.accumulation)
+        grad_loss, largest = grad_loss.to(head.accumulation), _largest_gradient(call)
         if call.reduction == "none":
-            coefficient, rest = row_coefficients(head, grad_loss, count)
+            coefficient, rest = row_coefficients(head, grad_loss, count, largest=largest)
         else:
-            coefficient, rest = row_coefficients(head, weight, count, grad_loss)
+            coefficient, rest = row_coefficients(head, weight, count, grad_loss, largest)
         _, gradients = _run(call, coefficient, wanted)
         assert gradients is not None
-        if saved_dtype(call.x.dtype) == call.x.dtype:
-            return tuple(gradients)
-        inputs = (call.x, call.weight, call.bias, call.adapter_x, call.adapter_weight)
-        return tuple(
-            gradient if tensor is None else gradient.mul_(rest).to(tensor.dtype)
-            for gradient, tensor in zip(gradients, inputs, strict=True)
-        )
+        made = [*gradients[:5], *gradients.operands]
+        if saved_dtype(call.x.dtype) != call.x.dtype:
+            made = [gradient.mul_(rest) for gradient in made]
+        made = [
+            g if tensor is None else g.to(tensor.dtype) for g, tensor in zip(made, call.differentiable, strict=True)
+        ]
+        return *made[:5], made[5:]

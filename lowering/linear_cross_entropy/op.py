@@ -1,4 +1,4 @@
-"""``structfly::linear_cross_entropy_v1``: schema, fake, autograd, autocast, vmap and FLOP count of the loss head.
+"""``structfly::linear_cross_entropy_v2``: schema, fake, autograd, autocast, vmap and FLOP count of the loss head.
 
 The name carries an ABI version: it goes up with any change of the schema, of the fake or of the autograd formula, so
 that a compile cache filled by another version is never served.  Every decision that changes what runs (epilogue,
@@ -29,38 +29,40 @@ from structfly.lowering.linear_cross_entropy.arguments import (
     DIFFERENTIABLE,
     GRADIENTS,
     NAME,
+    OPERAND_GRADIENTS,
     Arguments,
 )
 from structfly.lowering.linear_cross_entropy.chunked import Wanted, allocate_gradients
 
-torch.library.define(NAME, f"({ARGUMENTS}) -> (Tensor loss, Tensor factor, {GRADIENTS})")
-torch.library.define(BACKWARD_NAME, f"(Tensor grad_loss, {ARGUMENTS}) -> ({GRADIENTS})")
+torch.library.define(NAME, f"({ARGUMENTS}) -> (Tensor loss, Tensor factor, {GRADIENTS}, {OPERAND_GRADIENTS})")
+torch.library.define(BACKWARD_NAME, f"(Tensor grad_loss, {ARGUMENTS}) -> ({GRADIENTS}, {OPERAND_GRADIENTS})")
 torch.library.impl(NAME, DEVICES)(kernels.forward)
 torch.library.impl(BACKWARD_NAME, DEVICES)(kernels.backward)
 
 
-def linear_cross_entropy(*arguments: Any) -> tuple[Tensor, ...]:
-    """Call the op; see :class:`Arguments`.  Returns the loss, the deferred factor, and the gradients made so far."""
-    result: tuple[Tensor, ...] = torch.ops.structfly.linear_cross_entropy_v1.default(*arguments)
+def linear_cross_entropy(*arguments: Any) -> tuple[Any, ...]:
+    """Call the op; see :class:`Arguments`.  Returns the loss, the deferred factor, and the gradients made so far, those
+    of the operands in a list."""
+    result: tuple[Any, ...] = torch.ops.structfly.linear_cross_entropy_v2.default(*arguments)
     return result
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward_fake(*arguments: Any) -> tuple[Any, ...]:
     call = Arguments(*arguments)
     shape = call.target.shape if call.reduction == "none" else ()
-    wanted = call.wanted_in_forward or Wanted(False, False, False, False, False)
+    wanted = call.wanted_in_forward or Wanted()
     factor = call.x.new_empty((), dtype=call.head.accumulation)
     return call.x.new_empty(shape, dtype=call.loss_dtype), factor, *allocate_gradients(call.head, wanted)
 
 
-def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Any, ...]:
     call = Arguments(*arguments)
-    head, wanted = call.head, Wanted(*call.gradients)
-    inputs = (call.x, call.weight, call.bias, call.adapter_x, call.adapter_weight)
-    return tuple(
+    gradients = allocate_gradients(call.head, call.wanted)
+    made = [
         gradient if tensor is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(allocate_gradients(head, wanted), inputs, strict=True)
-    )
+        for gradient, tensor in zip((*gradients[:5], *gradients.operands), call.differentiable, strict=True)
+    ]
+    return *made[:5], made[5:]
 
 
 torch.library.register_fake(NAME, _forward_fake)
@@ -69,5 +71,6 @@ HeadAutograd(
     "linear_cross_entropy",
     Arguments,
     DIFFERENTIABLE,
-    torch.ops.structfly.linear_cross_entropy_backward_v1.default,
+    torch.ops.structfly.linear_cross_entropy_backward_v2.default,
+    listed="operands",
 ).register(NAME)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,11 +18,11 @@ def linear_cross_entropy_reference(
     bias: Tensor | None = None,
     class_weight: Tensor | None = None,
     row_weight: Tensor | None = None,
-    class_mask: Tensor | None = None,
     adapter_x: Tensor | None = None,
     adapter_weight: Tensor | None = None,
     adapter_scale: float = 1.0,
     epilogue: str = "",
+    operands: Sequence[Tensor] = (),
     num_classes: int | None = None,
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
@@ -36,8 +37,10 @@ def linear_cross_entropy_reference(
         bias: (V,).
         class_weight: (num_classes,) weight of each class, as in :func:`torch.nn.functional.cross_entropy`.
         row_weight: (N,) weight of each row's loss; only with ``reduction="sum"``.
-        class_mask: (V,) bool; where False the logit is -inf, whatever the epilogue.
         adapter_x, adapter_weight: (N, R) and (V, R), a low-rank update of the logits.
+        epilogue: pointwise steps, as in :mod:`structfly.lowering.linear_cross_entropy.epilogue`.
+        operands: the tensors that the epilogue names: () a scalar, (N,) one number a row, (num_classes,) one a class;
+            conditions are bool, all others of any floating-point dtype.
         num_classes: the first so many classes count, None for all V.
         ignore_index: rows with this target are left out; None if no value is ignored.
         reduction: "none", "sum" or "mean".
@@ -49,13 +52,11 @@ def linear_cross_entropy_reference(
     logits = F.linear(x, weight[:classes], None if bias is None else bias[:classes])
     if adapter_x is not None and adapter_weight is not None:
         logits = logits + adapter_scale * F.linear(adapter_x, adapter_weight[:classes])
-    logits = parse_epilogue(epilogue).apply(logits)
-    if class_mask is not None:
-        logits = torch.where(class_mask[:classes], logits, -torch.inf)
+    logits = parse_epilogue(epilogue).apply(logits, operands)
     losses = F.cross_entropy(
         logits,
         target,
-        weight=class_weight,
+        weight=None if class_weight is None else class_weight.to(logits.dtype),
         ignore_index=_UNUSED if ignore_index is None else ignore_index,
         label_smoothing=label_smoothing,
         reduction="none" if reduction == "sum" else reduction,

@@ -1,9 +1,10 @@
-"""The row step as a generated Triton kernel; formulas in :mod:`structfly.lowering.linear_cross_entropy.rows`."""
+"""The row step as generated Triton kernels; formulas in :mod:`structfly.lowering.linear_cross_entropy.rows`."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from structfly.errors import UnsupportedError
 from structfly.lowering.linear_cross_entropy.epilogue import Epilogue
-from structfly.lowering.linear_cross_entropy.rows import ClassTerms
+from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowResults
+from structfly.lowering.linear_cross_entropy.schedule import ROWS_A_SUM
 from structfly.lowering.template import load, render
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -19,8 +21,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def row_step_triton(
     logits: Tensor, target: Tensor, coefficient: Tensor | None, terms: ClassTerms, *, gradient: bool
-) -> Tensor:
+) -> RowResults:
     """Fulfils :class:`~structfly.lowering.linear_cross_entropy.rows.RowStep`: one program a row, two sweeps.
+
+    Gradients of operands that the classes have are sums over rows.  Where one is wanted, a second kernel makes the
+    second sweep, in tiles of rows and classes.
 
     Raises:
         UnsupportedError: the logits' dtype is none of float32, float16 and bfloat16.
@@ -29,12 +34,17 @@ def row_step_triton(
         raise UnsupportedError(f"Triton rows of {logits.dtype}; supported: {', '.join(map(str, _DTYPES))}")
     rows, classes = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    wanted = [operand for operand, want in enumerate(terms.operand_gradients) if want and gradient]
+    by_class = tuple(operand for operand in wanted if terms.by_class(operand))
+    by_row = tuple(operand for operand in wanted if not terms.by_class(operand))
     if rows == 0:
-        return losses
-    kernel = _kernel(
+        sizes = (classes if operand in by_class else 0 for operand in wanted)
+        return RowResults(losses, tuple(losses.new_zeros(size) for size in sizes))
+    kernels = _kernels(
         terms.epilogue,
+        by_row=by_row,
+        by_class=by_class,
         bias=terms.bias is not None,
-        mask=terms.mask is not None,
         class_weight=terms.weight is not None,
         coefficient=coefficient is not None,
         smoothing=terms.label_smoothing,
@@ -43,29 +53,54 @@ def row_step_triton(
         gradient_scale=terms.gradient_scale,
     )
     block, warps = launch_sizes(classes)
+    tile = min(block, _TILE_CLASSES)
+    tiles, groups = (-(-classes // tile), -(-rows // ROWS_A_SUM)) if by_class else (1, 0)
+    row_sums = losses.new_zeros(len(by_row), rows, tiles)
+    class_sums = losses.new_empty(len(by_class), groups, classes)
     nothing = losses  # a pointer the kernel does not read
+    lse = torch.empty_like(losses) if by_class else nothing
+    arguments = (
+        logits,
+        target,
+        nothing if coefficient is None else coefficient.contiguous(),
+        nothing if terms.bias is None else terms.bias.contiguous(),
+        nothing if terms.weight is None else terms.weight.contiguous(),
+        nothing if terms.weight_sum is None else terms.weight_sum,
+        *(o.contiguous().view(torch.uint8) if o.dtype == torch.bool else o.contiguous() for o in terms.operands),
+        losses,
+        lse,
+        row_sums,
+        class_sums,
+        logits.stride(0),
+        rows,
+    )
     with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-        kernel[(rows,)](
-            logits,
-            target,
-            nothing if coefficient is None else coefficient.contiguous(),
-            nothing if terms.bias is None else terms.bias.contiguous(),
-            nothing if terms.mask is None else terms.mask.contiguous().view(torch.uint8),
-            nothing if terms.weight is None else terms.weight.contiguous(),
-            nothing if terms.weight_sum is None else terms.weight_sum,
-            losses,
-            logits.stride(0),
-            CLASSES=classes,
-            BLOCK=block,
-            num_warps=warps,
-        )
-    return losses
+        kernels.rows[(rows,)](*arguments, CLASSES=classes, BLOCK=block, num_warps=warps)
+        if by_class:
+            kernels.tiles[(tiles, groups)](*arguments, CLASSES=classes, BLOCK=tile, ROWS=ROWS_A_SUM)
+    row_totals, class_totals = iter(row_sums.sum(2)), iter(class_sums.sum(1))
+    return RowResults(losses, tuple(next(class_totals if o in by_class else row_totals) for o in wanted))
+
+
+# Classes at a time in the second kernel: four a thread.
+_TILE_CLASSES = 512
 
 
 @lru_cache(maxsize=256)
-def _kernel(epilogue: Epilogue, **parameters: Any) -> Any:
-    steps = tuple((step.operation, step.constant) for step in epilogue.steps)
-    return load(render("linear_cross_entropy_rows", steps=steps, **parameters)).rows
+def _kernels(
+    epilogue: Epilogue, *, by_row: tuple[int, ...], by_class: tuple[int, ...], **parameters: Any
+) -> ModuleType:
+    wanted = [operand in by_row or operand in by_class for operand in range(len(epilogue.operands))]
+    kinds = tuple((operand.kind, operand.index in epilogue.conditions) for operand in epilogue.operands)
+    source = render(
+        "linear_cross_entropy_rows",
+        steps=epilogue.source(wanted),
+        operands=kinds,
+        by_row=by_row,
+        by_class=by_class,
+        **parameters,
+    )
+    return load(source)
 
 
 def launch_sizes(classes: int) -> tuple[int, int]:

@@ -5,16 +5,20 @@ These rules are shared by the run-time loop, which knows the row count, and by t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from structfly.lowering.gemm import HOPPER, INTERPRETED, Tiles
+from structfly.lowering.linear_cross_entropy.epilogue import Epilogue
 
 # Leading dimension of the logits buffer: rows start at multiples of 16 elements, so that GEMMs take aligned paths.
 _ALIGNMENT = 16
 # Row counts are multiples of a GEMM tile where there are enough rows.
 _TILE = 128
+# Rows whose share of a sum over rows one program of the row step makes.
+ROWS_A_SUM = 128
 
 
 def row_stride(classes: int) -> int:
@@ -23,14 +27,16 @@ def row_stride(classes: int) -> int:
 
 
 def why_no_exponentials(
-    dtype: torch.dtype, hidden: int, *, label_smoothing: float, linear: bool, adapter: bool, bias_gradient: bool
+    dtype: torch.dtype, hidden: int, epilogue: Epilogue, *, label_smoothing: float, adapter: bool, bias_gradient: bool
 ) -> str:
-    """Why the scheme "exponentials" does not serve a head, or ""; ``linear``: its logits are only scaled, if that."""
+    """Why the scheme "exponentials" does not serve a head, or ""."""
     if dtype != torch.bfloat16:
         return f"its logits are {dtype}; only bfloat16 has the range for exponentials"
     if hidden % 8:
         return f"its {hidden} hidden units are no multiple of 8, which tensor descriptors need"
-    if label_smoothing and not linear:
+    if epilogue.without_dead_classes()[0].operands:
+        return "a tensor among the operands of its epilogue, beside a last mask of classes"
+    if label_smoothing and not epilogue.linear:
         return "label smoothing of logits that are capped or masked"
     if adapter:
         return "the logits are a sum of two products"
@@ -85,6 +91,16 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     gradients wait in float32 and are rounded once, after the factor (of a GradScaler, say) is known.
     """
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def operand_sum_bytes(epilogue: Epilogue, wanted: Sequence[bool], rows: int, length: int, classes: int) -> int:
+    """Bytes that the sums for the gradients of an epilogue's operands take, in chunks of ``length`` of ``rows`` rows.
+
+    A sum over rows is made of one for every so many rows of a chunk, a sum over classes is one a row.
+    """
+    kinds = [operand.kind for operand, want in zip(epilogue.operands, wanted, strict=True) if want]
+    by_class = kinds.count("class")
+    return 4 * (by_class * classes * (1 + -(-length // ROWS_A_SUM)) + (len(kinds) - by_class) * rows)
 
 
 def accumulation_dtype(dtype: torch.dtype, chunks: int) -> torch.dtype:

@@ -36,12 +36,12 @@ def _register_autocast(device: str) -> None:
         with torch.autocast(device, enabled=False):
             return linear_cross_entropy(*call)
 
-    _AUTOCAST.impl("linear_cross_entropy_v1", autocast, f"Autocast{device.upper()}")
+    _AUTOCAST.impl("linear_cross_entropy_v2", autocast, f"Autocast{device.upper()}")
 
 
 for _device in DEVICES:
     _register_autocast(_device)
 
 
-torch.library.register_vmap(NAME, one_by_one(torch.ops.structfly.linear_cross_entropy_v1.default))
-torch.library.register_vmap(BACKWARD_NAME, one_by_one(torch.ops.structfly.linear_cross_entropy_backward_v1.default))
+torch.library.register_vmap(NAME, one_by_one(torch.ops.structfly.linear_cross_entropy_v2.default))
+torch.library.register_vmap(BACKWARD_NAME, one_by_one(torch.ops.structfly.linear_cross_entropy_backward_v2.default))

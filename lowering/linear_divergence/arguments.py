@@ -74,7 +74,8 @@ class Arguments(NamedTuple):
             adapter_x=self.adapter_x,
             adapter_weight=self.adapter_weight,
             adapter_scale=self.adapter_scale,
-            epilogue=self.epilogue,
+            epilogue=parse_epilogue(self.epilogue),
+            operands=(),
             num_classes=self.num_classes,
         )
 
@@ -89,7 +90,8 @@ class Arguments(NamedTuple):
             adapter_x=None,
             adapter_weight=None,
             adapter_scale=1.0,
-            epilogue=self.teacher_epilogue,
+            epilogue=parse_epilogue(self.teacher_epilogue),
+            operands=(),
             num_classes=self.num_classes,
         )
         return Teacher(linear, None)
@@ -111,6 +113,9 @@ class Arguments(NamedTuple):
         )
 
     @property
+    def wanted(self) -> Wanted:
+        return Wanted.of(self.gradients)
+
+    @property
     def wanted_in_forward(self) -> Wanted | None:
-        wanted = Wanted(*self.gradients)
-        return wanted if self.schedule == "forward" and any(wanted) else None
+        return self.wanted if self.schedule == "forward" and self.wanted.any else None

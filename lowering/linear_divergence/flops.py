@@ -25,11 +25,10 @@ def _teacher(call: Arguments) -> int:
 @register_flop_formula(torch.ops.structfly.linear_divergence_v1)
 def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     call = Arguments(*shapes)
-    wanted = call.gradients if call.schedule == "forward" else None
-    return products(call.x, call.adapter_x, call.num_classes, wanted) + _teacher(call)
+    return products(call.x, call.adapter_x, call.num_classes, call.wanted_in_forward) + _teacher(call)
 
 
 @register_flop_formula(torch.ops.structfly.linear_divergence_backward_v1)
 def _backward_flops(grad_loss: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
     call = Arguments(*shapes)
-    return products(call.x, call.adapter_x, call.num_classes, call.gradients) + _teacher(call)
+    return products(call.x, call.adapter_x, call.num_classes, call.wanted) + _teacher(call)

@@ -10,6 +10,7 @@ from torch import Tensor
 from structfly.errors import StructflyError
 from structfly.lowering.linear_cross_entropy.chunked import Gradients, Wanted, allocate_gradients
 from structfly.lowering.linear_cross_entropy.coefficients import row_coefficients
+from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.schedule import saved_dtype
 from structfly.lowering.linear_divergence.arguments import DIFFERENTIABLE, Arguments
 from structfly.lowering.linear_divergence.chunked import run_chunks
@@ -39,6 +40,7 @@ def _check(call: Arguments) -> None:
         if getattr(call, name) not in names:
             raise StructflyError(f"{name} is {getattr(call, name)!r}; allowed: {', '.join(map(repr, names))}")
     _check_teacher(call)
+    _check_epilogues(call)
     if call.kind == "jsd" and not 0.0 < call.beta < 1.0:
         raise StructflyError(
             f"beta is {call.beta} for kind='jsd'; allowed: above 0 and below 1; the ends are 'forward_kl' and "
@@ -49,7 +51,7 @@ def _check(call: Arguments) -> None:
             f"label_smoothing is {call.label_smoothing} for kind={call.kind!r}; allowed: 0 to 1 for "
             "'cross_entropy', 0 for others"
         )
-    if call.schedule == "forward" and call.reduction == "none" and any(call.gradients):
+    if call.schedule == "forward" and call.reduction == "none" and call.wanted.any:
         raise StructflyError("reduction='none' has no scalar upstream gradient; use schedule='backward'")
     if call.row_weight is not None and call.reduction != "sum":
         raise StructflyError(f"row_weight goes with reduction='sum', not {call.reduction!r}")
@@ -78,6 +80,19 @@ def _check_teacher(call: Arguments) -> None:
         )
 
 
+def _check_epilogues(call: Arguments) -> None:
+    for name in ("epilogue", "teacher_epilogue"):
+        if parse_epilogue(getattr(call, name)).operands:
+            raise StructflyError(
+                f"{name} is {getattr(call, name)!r}; allowed: steps whose operands are numbers, for a divergence takes "
+                "no tensors for them"
+            )
+    if call.x.dtype == torch.float16 and call.wanted.any and not parse_epilogue(call.epilogue).has_steepest:
+        raise StructflyError(
+            f"the slope of epilogue {call.epilogue!r} has no bound, and float16 no room for it; use another dtype"
+        )
+
+
 def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
     """What makes the reduction: ``loss = sum_n weight_n loss_n / count``; None means ones, the count is float64."""
     weight = None if call.row_weight is None else call.row_weight.to(call.student.accumulation)
@@ -100,8 +115,8 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
                 losses = torch.where(weight != 0, losses * weight, 0.0)
             loss = losses.sum(dtype=torch.float64) / count
     if gradients is None:
-        gradients = allocate_gradients(student, Wanted(False, False, False, False, False))
-    return loss.to(call.loss_dtype), rest, *gradients
+        gradients = allocate_gradients(student, Wanted())
+    return loss.to(call.loss_dtype), rest, *gradients[:5]
 
 
 def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -114,12 +129,12 @@ def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             coefficient, rest = row_coefficients(student, grad_loss, count)
         else:
             coefficient, rest = row_coefficients(student, weight, count, grad_loss)
-        _, gradients = _run(call, coefficient, Wanted(*call.gradients))
+        _, gradients = _run(call, coefficient, call.wanted)
         assert gradients is not None
         if saved_dtype(call.x.dtype) == call.x.dtype:
-            return tuple(gradients)
+            return gradients[:5]
         inputs = (getattr(call, name) for name in DIFFERENTIABLE)
         return tuple(
             gradient if tensor is None else gradient.mul_(rest).to(tensor.dtype)
-            for gradient, tensor in zip(gradients, inputs, strict=True)
+            for gradient, tensor in zip(gradients[:5], inputs, strict=True)
         )

@@ -44,17 +44,18 @@ def linear_divergence(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
     shape = call.x.shape[:1] if call.reduction == "none" else ()
-    wanted = call.wanted_in_forward or Wanted(False, False, False, False, False)
+    wanted = call.wanted_in_forward or Wanted()
     factor = call.x.new_empty((), dtype=call.student.accumulation)
-    return call.x.new_empty(shape, dtype=call.loss_dtype), factor, *allocate_gradients(call.student, wanted)
+    return call.x.new_empty(shape, dtype=call.loss_dtype), factor, *allocate_gradients(call.student, wanted)[:5]
 
 
 def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
-    made = allocate_gradients(call.student, Wanted(*call.gradients))
+    made = allocate_gradients(call.student, call.wanted)
     inputs = (getattr(call, name) for name in DIFFERENTIABLE)
     return tuple(
-        gradient if tensor is None else gradient.to(tensor.dtype) for gradient, tensor in zip(made, inputs, strict=True)
+        gradient if tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(made[:5], inputs, strict=True)
     )
 
 

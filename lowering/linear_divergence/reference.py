@@ -68,7 +68,7 @@ def linear_divergence_reference(
     logits = F.linear(x, weight[:classes], None if bias is None else bias[:classes])
     if adapter_x is not None and adapter_weight is not None:
         logits = logits + adapter_scale * F.linear(adapter_x, adapter_weight[:classes])
-    log_p = F.log_softmax(parse_epilogue(epilogue).apply(logits), 1)
+    log_p = F.log_softmax(parse_epilogue(epilogue).apply(logits, ()), 1)
     p = log_p.exp()
     if teacher_x is not None and teacher_weight is not None:
         teacher_form = "logits"
@@ -81,7 +81,7 @@ def linear_divergence_reference(
     elif teacher_form == "log_probabilities":
         q, log_q = teacher.exp(), teacher
     else:
-        log_q = F.log_softmax(parse_epilogue(teacher_epilogue).apply(teacher), 1)
+        log_q = F.log_softmax(parse_epilogue(teacher_epilogue).apply(teacher, ()), 1)
         q = log_q.exp()
     if kind == "cross_entropy":
         losses = -_times((1 - label_smoothing) * q + label_smoothing / classes, log_p).sum(1)

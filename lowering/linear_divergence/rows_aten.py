@@ -34,26 +34,29 @@ def _block(
     u = logits if logits.dtype == dtype else logits.to(dtype)
     if terms.bias is not None:
         u.add_(terms.bias.to(dtype))
-    slope = terms.epilogue.apply_(u, derivative=gradient)
-    log_p = torch.log_softmax(u, 1, out=u)
+    needed = terms.epilogue.needed(()) if gradient else frozenset()
+    values = terms.epilogue.values(u, (), needed)
+    u = values[-1]
+    log_p = torch.log_softmax(u, 1, out=None if len(values) - 1 in needed else u)
     q, log_q = _teacher(teacher, terms, dtype)
     loss, du = _divergence(log_p, q, log_q, terms, gradient)
     if coefficient is not None:
         loss.masked_fill_(coefficient == 0, 0.0)
     if du is None:
         return loss
-    constant = terms.gradient_scale
-    if isinstance(slope, Tensor):
-        du.mul_(slope)
-    else:
-        constant *= slope
+    dz, slope = terms.epilogue.pull_back(du, values, (), (), _no_operands)
+    factor = slope * terms.gradient_scale
     if coefficient is not None:
-        du.mul_((coefficient * constant).unsqueeze(1))
-        du.masked_fill_((coefficient == 0).unsqueeze(1), 0.0)
-    elif constant != 1.0:
-        du.mul_(constant)
-    logits.copy_(du)
+        dz.mul_((coefficient * factor).unsqueeze(1))
+        dz.masked_fill_((coefficient == 0).unsqueeze(1), 0.0)
+    elif isinstance(factor, Tensor) or factor != 1.0:
+        dz.mul_(factor)
+    logits.copy_(dz)
     return loss
+
+
+def _no_operands(operand: int, product: Tensor, factor: Tensor | float) -> None:
+    raise AssertionError("a divergence's chain has no tensors")
 
 
 def _teacher(teacher: Tensor, terms: RowTerms, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,7 @@ def _teacher(teacher: Tensor, terms: RowTerms, dtype: torch.dtype) -> tuple[Tens
         t = teacher.to(dtype, copy=True)
         if terms.teacher_bias is not None:
             t.add_(terms.teacher_bias.to(dtype))
-        terms.teacher_epilogue.apply_(t, derivative=False)
+        t = terms.teacher_epilogue.values(t, (), ())[-1]
         log_q = torch.log_softmax(t, 1, out=t)
     return log_q.exp(), log_q
 

@@ -78,8 +78,8 @@ def kernel_parameters(epilogue: Epilogue, teacher_epilogue: Epilogue, **paramete
     jsd = parameters["kind"] == "jsd"
     return {
         **parameters,
-        "steps": tuple((step.operation, step.constant) for step in epilogue.steps),
-        "teacher_steps": tuple((step.operation, step.constant) for step in teacher_epilogue.steps),
+        "steps": epilogue.source(),
+        "teacher_steps": teacher_epilogue.source(),
         "log_beta": math.log(parameters["beta"]) if jsd else 0.0,
         "log_rest": math.log1p(-parameters["beta"]) if jsd else 0.0,
     }

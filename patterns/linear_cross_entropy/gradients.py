@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from torch import fx
 
 from structfly.lowering.linear_cross_entropy.chunked import Wanted
+from structfly.patterns.linear_cross_entropy.chain import TensorOperand
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import needs_gradient
 from structfly.rewriter.region import example_tensors
 
 
 def wanted_gradients(paths: Sequence[LogitsPath], ends: Sequence[fx.Node]) -> Wanted | tuple[fx.Node, str]:
-    """Which of the linear's operands need a gradient.
+    """Which of the operands of the linear and of the chain need a gradient.
 
     Args:
         paths: the ways from one linear to its losses.
@@ -24,20 +25,24 @@ def wanted_gradients(paths: Sequence[LogitsPath], ends: Sequence[fx.Node]) -> Wa
     """
     constant = [end for end in ends if not needs_gradient(end)]
     if len(constant) == len(ends):
-        return Wanted(False, False, False, False, False)
+        return Wanted(operands=(False,) * len(paths[0].chain.operands))
     if constant:
         return constant[0], "one of several losses on this linear is computed without gradient, another with"
     cut = next((node for path in paths for node in sorted(path.nodes, key=str) if _cuts(node)), None)
     if cut is not None:
         return cut, f"{cut.name} stops the gradient between the linear's operands and the loss"
-    linear, added = paths[0].linear, paths[0].bias
+    path, linear = paths[0], paths[0].linear
     adapter = linear.adapter
     return Wanted(
         x=needs_gradient(linear.x),
         weight=needs_gradient(linear.weight),
-        bias=needs_gradient(linear.bias) or needs_gradient(added),
+        bias=needs_gradient(path.bias),
         adapter_x=adapter is not None and needs_gradient(adapter.x),
         adapter_weight=adapter is not None and needs_gradient(adapter.weight),
+        operands=tuple(
+            isinstance(operand, TensorOperand) and not operand.condition and needs_gradient(operand.node)
+            for operand in path.chain.operands
+        ),
     )
 
 

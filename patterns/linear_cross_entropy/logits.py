@@ -11,21 +11,23 @@ import torch
 from torch import fx
 
 from structfly.compat import expression
+from structfly.patterns.linear_cross_entropy.chain import (
+    POINTWISE,
+    Chain,
+    ChainStep,
+    LeadingClasses,
+    Place,
+    StepError,
+    TensorOperand,
+    describe,
+    read_steps,
+)
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.rewriter.calls import Call, read
 from structfly.rewriter.linear import LinearLike, is_cast, read_linear
 from structfly.rewriter.region import Region, example
 from structfly.rewriter.views import RowView, example_tuple, read_view, view_input
 from structfly.rewriter.writes import written
-
-
-@dataclass(frozen=True)
-class DeadClasses:
-    """Classes whose logit is set to -inf: from ``start`` on, or where ``mask`` is ``value``."""
-
-    start: int = 0
-    mask: fx.Node | None = None
-    value: bool = True
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,8 @@ class LogitsPath:
         trail: nodes from just above the linear up to the loss's input, in graph order.
         views: how the rows move, in order.
         view_nodes: the trail node of each view.
-        bias: a class vector added to the linear's value, or None.
-        epilogue: the op's epilogue string.
-        dead: classes set to -inf.
+        bias: the linear's own bias, or a class vector that is added to the value of one without, or None.
+        chain: the pointwise operations.
         num_classes: the classes were cut to the first so many, or None.
         class_dim: the class dimension at the loss.
         nodes: all nodes that exist only to make these logits (writes into them included).
@@ -50,8 +51,7 @@ class LogitsPath:
     views: tuple[RowView, ...]
     view_nodes: tuple[fx.Node, ...]
     bias: fx.Node | None
-    epilogue: str
-    dead: tuple[DeadClasses, ...]
+    chain: Chain
     num_classes: int | None
     class_dim: int
     nodes: frozenset[fx.Node]
@@ -111,19 +111,17 @@ def _logits_operand(node: fx.Node) -> fx.Node | str:
             "function makes them, a graph break lies between: see the report's graph breaks"
         )
     if call is None or result is None:
-        return f"{_describe(node)} stands where a linear, or something that may follow one, is expected"
-    if call.op in ("contiguous", "clone", "detach", "tanh", "log_softmax") or is_cast(call):
-        source = call["input"]
-    elif call.op in ("add", "mul", "div") or call.op == "where":
+        return f"{describe(node)} stands where a linear, or something that may follow one, is expected"
+    if call.op in ("add", "sub", "mul", "div", "where"):
         source = next((a for a in (call["input"], call["other"]) if _same_shape(a, result)), None)
-    elif call.op == "masked_fill":
+    elif call.op in (*POINTWISE, "contiguous", "clone", "detach", "log_softmax") or is_cast(call):
         source = call["input"]
     elif read_view(node, 0) is not None:
         source = view_input(node)
     else:
-        return f"{_describe(node)} of the logits is not an operation the head's epilogue has"
+        return f"{describe(node)} of the logits is not an operation the head's epilogue has"
     if not isinstance(source, fx.Node):
-        return f"{_describe(node)} has no operand shaped like logits"
+        return f"{describe(node)} has no operand shaped like logits"
     return source
 
 
@@ -134,11 +132,6 @@ def _same_shape(value: object, like: torch.Tensor) -> bool:
         and tensor.ndim == like.ndim
         and all(expression(a) == expression(b) for a, b in zip(tensor.shape, like.shape, strict=True))
     )
-
-
-def _describe(node: fx.Node) -> str:
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"{target} ({node.name})"
 
 
 class _PathError(Exception):
@@ -154,9 +147,8 @@ class _Reader:
         self.linear, self.trail, self.form, self.region = linear, trail, form, region
         self.views: list[RowView] = []
         self.view_nodes: list[fx.Node] = []
-        self.bias: fx.Node | None = None
-        self.steps: list[str] = []
-        self.dead: list[DeadClasses] = []
+        self.bias = linear.bias
+        self.steps: list[ChainStep] = []
         self.num_classes: int | None = None
         self.writes: list[fx.Node] = []
         self.class_dim = 0
@@ -172,7 +164,7 @@ class _Reader:
             for below, node in zip(chain, (*self.trail, self.form.anchor), strict=True):
                 self._writes_into(below, node)
                 if node is not self.form.anchor:
-                    self._read_one(node)
+                    self._read_one(node, below)
             self._end()
         except _PathError as failure:
             return Obstacle(failure.node, failure.reason, len(self.trail) + 1)
@@ -182,8 +174,7 @@ class _Reader:
             views=tuple(self.views),
             view_nodes=tuple(self.view_nodes),
             bias=self.bias,
-            epilogue=",".join(self.steps),
-            dead=tuple(self.dead),
+            chain=Chain(tuple(self.steps)),
             num_classes=self.num_classes,
             class_dim=self.class_dim,
             nodes=frozenset((*self.linear.nodes, *self.trail, *self.writes)),
@@ -203,7 +194,7 @@ class _Reader:
 
     # ------------------------------------------------------------------------------------------- one node
 
-    def _read_one(self, node: fx.Node) -> None:
+    def _read_one(self, node: fx.Node, below: fx.Node) -> None:
         call = read(node)
         assert call is not None
         if isinstance(node.meta.get("example_value"), (tuple, list)):
@@ -224,53 +215,33 @@ class _Reader:
             self.log_softmax = True
         elif call.op not in ("contiguous", "clone", "detach") and not is_cast(call):
             if self.log_softmax:
-                raise _PathError(node, f"{_describe(node)} changes log-probabilities before the loss takes them")
-            self._pointwise(call)
+                raise _PathError(node, f"{describe(node)} changes log-probabilities before the loss takes them")
+            self._pointwise(call, below)
 
-    def _pointwise(self, call: Call) -> None:
-        if call.op == "tanh":
-            self._step("tanh", call.node)
-        elif call.op in ("mul", "div"):
-            constant = call["other"] if isinstance(call["input"], fx.Node) else call["input"]
-            inverted = call.op == "div" and not isinstance(call["input"], fx.Node)
-            if isinstance(constant, bool) or not isinstance(constant, (int, float)) or inverted:
-                raise _PathError(call.node, f"{_describe(call.node)}: only scaling by a constant number is read")
-            if not math.isfinite(constant) or constant == 0 or call.get("rounding_mode") is not None:
-                raise _PathError(call.node, f"{_describe(call.node)} by {constant} is no scaling")
-            if self.dead and constant < 0:
-                raise _PathError(call.node, "logits set to -inf are scaled by a negative number afterwards")
-            self.steps.append(f"{call.op}:{float(constant)!r}")
-        elif call.op == "add":
-            self._add(call)
-        else:
-            self._mask(call)
+    def _pointwise(self, call: Call, logits: fx.Node) -> None:
+        if logits in written(call.node) and self._differs_in_grad_mode(call.node):
+            raise _PathError(call.node, f"{describe(call.node)} writes into the logits unseen by differentiation")
+        try:
+            place = Place(len(self.views), self.class_dim)
+            steps = read_steps(call, logits, place, example_of(self.linear.node).dtype)
+        except StepError as failure:
+            raise _PathError(call.node, str(failure)) from failure
+        if not self._is_bias(steps[0], logits):
+            self.steps.extend(steps)
+            return
+        self.bias = steps[0].operands[0].node  # type: ignore[union-attr]
 
-    def _step(self, step: str, node: fx.Node) -> None:
-        if self.dead:
-            raise _PathError(node, f"{step} after logits were set to -inf")
-        self.steps.append(step)
+    def _is_bias(self, step: ChainStep, logits: fx.Node) -> bool:
+        """Whether a step is the bias of a linear that has none of its own."""
+        if step.name != "add" or self.steps or self.bias is not None:
+            return False
+        (vector,) = step.operands
+        plain = isinstance(vector, TensorOperand) and vector.kind == "class"
+        return plain and example_of(vector.node).dtype == example_of(logits).dtype  # type: ignore[union-attr]
 
-    def _add(self, call: Call) -> None:
-        vector = call["other"] if _same_shape(call["input"], example_of(call.node)) else call["input"]
-        if self.steps or self.dead or self.bias is not None or call.get("alpha", 1) != 1:
-            raise _PathError(call.node, "a class vector is added after the logits were scaled, masked or shifted")
-        if not self._is_class_vector(vector, call.node):
-            raise _PathError(call.node, f"{_describe(call.node)} adds something that is not one number per class")
-        self.bias = vector
-
-    def _mask(self, call: Call) -> None:
-        if call.op == "where":
-            condition = call["condition"]
-            keeps = _same_shape(call["input"], example_of(call.node)) and isinstance(call["input"], fx.Node)
-            fill = call["other"] if keeps else call["input"]
-            dead_value = not keeps
-        else:
-            condition, fill, dead_value = call["mask"], call["value"], True
-        if not self._is_minus_infinity(fill, call.node):
-            raise _PathError(call.node, f"{_describe(call.node)} fills with something other than -inf")
-        if not self._is_class_vector(condition, call.node):
-            raise _PathError(call.node, f"{_describe(call.node)}: its mask is not one flag per class")
-        self.dead.append(DeadClasses(mask=condition, value=dead_value))
+    def _differs_in_grad_mode(self, node: fx.Node) -> bool:
+        """Whether a node is under a no_grad that the loss is not under."""
+        return node in self.region.undifferentiated and self.form.anchor not in self.region.undifferentiated
 
     def _cut(self, length: int, node: fx.Node) -> None:
         if self.log_softmax:
@@ -284,13 +255,13 @@ class _Reader:
     # ------------------------------------------------------------------------------------------- writes
 
     def _writes_into(self, value: fx.Node, reader: fx.Node) -> None:
-        """Reads ``value[..., k:] = -inf`` that comes before ``reader``; any other write into the logits fails."""
+        """Reads ``value[..., k:] = number`` that comes before ``reader``; any other write into the logits fails."""
         for user in value.users:
             if user is reader or value not in written(user):
                 continue
             call = read(user)
             if call is None or call.op != "setitem" or self.region.order[user] > self._first_read(reader):
-                raise _PathError(user, f"{_describe(user)} writes into the logits")
+                raise _PathError(user, f"{describe(user)} writes into the logits")
             self._masked_write(call)
             self.writes.append(user)
 
@@ -307,10 +278,14 @@ class _Reader:
         reaches = Ellipsis in rows or len(index) == value.ndim
         if not full or not reaches or self.class_dim != value.ndim - 1 or self.log_softmax:
             raise _PathError(call.node, "a write into the logits that is not over whole classes")
-        if not self._is_minus_infinity(call["value"], call["input"]):
-            raise _PathError(call.node, "a write into the logits of something other than -inf")
-        if isinstance(last, fx.Node) and self._is_class_vector(last, call["input"], torch.bool):
-            self.dead.append(DeadClasses(mask=last))
+        fill = call["value"]
+        if not isinstance(fill, (int, float)) or isinstance(fill, bool) or math.isnan(fill):
+            raise _PathError(call.node, "a write into the logits of something other than a number")
+        # Where a logit is -inf its gradient is 0, whether the write is differentiated or not.
+        if fill != -math.inf and self._differs_in_grad_mode(call.node):
+            raise _PathError(call.node, f"{describe(call.node)} writes into the logits unseen by differentiation")
+        if isinstance(last, fx.Node) and self._is_class_mask(last, value):
+            self.steps.append(ChainStep("masked_fill", (TensorOperand(last, "class", True), float(fill))))
         elif isinstance(last, slice) and isinstance(last.start, int) and last.stop is None and last.step in (None, 1):
             start = last.start
             if start < 0:
@@ -318,29 +293,17 @@ class _Reader:
                 if not isinstance(size, int):
                     raise _PathError(call.node, "a negative class index where the number of classes is not a constant")
                 start += size
-            self.dead.append(DeadClasses(start=start))
+            self.steps.append(ChainStep("where", (LeadingClasses(start), float(fill))))
         else:
             raise _PathError(call.node, "a write into the logits that is not over the last classes or a class mask")
 
     # ------------------------------------------------------------------------------------------- helpers
 
-    def _is_class_vector(self, vector: Any, logits: fx.Node, dtype: torch.dtype | None = None) -> bool:
-        value, like = example(vector), example_of(logits)
-        if value is None or value.ndim < 1 or self.class_dim != like.ndim - 1:
+    def _is_class_mask(self, mask: fx.Node, logits: torch.Tensor) -> bool:
+        value = example(mask)
+        if value is None or value.ndim != 1 or value.dtype != torch.bool:
             return False
-        whole = expression(value.shape[-1]) == expression(like.shape[-1])
-        ones = all(expression(size) == 1 for size in value.shape[:-1])
-        return whole and ones and (dtype is None or value.dtype == dtype)
-
-    def _is_minus_infinity(self, fill: Any, node: fx.Node) -> bool:
-        """-inf, or the dtype's lowest number, whose exponential beside any logit is 0 just the same.
-
-        Label smoothing adds up the logits themselves, where the two differ.
-        """
-        if isinstance(fill, (fx.Node, bool)) or not isinstance(fill, (int, float)):
-            return False
-        lowest = torch.finfo(example_of(node).dtype).min
-        return fill == -math.inf or (fill == lowest and not self.form.label_smoothing)
+        return bool(expression(value.shape[0]) == expression(logits.shape[-1]))
 
 
 def example_of(node: Any) -> torch.Tensor:

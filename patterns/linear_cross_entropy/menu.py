@@ -12,16 +12,17 @@ import torch
 from structfly.config import SiteSettings
 from structfly.lowering.gemm import busy, full_row_counts
 from structfly.lowering.linear_cross_entropy.chunked import Wanted
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.schedule import (
+    ROWS_A_SUM,
     accumulation_dtype,
     exponential_rows,
     exponentials_bytes,
+    operand_sum_bytes,
     row_stride,
     saved_dtype,
     why_no_exponentials,
 )
-from structfly.patterns.linear_cross_entropy.logits import example_of
+from structfly.patterns.linear_cross_entropy.logits import LogitsPath, example_of
 from structfly.patterns.linear_cross_entropy.site import HeadSite
 from structfly.records import Candidate, Cost, DeviceProfile, Menu, Stage
 from structfly.records.cost import Expression, at_sizes
@@ -54,6 +55,8 @@ class Sized(Protocol):
     def classes(self) -> sympy.Expr: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def path(self) -> LogitsPath: ...
     @property
     def gradients(self) -> Wanted: ...
 
@@ -91,7 +94,7 @@ def peak_limit(sizes: HeadSizes, schemes: Sequence[str], profile: DeviceProfile,
 
 def schedules_of(gradients: Wanted, recompute: str) -> list[str]:
     """The schedules that can be chosen from; ``recompute`` says why gradients may not be made in forward, or ""."""
-    if not any(gradients):
+    if not gradients.any:
         return ["forward"]
     return ["backward"] if recompute else ["forward", "backward"]
 
@@ -101,8 +104,8 @@ def _why_no_exponentials(site: HeadSite, sizes: HeadSizes) -> str:
     reason = why_no_exponentials(
         site.dtype,
         sizes.hidden,
+        site.path.chain.epilogue,
         label_smoothing=site.form.label_smoothing,
-        linear=not site.path.dead and parse_epilogue(site.path.epilogue).linear,
         adapter=linear.adapter is not None,
         bias_gradient=site.gradients.bias,
     )
@@ -126,23 +129,24 @@ class HeadSizes:
         self.row_bytes = row_stride(self.classes) * (site.dtype.itemsize + beside)
 
     def transient_bytes(self, length: int, scheme: str) -> int:
-        """Bytes beyond the gradients themselves: the logits of ``length`` rows, and the weight gradient's own sum.
+        """Bytes beyond the gradients themselves: the logits of ``length`` rows, and the gradients' own sums.
 
-        A sum of another dtype than the gradient's stands for the gradient while there are logits, and beside it after.
+        A weight's sum of another dtype than the gradient's stands for the gradient while there are logits, and beside
+        it after.
         """
         if scheme == "exponentials":
             gradients = self._site.gradients
             return exponentials_bytes(length, self.hidden, self.classes, dx=gradients.x, dw=gradients.weight)
         logits = length * self.row_bytes
         total, gradient = self._sum_bytes(-(-self.rows // length))
-        return max(total, total - gradient + logits) if total != gradient else logits
+        return self._operand_bytes(length) + (max(total, total - gradient + logits) if total != gradient else logits)
 
     @property
     def gradient_bytes(self) -> tuple[int, int]:
         """Bytes of dx and dW between the passes."""
         item = saved_dtype(self._site.dtype).itemsize
-        x, weight, *_ = self._site.gradients
-        return self.rows * self.hidden * item * x, self.classes * self.hidden * item * weight
+        wanted = self._site.gradients
+        return self.rows * self.hidden * item * wanted.x, self.classes * self.hidden * item * wanted.weight
 
     def chunk_lengths(self, limit: int, profile: DeviceProfile, scheme: str) -> list[int]:
         """Halvings of the row count down to an eighth of the fast one, and the longest that fits the limit.
@@ -152,7 +156,7 @@ class HeadSizes:
         lengths = {self.rows}
         while (shortest := min(lengths)) > max(1, profile.fast_rows // 8):
             lengths.add(-(-shortest // 2))
-        if scheme == "exponentials" and not any(self._site.gradients):
+        if scheme == "exponentials" and not self._site.gradients.any:
             limit = min(limit, _STATISTICS)
             lengths = {length for length in lengths if self.transient_bytes(length, scheme) <= limit}
         longest = min(self._longest(limit, scheme), self.rows)
@@ -171,11 +175,17 @@ class HeadSizes:
             fixed = 2 * self.transient_bytes(1, scheme) - self.transient_bytes(2, scheme)
             return (limit - fixed) // (self.transient_bytes(1, scheme) - fixed)
         total, gradient = self._sum_bytes(chunks=2)
-        return (limit - total + gradient) // self.row_bytes
+        fixed = total - gradient + self._operand_bytes(ROWS_A_SUM)
+        row = (self._operand_bytes(2 * ROWS_A_SUM) - self._operand_bytes(ROWS_A_SUM)) // ROWS_A_SUM
+        return (limit - fixed) // (self.row_bytes + row)
+
+    def _operand_bytes(self, length: int) -> int:
+        chain, wanted = self._site.path.chain.epilogue, self._site.gradients.operands
+        return operand_sum_bytes(chain, wanted, self.rows, length, self.classes)
 
     def _sum_bytes(self, chunks: int) -> tuple[int, int]:
         """Bytes of the weight gradient's sum, and of the gradient; 0 if it is not wanted."""
-        count = self.classes * self.hidden if self._site.gradients[1] else 0
+        count = self.classes * self.hidden if self._site.gradients.weight else 0
         dtype = self._site.dtype
         return count * accumulation_dtype(dtype, chunks).itemsize, count * saved_dtype(dtype).itemsize
 
@@ -189,9 +199,9 @@ def _dense(site: HeadSite) -> Candidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     logits = n * c * dtype.itemsize
     stages = [matmul(n, h, c, 1, dtype), Stage(0, 2 * logits, 1)]
-    if any(site.gradients):
+    if site.gradients.any:
         stages.append(Stage(0, 2 * logits, 1))
-        stages.extend(matmul(n, c, h, 1, dtype) for wanted in site.gradients[:2] if wanted)
+        stages.extend(matmul(n, c, h, 1, dtype) for wanted in (site.gradients.x, site.gradients.weight) if wanted)
     return Candidate("dense", Cost(tuple(stages), transient_bytes=logits, saved_bytes=0), rewrites=False)
 
 
@@ -205,9 +215,12 @@ def _fused(
     if scheme == "logits":
         logits.append(Stage(0, 2 * chunk, launches))  # the row step
     stages = list(logits)
+    operands = site.path.chain.operands
     calls = 1
     saved: Expression = 0
-    if any(site.gradients):
+    if site.gradients.any:
+        if any(o.kind == "class" and wanted for o, wanted in zip(operands, site.gradients.operands, strict=True)):
+            stages.append(Stage(0, chunk, launches))  # the row step's second sweep, in a kernel of its own
         if schedule == "backward":
             stages.extend(logits)
             calls = 2
@@ -227,9 +240,7 @@ def _fused(
                 moved += 2 * c * h * accumulation_dtype(dtype, -(-sizes.rows // length)).itemsize
             stages.append(Stage(2 * rows * c * h, moved, launches, dtype, rows))
     cost = Cost(tuple(stages), sizes.transient_bytes(length, scheme), saved, opaque_calls=calls)
-    when = (
-        {"forward": "gradients in forward", "backward": "recompute"}[schedule] if any(site.gradients) else "loss only"
-    )
+    when = {"forward": "gradients in forward", "backward": "recompute"}[schedule] if site.gradients.any else "loss only"
     return FusedCandidate(
         f"{scheme}, {length} rows a chunk, {when}",
         cost,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from structfly.patterns.linear_cross_entropy.chain import LeadingClasses, Operand, Place
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath, example_of
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import LinearLike
@@ -16,14 +17,27 @@ from structfly.rewriter.views import RowView
 def moved_rows(x: fx.Node, views: Sequence[RowView], dtype: torch.dtype, editor: Editor) -> fx.Node:
     """Hidden states, moved by ``views`` as the logits were, classes (now hidden units) last."""
     x = cast(x, dtype, editor)
-    width = editor.size(x, -1)
-    class_dim = example_of(x).ndim - 1
+    return classes_last(x, example_of(x).ndim - 1, views, editor.size(x, -1), editor)
+
+
+def classes_last(
+    rows: fx.Node, class_dim: int, views: Sequence[RowView], width: int | fx.Node, editor: Editor
+) -> fx.Node:
+    """``rows``, with ``width`` entries where the logits had classes, moved by ``views``, those entries last."""
+    rows, class_dim = replayed(rows, class_dim, views, width, editor)
+    if class_dim != example_of(rows).ndim - 1:
+        rows = editor.call(torch.movedim, rows, class_dim, -1)
+    return rows
+
+
+def replayed(
+    rows: fx.Node, class_dim: int, views: Sequence[RowView], width: int | fx.Node, editor: Editor
+) -> tuple[fx.Node, int]:
+    """``rows`` moved by ``views``, and where the entries that stand for classes are then."""
     for view in views:
-        x = view.replay(editor, x, width)
+        rows = view.replay(editor, rows, width)
         class_dim = view.class_dim
-    if class_dim != example_of(x).ndim - 1:
-        x = editor.call(torch.movedim, x, class_dim, -1)
-    return x
+    return rows, class_dim
 
 
 def cast(node: fx.Node, dtype: torch.dtype, editor: Editor) -> fx.Node:
@@ -43,9 +57,48 @@ def class_rows(linear: LinearLike, dtype: torch.dtype, editor: Editor) -> fx.Nod
 
 
 def class_bias(path: LogitsPath, dtype: torch.dtype, editor: Editor) -> fx.Node | None:
-    """The linear's own bias and the vector added to its value, as one vector over all classes."""
-    vectors = [vector for vector in (path.linear.bias, path.bias) if vector is not None]
-    flat = [cast(editor.call(torch.reshape, vector, (-1,)), dtype, editor) for vector in vectors]
-    if len(flat) == 2 and path.num_classes is not None:
-        flat = [editor.call(torch.narrow, vector, 0, 0, path.num_classes) for vector in flat]
-    return editor.call(torch.add, *flat) if len(flat) == 2 else next(iter(flat), None)
+    """The bias, one number a class."""
+    return None if path.bias is None else cast(editor.call(torch.reshape, path.bias, (-1,)), dtype, editor)
+
+
+def chain_operand(
+    operand: Operand,
+    path: LogitsPath,
+    views: Sequence[RowView],
+    weight: fx.Node,
+    classes: int | fx.Node,
+    dtype: torch.dtype,
+    editor: Editor,
+) -> fx.Node:
+    """An operand of the chain in the shape that the op takes.
+
+    Args:
+        views: how the op's rows have moved.
+        weight: as the op takes it.
+        classes: how many of its rows count.
+        dtype: of the logits.
+    """
+    device = example_of(weight).device
+    if isinstance(operand, LeadingClasses):
+        return editor.call(torch.lt, editor.call(torch.arange, classes, device=device), operand.count)
+    node = operand.node
+    if not (operand.condition or example_of(node).is_floating_point()):
+        node = editor.method("to", node, torch.float64 if dtype == torch.float64 else torch.float32)
+    if example_of(node).device != device:  # a number may be elsewhere
+        node = editor.method("to", node, device)
+    if operand.place is not None:
+        return _row_operand(node, operand.place, path.linear.x, views, editor)
+    node = editor.call(torch.reshape, node, () if operand.kind == "scalar" else (-1,))
+    if operand.kind == "class" and isinstance(classes, int) and example_of(node).shape[0] != classes:
+        node = editor.call(torch.narrow, node, 0, 0, classes)
+    return node
+
+
+def _row_operand(node: fx.Node, place: Place, x: fx.Node, views: Sequence[RowView], editor: Editor) -> fx.Node:
+    """One number a row (N,): spread over the rows where it meets the logits, and moved as they are from there on."""
+    like, _ = replayed(x, example_of(x).ndim - 1, views[: place.views], editor.size(x, -1), editor)
+    rank = example_of(like).ndim
+    shape = tuple(1 if dim == place.class_dim else editor.size(like, dim) for dim in range(rank))
+    spread = editor.call(torch.broadcast_to, node, shape)
+    rows = classes_last(spread, place.class_dim, views[place.views :], 1, editor)
+    return editor.call(torch.reshape, rows, (-1,))

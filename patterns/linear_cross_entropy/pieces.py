@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from structfly.patterns.linear_cross_entropy.chain import TensorOperand
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.rewriter.calls import read
@@ -54,13 +55,11 @@ def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) ->
             return "one of several losses on these logits is a gather less a logsumexp, which is read alone"
         if other.options != form.options:
             return "losses of parts of the logits differ in their options"
-        if (path.epilogue, path.bias, path.dead, path.num_classes) != (
-            first.epilogue,
-            first.bias,
-            first.dead,
-            first.num_classes,
-        ):
+        if (path.chain, path.bias, path.num_classes) != (first.chain, first.bias, first.num_classes):
             return "parts of the logits are scaled or masked differently"
+        places = [o.place.views for o in path.chain.operands if isinstance(o, TensorOperand) and o.place is not None]
+        if any(views > shared for views in places):
+            return "a part of the logits meets a tensor with a number for each of its rows"
         rest = path.views[shared:]
         piece = piece_of(rest[0]) if rest else None
         if piece is None:

@@ -8,9 +8,16 @@ import torch
 from torch import fx
 
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.patterns.linear_cross_entropy.logits import LogitsPath, example_of
+from structfly.patterns.linear_cross_entropy.logits import example_of
 from structfly.patterns.linear_cross_entropy.menu import FusedCandidate
-from structfly.patterns.linear_cross_entropy.operands import cast, class_bias, class_rows, matrix, moved_rows
+from structfly.patterns.linear_cross_entropy.operands import (
+    cast,
+    chain_operand,
+    class_bias,
+    class_rows,
+    matrix,
+    moved_rows,
+)
 from structfly.patterns.linear_cross_entropy.pieces import part_losses, whole_target
 from structfly.patterns.linear_cross_entropy.site import HeadSite
 from structfly.patterns.linear_cross_entropy.weighted_sum import Weights, write_weights
@@ -82,6 +89,7 @@ def _op(
     adapter_x = None if adapter is None else matrix(moved_rows(adapter.x, views, site.dtype, editor), editor)
     adapter_weight = None if adapter is None else class_rows(adapter, site.dtype, editor)
     target = editor.call(torch.reshape, target, (-1,))
+    operands = [chain_operand(o, path, views, weight, classes, site.dtype, editor) for o in path.chain.operands]
     arguments = Arguments(
         x=matrix(rows, editor),  # type: ignore[arg-type]
         weight=weight,  # type: ignore[arg-type]
@@ -89,33 +97,20 @@ def _op(
         target=cast(target, torch.int64, editor),  # type: ignore[arg-type]
         class_weight=site.form.class_weight,  # type: ignore[arg-type]
         row_weight=row_weight,  # type: ignore[arg-type]
-        class_mask=_live_classes(path, weight, classes, editor),  # type: ignore[arg-type]
         adapter_x=adapter_x,  # type: ignore[arg-type]
         adapter_weight=adapter_weight,  # type: ignore[arg-type]
         adapter_scale=linear.adapter_scale,
-        epilogue=path.epilogue,
+        epilogue=str(path.chain.epilogue),
+        operands=operands,  # type: ignore[arg-type]
         num_classes=classes,  # type: ignore[arg-type]
         ignore_index=site.form.ignore_index,
         label_smoothing=site.form.label_smoothing,
         reduction=site.reduction,
         loss_dtype=site.loss_dtype,
-        gradients=list(site.gradients),
+        gradients=list(site.gradients.flags),
         schedule=candidate.schedule,
         scheme=candidate.scheme,
         workspace=candidate.workspace,
         autocast=False,
     )
-    return editor.getitem(editor.call(torch.ops.structfly.linear_cross_entropy_v1.default, *arguments), 0)
-
-
-def _live_classes(path: LogitsPath, weight: fx.Node, classes: int | fx.Node, editor: Editor) -> fx.Node | None:
-    live: fx.Node | None = None
-    for dead in path.dead:
-        if dead.mask is None:
-            index = editor.call(torch.arange, classes, device=example_of(weight).device)
-            flags = editor.call(torch.lt, index, dead.start)
-        else:
-            flags = editor.call(torch.reshape, dead.mask, (-1,))
-            flags = editor.call(torch.logical_not, flags) if dead.value else flags
-        live = flags if live is None else editor.call(torch.logical_and, live, flags)
-    return live
+    return editor.getitem(editor.call(torch.ops.structfly.linear_cross_entropy_v2.default, *arguments), 0)

@@ -34,6 +34,7 @@ from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example, qualified_name
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+UNBOUNDED_SLOPE = "the slope of the operations on float16 logits has no bound, and float16 no room for it"
 # Progress of a miss beyond the walk itself: later conditions are further than any walk.
 AFTER_TRACE = 10**6
 
@@ -110,6 +111,8 @@ class LinearCrossEntropy:
         gradients = wanted_gradients([t.path for t in group], ends)
         if not isinstance(gradients, Wanted):
             return gradients
+        if value.dtype == torch.float16 and gradients.any and not path.chain.epilogue.has_steepest:
+            return path.linear.node, UNBOUNDED_SLOPE
         return self._bind(first, pieces, total, gradients, region)
 
     def _bind(

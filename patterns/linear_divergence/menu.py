@@ -56,9 +56,9 @@ def _dense(site: DivergenceSite) -> Candidate:
     student, teacher = _row_bytes(site, n)
     stages = [matmul(n, h, c, 1, dtype), *_teacher_products(site, n, 1)]
     stages.append(Stage(0, 2 * (student + teacher), 1))  # the normalisers, then the terms
-    if any(site.gradients):
+    if site.gradients.any:
         stages.append(Stage(0, 2 * student + teacher, 1))
-        stages.extend(matmul(n, c, h, 1, dtype) for wanted in site.gradients[:2] if wanted)
+        stages.extend(matmul(n, c, h, 1, dtype) for wanted in (site.gradients.x, site.gradients.weight) if wanted)
     made = student if isinstance(site.teacher, GivenTeacher) else student + teacher
     return Candidate("dense", Cost(tuple(stages), transient_bytes=made, saved_bytes=0), rewrites=False)
 
@@ -74,7 +74,7 @@ def _fused(site: DivergenceSite, sizes: HeadSizes, length: int, schedule: str) -
     ]
     stages, calls = list(logits), 1
     saved: Expression = 0
-    if any(site.gradients):
+    if site.gradients.any:
         if schedule == "backward":
             stages.extend(logits)
             calls = 2
@@ -90,7 +90,7 @@ def _fused(site: DivergenceSite, sizes: HeadSizes, length: int, schedule: str) -
     when = {"forward": "gradients in forward", "backward": "recompute"}[schedule]
     of = "teacher given" if isinstance(site.teacher, GivenTeacher) else "teacher's head within"
     return FusedCandidate(
-        f"{site.kind.kind}, {of}, {length} rows a chunk, {when if any(site.gradients) else 'loss only'}",
+        f"{site.kind.kind}, {of}, {length} rows a chunk, {when if site.gradients.any else 'loss only'}",
         cost,
         schedule=schedule,
         workspace=length * sizes.row_bytes,

@@ -41,7 +41,7 @@ def rewrite_divergence(site: DivergenceSite, candidate: FusedCandidate, editor: 
         weight=weight,  # type: ignore[arg-type]
         bias=class_bias(path, site.dtype, editor),  # type: ignore[arg-type]
         **_adapter(site, editor),
-        epilogue=path.epilogue,
+        epilogue=str(path.chain.epilogue),
         **_teacher(site, classes, editor),
         row_weight=row_weight,  # type: ignore[arg-type]
         num_classes=classes,  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ def rewrite_divergence(site: DivergenceSite, candidate: FusedCandidate, editor: 
         label_smoothing=site.divergence.label_smoothing,
         reduction=reduction,
         loss_dtype=site.loss_dtype,
-        gradients=list(site.gradients),
+        gradients=list(site.gradients.flags),
         schedule=candidate.schedule,
         workspace=candidate.workspace,
         autocast=False,
@@ -104,7 +104,7 @@ def _teacher(site: DivergenceSite, classes: int | fx.Node, editor: Editor) -> di
             "teacher_x": matrix(moved_rows(teacher.linear.x, teacher.views, dtype, editor), editor),
             "teacher_weight": class_rows(teacher.linear, dtype, editor),
             "teacher_bias": class_bias(teacher, dtype, editor),
-            "teacher_epilogue": teacher.epilogue,
+            "teacher_epilogue": str(teacher.chain.epilogue),
         }
     given, class_dim = teacher.node, site.path.class_dim
     if class_dim != example_of(given).ndim - 1:

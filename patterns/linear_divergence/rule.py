@@ -17,7 +17,7 @@ from structfly.lowering.linear_divergence.arguments import DEVICES
 from structfly.patterns.linear_cross_entropy.gradients import wanted_gradients
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath, Obstacle, example_of, trace
 from structfly.patterns.linear_cross_entropy.menu import FusedCandidate
-from structfly.patterns.linear_cross_entropy.rule import AFTER_TRACE, DTYPES, stranger, wrapper_operand
+from structfly.patterns.linear_cross_entropy.rule import AFTER_TRACE, DTYPES, UNBOUNDED_SLOPE, stranger, wrapper_operand
 from structfly.patterns.linear_cross_entropy.weighted_sum import read_weighted_sum
 from structfly.patterns.linear_divergence.kinds import Kind, classify
 from structfly.patterns.linear_divergence.menu import divergence_menu
@@ -114,8 +114,9 @@ class LinearDivergence:
     ) -> DivergenceSite | tuple[fx.Node, str]:
         linear, adapter = path.linear, path.linear.adapter
         logits = example_of(linear.node)
-        if path.dead:
-            return anchor, "the student's logits are set to -inf for some classes, which a divergence does not read"
+        reason = _why_no_chain(path)
+        if reason:
+            return anchor, reason
         teacher = read_teacher(pair[1], divergence, anchor, region)
         given = () if isinstance(teacher, LogitsPath) else teacher.nodes
         written = overwritten(region, {*divergence.nodes, *given} - {anchor})
@@ -148,6 +149,8 @@ class LinearDivergence:
         gradients = wanted_gradients([path], [end])
         if not isinstance(gradients, Wanted):
             return gradients
+        if logits.dtype == torch.float16 and gradients.any and not path.chain.epilogue.has_steepest:
+            return linear.node, UNBOUNDED_SLOPE
         recompute = "inside a checkpointed region" if region.checkpointed else ""
         if divergence.reduction == "rows" and total is None:
             recompute = recompute or "per-row divergences have no common upstream factor"
@@ -184,6 +187,16 @@ def _node(distribution: Distribution) -> fx.Node:
     """The node of a distribution that is no mixture."""
     assert distribution.node is not None
     return distribution.node
+
+
+def _why_no_chain(path: LogitsPath) -> str:
+    """Why the op does not take the operations on the student's logits, or ""."""
+    for step in path.chain.steps:
+        if not all(isinstance(operand, float) for operand in step.operands):
+            if step.name in ("where", "masked_fill") and step.operands[1] == -math.inf:
+                return "the student's logits are set to -inf for some classes, which a divergence does not read"
+            return f"{step.name} of the student's logits takes a tensor, which a divergence does not read"
+    return ""
 
 
 def _why_unfit(

@@ -72,7 +72,7 @@ def read_teacher(
 def _fits(path: LogitsPath) -> bool:
     operands = {operand for node in path.nodes for operand in node.all_input_nodes}
     plain = not any(wrapper_subclass(value) for value in map(example, operands) if value is not None)
-    return plain and not path.dead and path.linear.adapter is None
+    return plain and not path.chain.operands and path.linear.adapter is None
 
 
 def _seen_by_others(path: LogitsPath, divergence: Divergence, anchor: fx.Node, region: Region) -> bool:

@@ -55,6 +55,22 @@ def test_inductor_runs_the_fused_head_as_accurately_as_eager() -> None:
     assert_like_eager(fast, wide_head, inputs())
 
 
+def learned_chains(x: Tensor, w: Tensor, labels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    z = F.linear(torch.tanh(x), w)
+    temperature = x[:, :1].square() + 1.0
+    mean = F.cross_entropy(4.0 * torch.sigmoid(z * scale.exp()) / temperature + shift, labels)
+    losses = F.cross_entropy(torch.where(shift > 0, F.linear(x, w) * scale, shift), labels, reduction="none")
+    return mean + losses.square().mean()
+
+
+def test_inductor_gives_learned_operands_their_gradients() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scale, shift = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((), (30,)))
+    fast = Rewritten(learned_chains, then="inductor")
+    assert_like_eager(fast, learned_chains, (*inputs(), scale, shift))
+    assert [call.args[17] for call in fast.calls] == ["forward", "backward"]
+
+
 def test_an_unknown_option_is_refused_before_anything_is_compiled() -> None:
     wrong: Any = {"budget": {"loss_memry": 1}}
     with pytest.raises(Exception, match=r"loss_memry.*loss_memory") as caught:
@@ -133,6 +149,24 @@ def test_under_autocast_the_products_run_in_its_dtype() -> None:
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=3e-2, atol=1e-3)
+
+
+def test_under_autocast_operands_keep_their_precision() -> None:
+    def step(x: Tensor, w: Tensor, labels: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(F.linear(x, w) * b[0].exp() + b, labels)
+
+    x, w, labels = inputs()
+    b = (1.0 + torch.randn(30, generator=torch.Generator().manual_seed(1)) / 1000).requires_grad_()
+    fast = Rewritten(step, then="aot_eager")
+    loss, eager = fast(x, w, labels, b), step(x, w, labels, b)
+    assert fast.statuses == ["rewritten"]
+    (call,) = fast.calls
+    assert [operand.meta["example_value"].dtype for operand in call.args[10]] == [torch.float32] * 2  # type: ignore[union-attr]
+    mine, theirs = torch.autograd.grad(loss, [x, w, b]), torch.autograd.grad(eager, [x, w, b])
+    for a, c in zip(mine, theirs, strict=True):
+        assert a.dtype == c.dtype
+        torch.testing.assert_close(a, c, rtol=3e-2, atol=2e-3)
 
 
 def test_the_linear_keeps_its_own_precision_where_only_the_loss_is_under_autocast() -> None:
@@ -227,8 +261,8 @@ def another_version(folder: Path) -> None:
     """A copy of the package in which the autograd formula is another (twice the gradient) and so is the ABI version."""
     shutil.copytree(Path(structfly.__file__).parent, folder / "structfly", ignore=shutil.ignore_patterns("__pycache__"))
     for file in (folder / "structfly").rglob("*.py"):
-        text = file.read_text(encoding="utf-8").replace("cross_entropy_v1", "cross_entropy_v2")
-        text = text.replace("cross_entropy_backward_v1", "cross_entropy_backward_v2")
+        text = file.read_text(encoding="utf-8").replace("cross_entropy_v2", "cross_entropy_v3")
+        text = text.replace("cross_entropy_backward_v2", "cross_entropy_backward_v3")
         if file.name == "head_autograd.py":
             assert "(gradient.to(scale.dtype) * scale)" in text
             text = text.replace("(gradient.to(scale.dtype) * scale)", "(gradient.to(scale.dtype) * scale * 2)")

@@ -40,7 +40,15 @@ def per_token(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w).flatten(0, 1), labels.flatten(), reduction="none")
 
 
-@pytest.mark.parametrize("loss", [shifted, sizes_read_from_logits, per_token_mean, mean_of_sequences, per_token])
+def temperatures(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w) / (x[:, :1, :1] ** 2 + 1.0) + w[:, 0]
+    z = (z.transpose(0, 1) * x[..., 1:2].exp().transpose(0, 1)).clamp(-3.0, 3.0)
+    return F.cross_entropy(z.reshape(-1, CLASSES), labels.t().reshape(-1))
+
+
+@pytest.mark.parametrize(
+    "loss", [shifted, sizes_read_from_logits, per_token_mean, mean_of_sequences, per_token, temperatures]
+)
 def test_one_graph_for_all_lengths(loss: Loss) -> None:
     fast = Rewritten(loss, then="aot_eager", dynamic=True)
     generator = torch.Generator().manual_seed(0)
@@ -58,13 +66,19 @@ def rows_that_count(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x[mask], w), labels[mask])
 
 
-def test_a_row_count_that_depends_on_data() -> None:
+def temperatures_of_rows_that_count(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    mask = labels > 5
+    return F.cross_entropy(F.linear(x[mask], w) / (x[mask][:, :1] ** 2 + 1.0), labels[mask])
+
+
+@pytest.mark.parametrize("loss", [rows_that_count, temperatures_of_rows_that_count])
+def test_a_row_count_that_depends_on_data(loss: Loss) -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(CLASSES, 8, generator=generator).requires_grad_()
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        fast = Rewritten(rows_that_count, then="aot_eager")
+        fast = Rewritten(loss, then="aot_eager")
         for _ in range(3):
             x = torch.randn(4, 9, 8, generator=generator).requires_grad_()
-            assert_like_eager(fast, rows_that_count, (x, w, torch.randint(0, CLASSES, (4, 9), generator=generator)))
+            assert_like_eager(fast, loss, (x, w, torch.randint(0, CLASSES, (4, 9), generator=generator)))
     assert fast.statuses == ["rewritten"]
     assert len(fast.graphs) == 1

@@ -30,12 +30,17 @@ LINEARS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "added bias": lambda x, w, b: torch.matmul(x, w.t()) + b,
     "einsum": lambda x, w, b: torch.einsum("...h,vh->...v", x, w),
 }
-EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "scaled": lambda z: z / 2.5,
-    "capped": lambda z: torch.tanh(z / 3.0) * 3.0,
-    "cloned": lambda z: z.clone() * -0.5,
-    "relu": F.relu,
+# Of (B, T, C) logits, (B, T, H) hidden states and (C,) numbers.
+EPILOGUES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "none": lambda z, x, b: z,
+    "scaled": lambda z, x, b: z / 2.5,
+    "capped": lambda z, x, b: torch.tanh(z / 3.0) * 3.0,
+    "cloned": lambda z, x, b: z.clone() * -0.5,
+    "relu": lambda z, x, b: F.relu(z),
+    "learned scale": lambda z, x, b: z * b[0].exp(),
+    "sigmoid cap": lambda z, x, b: 5 * torch.sigmoid((z + 1) / 2.0) - b,
+    "temperature": lambda z, x, b: z / (x.square().sum(-1, keepdim=True) + 1.0),
+    "sequence filled": lambda z, x, b: torch.where(x[:, :1, :1] > 0, z.clamp(-2.0, 2.0), b[1]),
 }
 # Views of (B, T, C) logits beside the same of (B, T) labels.
 VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -88,10 +93,10 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
                 hidden = hidden.clone()
                 logits = linear(hidden, w, b)
                 hidden.transpose(0, 1)[1:] *= 3.0
-                return end(kind, *layout(rows(epilogue(logits)), labels(t)), options)
+                return end(kind, *layout(rows(epilogue(logits, x, b)), labels(t)), options)
         logits = linear(hidden, w, b)
         with torch.autocast("cpu", torch.bfloat16, enabled=extra == "autocast"):  # of the loss, not of the linear
-            loss = end(kind, *layout(rows(epilogue(logits)), labels(t)), options)
+            loss = end(kind, *layout(rows(epilogue(logits, x, b)), labels(t)), options)
         if extra == "hidden":
             loss = loss + hidden.square().mean()
         elif extra == "logits":

@@ -16,7 +16,9 @@ from structfly.lowering.template import Generated, load, render, templates
 PARAMETERS: dict[str, Any] = {
     "steps": (),
     "bias": False,
-    "mask": False,
+    "operands": (),
+    "by_row": (),
+    "by_class": (),
     "class_weight": False,
     "coefficient": True,
     "smoothing": 0.0,

@@ -9,11 +9,65 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.lowering.linear_cross_entropy.arguments import DIFFERENTIABLE, Arguments
+from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
+from structfly.lowering.linear_cross_entropy.operations import OPERATIONS
 from structfly.lowering.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-EPILOGUES = ("", "mul:0.5", "div:3.0,tanh,mul:3.0", "mul:-1.25", "tanh,mul:4.0,tanh")
+EPILOGUES = (
+    *("", "mul:0.5", "div:3.0,tanh,mul:3.0", "mul:-1.25", "tanh,mul:4.0,tanh"),
+    *("add:1.0,div:2.0,sigmoid,mul:5.0", "neg,rsub:0.5,mul:1.5"),
+)
+
+
+@st.composite
+def epilogues(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> str:
+    """Random chains; values stay of the order of 1, where every step has a slope to be seen.
+
+    What has no bound is bounded before it is exponentiated, and what is divided by is kept from 0: operands that are
+    numbers lie between 0.5 and 2 (see :func:`operands_of`).  A clamp's slope jumps, and in 16 bits values round across
+    the jump in one computation and not in the other.
+    """
+    names = [name for name in sorted(OPERATIONS) if dtype.itemsize > 2 or not name.startswith("clamp")]
+    names = [name for name in names if dtype != torch.float16 or OPERATIONS[name].steepest is not None]
+    steps: list[str] = []
+    kinds: list[str] = []
+
+    def operand(*constants: float) -> str:
+        kind = draw(st.sampled_from(("constant", "constant", "scalar", "row", "class")))
+        if kind == "constant":
+            return repr(draw(st.sampled_from(constants)))
+        kinds.append(kind)
+        return f"{kind}{len(kinds) - 1}"
+
+    def condition() -> str:
+        kinds.append(draw(st.sampled_from(("row", "class"))))
+        return f"{kinds[-1]}{len(kinds) - 1}"
+
+    for _ in range(draw(st.integers(0, 4))):
+        name = draw(st.sampled_from(names))
+        if name in ("where", "masked_fill"):
+            steps.append(f"{name}:{condition()}:{operand(0.5, -2.0)}")
+        elif name in ("clamp_min", "clamp_max"):
+            steps.append(f"{name}:{operand(-1.7, 1.3)}")
+        elif name == "rdiv":
+            steps.extend(("sigmoid", "add:0.5", f"rdiv:{operand(1.5, -0.5)}"))
+        elif name == "exp":
+            steps.extend(("tanh", "exp"))
+        elif OPERATIONS[name].operands:
+            steps.append(f"{name}:{operand(1.5, -0.75)}")
+        else:
+            steps.append(name)
+    return ",".join(steps)
+
+
+def operands_of(epilogue: str, rows: int, classes: int, generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
+    """Random tensors for an epilogue; numbers lie between 0.5 and 2."""
+    chain = parse_epilogue(epilogue)
+    shapes: dict[str, tuple[int, ...]] = {"scalar": (), "row": (rows,), "class": (classes,)}
+    made = [torch.rand(shapes[operand.kind], generator=generator) * 1.5 + 0.5 for operand in chain.operands]
+    return [value < 1.5 if index in chain.conditions else value.to(dtype) for index, value in enumerate(made)]
 
 
 def make_call(
@@ -33,6 +87,7 @@ def make_call(
     frozen: frozenset[str] = frozenset(),
     transposed: bool = False,
     device: str = "cpu",
+    operand_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Arguments:
     """One call of the op on random tensors; ``options`` replaces any other argument."""
@@ -50,10 +105,14 @@ def make_call(
     weight = tensor("weight", hidden, classes) if transposed else tensor("weight", classes, hidden)
     if transposed:
         weight = weight.detach().t().requires_grad_("weight" not in frozen)
-    mask = None
+    epilogue = options.pop("epilogue", "")
+    operands = operands_of(epilogue, rows, num_classes, generator, operand_dtype or dtype)
+    for operand in operands:
+        operand.requires_grad_(operand.is_floating_point() and "operands" not in frozen)
     if class_mask:  # a masked class is no target
-        mask = torch.rand(classes, generator=generator) < 0.8
-        mask[target.clamp_min(0)] = True
+        epilogue = ",".join(filter(None, (epilogue, f"where:class{len(operands)}:-inf")))
+        operands.append(torch.rand(num_classes, generator=generator) < 0.8)
+        operands[-1][target.clamp_min(0)] = True
     call = Arguments(
         x=tensor("x", rows, hidden),
         weight=weight,
@@ -61,11 +120,11 @@ def make_call(
         target=target,
         class_weight=torch.rand(num_classes, generator=generator) + 0.1 if class_weight else None,
         row_weight=torch.randn(rows, generator=generator) if row_weight else None,
-        class_mask=mask,
         adapter_x=tensor("adapter_x", rows, rank) if rank else None,
         adapter_weight=tensor("adapter_weight", classes, rank) if rank else None,
         adapter_scale=0.5,
-        epilogue="",
+        epilogue=epilogue,
+        operands=operands,
         num_classes=num_classes,
         ignore_index=-100,
         label_smoothing=0.0,
@@ -78,16 +137,15 @@ def make_call(
         autocast=True,
     )
     call = call._replace(**options)
-    moved: dict[str, Any] = {
-        name: value.detach().to(device).requires_grad_(value.requires_grad)
-        for name, value in call._asdict().items()
-        if isinstance(value, Tensor)
-    }
-    call = call._replace(**moved)
+
+    def move(value: Tensor) -> Tensor:
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+
+    moved: dict[str, Any] = {name: move(value) for name, value in call._asdict().items() if isinstance(value, Tensor)}
+    call = call._replace(**moved, operands=[move(operand) for operand in call.operands])
     if call.reduction == "none":
         call = call._replace(schedule="backward")
-    wanted = [getattr(call, name) is not None and getattr(call, name).requires_grad for name in DIFFERENTIABLE]
-    return call._replace(gradients=wanted)
+    return call._replace(gradients=[tensor is not None and tensor.requires_grad for tensor in call.differentiable])
 
 
 @st.composite
@@ -113,9 +171,9 @@ def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Argument
         class_mask=draw(st.booleans()),
         rank=draw(st.sampled_from((0, 0, 2))),
         ignored=draw(st.sampled_from((0.0, 0.3, 1.0))),
-        frozen=frozenset(draw(st.sets(st.sampled_from(DIFFERENTIABLE), max_size=2))),
+        frozen=frozenset(draw(st.sets(st.sampled_from((*DIFFERENTIABLE, "operands")), max_size=2))),
         transposed=draw(st.booleans()),
-        epilogue=draw(st.sampled_from(EPILOGUES)),
+        epilogue=draw(st.sampled_from(EPILOGUES) | epilogues(dtype)),
         label_smoothing=draw(st.sampled_from((0.0, 0.0, 0.1))),
         reduction=reduction,
         ignore_index=draw(st.sampled_from((-100, 0, None))),
@@ -128,31 +186,30 @@ def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Argument
 
 def run(call: Arguments, *leaves: Tensor) -> Tensor:
     """The op's loss, its differentiable tensors replaced by ``leaves`` (those that are not None, in order)."""
-    return linear_cross_entropy(*with_leaves(call, leaves))[0]
+    loss: Tensor = linear_cross_entropy(*with_leaves(call, leaves))[0]
+    return loss
 
 
 def run_reference(call: Arguments, *leaves: Tensor) -> Tensor:
     """The reference's loss in the leaves' dtype, as float32 at least."""
     call = with_leaves(call, leaves)
-    names = ("bias", "class_mask", "adapter_x", "adapter_weight", "adapter_scale", "epilogue", "num_classes")
+    names = ("bias", "class_weight", "adapter_x", "adapter_weight", "adapter_scale", "epilogue", "operands")
     options: dict[str, Any] = {
-        name: getattr(call, name) for name in (*names, "ignore_index", "label_smoothing", "reduction")
+        name: getattr(call, name) for name in (*names, "num_classes", "ignore_index", "label_smoothing", "reduction")
     }
-    weights: dict[str, Any] = {
-        name: None if getattr(call, name) is None else getattr(call, name).to(call.x.dtype)
-        for name in ("class_weight", "row_weight")
-    }
-    loss = linear_cross_entropy_reference(call.x, call.weight, call.target, **options, **weights)
+    row_weight = None if call.row_weight is None else call.row_weight.to(call.x.dtype)
+    loss = linear_cross_entropy_reference(call.x, call.weight, call.target, row_weight=row_weight, **options)
     return loss if loss.dtype == torch.float64 else loss.to(call.loss_dtype)
 
 
 def leaves_of(call: Arguments) -> list[Tensor]:
     """The differentiable tensors that are there, in order."""
-    return [tensor for name in DIFFERENTIABLE if (tensor := getattr(call, name)) is not None]
+    return [tensor for tensor in call.differentiable if tensor is not None and tensor.is_floating_point()]
 
 
 def with_leaves(call: Arguments, leaves: tuple[Tensor, ...]) -> Arguments:
     """The call with its differentiable tensors replaced."""
-    names = [name for name in DIFFERENTIABLE if getattr(call, name) is not None]
-    replaced: dict[str, Any] = dict(zip(names, leaves, strict=True))
-    return call._replace(**replaced)
+    rest = iter(leaves)
+    replaced: dict[str, Any] = {name: next(rest) for name in DIFFERENTIABLE if getattr(call, name) is not None}
+    operands = [next(rest) if operand.is_floating_point() else operand for operand in call.operands]
+    return call._replace(**replaced, operands=operands)

@@ -13,11 +13,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from structfly.lowering.gemm import HOPPER
+from structfly.lowering.linear_cross_entropy.epilogue import Epilogue, parse_epilogue
 from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES
 from structfly.lowering.template import Parameter, load, render
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor, for one program
-STEPS = (("div", 3.0), ("tanh", 1.0), ("mul", 3.0))
+CAPPED = parse_epilogue("div:3.0,tanh,mul:3.0")
+# Every operation, with operands of every kind.
+LONG = parse_epilogue(
+    "add:class0,sub:row1,rsub:0.5,mul:scalar2,div:scalar3,neg,exp,tanh,sigmoid,clamp_min:row4,clamp_max:class5,rdiv:1.5,"
+    "where:class6:class7,masked_fill:row8:scalar9,where:scalar10:-inf"
+)
+STEPS = CAPPED.source()
 
 
 def compile_one(function: Any, types: dict[str, str], constants: dict[str, int], warps: int, stages: int = 3) -> None:
@@ -28,15 +35,18 @@ def compile_one(function: Any, types: dict[str, str], constants: dict[str, int],
 
 
 def rows_of_logits() -> None:
-    """Every combination of options, with both kinds of epilogue."""
-    pointers = {"t_ptr": "*i64", "m_ptr": "*u8", **{f"{name}_ptr": "*fp32" for name in "cbwsl"}}
-    flags = itertools.product((False, True), repeat=5)
-    for number, (bias, mask, class_weight, coefficient, gradient) in enumerate(flags):
+    """Every combination of options, with several epilogues, and gradients of their operands."""
+    flags = itertools.product((False, True), repeat=4)
+    for number, (bias, class_weight, coefficient, gradient) in enumerate(flags):
+        epilogue = (parse_epilogue(""), CAPPED, LONG, LONG)[number % 4]
+        by_row, by_class = wanted_sums(epilogue, classes=number % 8 > 3) if number % 4 == 3 else ((), ())
         generated = render(
             "linear_cross_entropy_rows",
-            steps=() if number % 2 else STEPS,
+            steps=epilogue.source([operand in by_row + by_class for operand in range(len(epilogue.operands))]),
+            operands=tuple((operand.kind, operand.index in epilogue.conditions) for operand in epilogue.operands),
+            by_row=by_row,
+            by_class=by_class,
             bias=bias,
-            mask=mask,
             class_weight=class_weight,
             coefficient=coefficient,
             smoothing=0.1 if number % 3 == 0 else 0.0,
@@ -44,9 +54,29 @@ def rows_of_logits() -> None:
             gradient=gradient,
             gradient_scale=2048.0 if number % 7 == 0 else 1.0,
         )
-        kind = ("*bf16", "*fp16", "*fp32")[number % 3]
-        types = {"z_ptr": kind, **pointers, "z_stride": "i32"}
-        compile_one(load(generated).rows, types, {"CLASSES": 50257, "BLOCK": 4096}, warps=16)
+        operands = {
+            f"o{operand.index}_ptr": "*u8" if operand.index in epilogue.conditions else "*fp32"
+            for operand in epilogue.operands
+        }
+        types = {"z_ptr": ("*bf16", "*fp16", "*fp32")[number % 3], "t_ptr": "*i64", **pointers("c", "b", "w", "s")}
+        types |= {**operands, **pointers("l", "lse"), **floats("row_sums", "class_sums")}
+        types |= {"z_stride": "i32", "count": "i32"}
+        module = load(generated)
+        compile_one(module.rows, types, {"CLASSES": 50257, "BLOCK": 4096}, warps=16)
+        if by_class and gradient:
+            compile_one(module.tiles, types, {"CLASSES": 50257, "BLOCK": 512, "ROWS": 128}, warps=4)
+
+
+def wanted_sums(epilogue: Epilogue, *, classes: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """All operands that can have a gradient: those with sums along rows, and where asked those with sums over rows."""
+    numbers = [operand for operand in epilogue.operands if operand.index not in epilogue.conditions]
+    by_class = tuple(operand.index for operand in numbers if operand.kind == "class")
+    return tuple(o.index for o in numbers if o.index not in by_class), by_class if classes else ()
+
+
+def pointers(*names: str) -> dict[str, str]:
+    """Arguments of the row step that are pointers to float32."""
+    return {f"{name}_ptr": "*fp32" for name in names}
 
 
 def product(template: str, a_transposed: bool, b_transposed: bool, own: dict[str, str], **own_parameters: Any) -> None:

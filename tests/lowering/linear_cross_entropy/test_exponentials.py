@@ -134,13 +134,13 @@ def test_a_weight_that_begins_anywhere_in_a_buffer() -> None:
     weight = buffer[3:].view_as(call.weight).copy_(call.weight.detach()).requires_grad_()
     assert weight.data_ptr() % 16
     moved = call._replace(weight=weight)
-    for a, b in zip(linear_cross_entropy(*moved), linear_cross_entropy(*call), strict=True):
+    for a, b in zip(linear_cross_entropy(*moved)[:-1], linear_cross_entropy(*call)[:-1], strict=True):
         assert torch.equal(a, b)
 
 
 def test_same_bits_every_time() -> None:
     call = exponentials(rows=60, classes=70, workspace=16 * 80 * 2)
-    for first, second in zip(linear_cross_entropy(*call), linear_cross_entropy(*call), strict=True):
+    for first, second in zip(linear_cross_entropy(*call)[:-1], linear_cross_entropy(*call)[:-1], strict=True):
         assert torch.equal(first, second)
 
 

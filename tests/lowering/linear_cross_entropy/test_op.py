@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,14 @@ from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from tests.lowering.linear_cross_entropy.cases import calls, leaves_of, make_call, run, run_reference
 from tests.oracle import assert_like_eager
 
-OP = torch.ops.structfly.linear_cross_entropy_v1
-BACKWARD = torch.ops.structfly.linear_cross_entropy_backward_v1
+OP = torch.ops.structfly.linear_cross_entropy_v2
+BACKWARD = torch.ops.structfly.linear_cross_entropy_backward_v2
 _REGISTERED = (flops, transforms)  # imported for what they register
+
+
+def flat_results(call: Arguments) -> list[Tensor]:
+    *results, operands = linear_cross_entropy(*call)
+    return [*results, *operands]
 
 
 def upstream_for(call: Arguments) -> Tensor:
@@ -40,7 +46,13 @@ def test_as_accurate_as_the_reference(call: Arguments) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"epilogue": "div:3.0,tanh,mul:3.0", "bias": True}, {"label_smoothing": 0.1}, {"row_weight": True}],
+    [
+        {},
+        {"epilogue": "div:3.0,tanh,mul:3.0", "bias": True},
+        {"label_smoothing": 0.1},
+        {"row_weight": True},
+        {"epilogue": "mul:scalar0,tanh,add:class1,div:row2"},
+    ],
 )
 def test_as_accurate_as_the_reference_at_size(dtype: torch.dtype, options: dict[str, Any]) -> None:
     call = make_call(dtype=dtype, rows=500, hidden=64, classes=1003, workspace=128 * 1008 * dtype.itemsize, **options)
@@ -58,6 +70,8 @@ def test_as_accurate_as_the_reference_at_size(dtype: torch.dtype, options: dict[
         {"reduction": "none", "ignore_index": None},
         {"row_weight": True, "cut": 3},
         {"schedule": "backward", "transposed": True},
+        {"epilogue": "mul:scalar0,tanh,add:class1,div:row2", "label_smoothing": 0.1},
+        {"epilogue": "add:class0,sigmoid,mul:class1,where:row2:class3,sub:scalar4", "schedule": "backward"},
     ],
 )
 def test_as_accurate_as_the_reference_on_cuda(dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -80,19 +94,33 @@ def test_chunk_length_does_not_change_the_loss(call: Arguments) -> None:
 @settings(max_examples=25)
 @given(call=calls(dtypes=(torch.float32, torch.bfloat16)))
 def test_same_bits_every_time(call: Arguments) -> None:
-    for first, second in zip(linear_cross_entropy(*call), linear_cross_entropy(*call), strict=True):
+    for first, second in zip(flat_results(call), flat_results(call), strict=True):
         assert torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"schedule": "backward", "bias": True}, {"rank": 2}])
+LEARNED = "mul:scalar0,tanh,add:class1,where:row2:-2.0,div:row3,clamp_max:1.1,sub:scalar4"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "none"},
+        {"schedule": "backward", "bias": True},
+        {"rank": 2},
+        {"epilogue": LEARNED},
+        {"epilogue": LEARNED, "schedule": "backward", "frozen": frozenset({"x", "weight"})},
+    ],
+)
 def test_opcheck(options: dict[str, Any]) -> None:
     results = opcheck(OP.default, tuple(make_call(**options)))
     assert set(results.values()) == {"SUCCESS"}
 
 
 def test_opcheck_of_the_backward_op() -> None:
-    call = make_call(schedule="backward", bias=True, frozen=frozenset({"x", "weight", "bias"}))
-    arguments = (torch.tensor(0.5), *call._replace(gradients=[True, True, True, False, False]))
+    frozen = frozenset({"x", "weight", "bias", "operands"})
+    call = make_call(schedule="backward", bias=True, frozen=frozen, epilogue="add:class0,mul:row1")
+    arguments = (torch.tensor(0.5), *call._replace(gradients=[True, True, True, False, False, True, False]))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     assert set(opcheck(BACKWARD.default, arguments, test_utils=tests).values()) == {"SUCCESS"}
 
@@ -115,9 +143,25 @@ def test_only_wanted_gradients_are_made() -> None:
     assert gradients.bias.shape == call.bias.shape
 
 
-def test_a_gradient_that_was_left_out_is_refused() -> None:
-    call = make_call()._replace(gradients=[True, False, False, False, False])
-    with pytest.raises(StructflyError, match="gradient of 'weight'"):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("schedule", ["forward", "backward"])
+def test_an_operand_alone_can_have_a_gradient_in_its_own_dtype(dtype: torch.dtype, schedule: str) -> None:
+    call = make_call(
+        dtype=torch.bfloat16,
+        epilogue=LEARNED,
+        operand_dtype=dtype,
+        frozen=frozenset({"x", "weight"}),
+        schedule=schedule,
+    )
+    assert_like_eager(partial(run, call), partial(run_reference, call), leaves_of(call), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["weight", "operands[1]"])
+def test_a_gradient_that_was_left_out_is_refused(name: str) -> None:
+    call = make_call(epilogue="mul:scalar0,add:class1")
+    order = ["x", "weight", "bias", "adapter_x", "adapter_weight", "operands[0]", "operands[1]"]
+    call = call._replace(gradients=[flag and each != name for flag, each in zip(call.gradients, order, strict=True)])
+    with pytest.raises(StructflyError, match=re.escape(f"gradient of '{name}'")):
         linear_cross_entropy(*call)[0].backward()
 
 
@@ -134,7 +178,20 @@ def test_a_target_out_of_range_is_refused_as_torch_does(bad: int) -> None:
     [
         ({"reduction": "max"}, "reduction is 'max'"),
         ({"schedule": "later"}, "schedule is 'later'"),
-        ({"epilogue": "relu"}, "step 'relu'"),
+        ({"epilogue": "relu"}, "step 'relu' of 'relu' is not known"),
+        ({"epilogue": "mul"}, "mul takes a number or tensor"),
+        ({"epilogue": "div:0.0"}, "a divisor may not be 0"),
+        ({"epilogue": "where:1.0:2.0"}, "where takes a tensor and a number or tensor"),
+        ({"epilogue": "mul:class1"}, "number them from 0 on"),
+        ({"epilogue": "mul:class0", "operands": []}, "0 operands and 5 flags"),
+        (
+            {"epilogue": "mul:class0", "operands": [torch.ones(13)], "gradients": [True] * 6},
+            "operand class0 .* has shape",
+        ),
+        (
+            {"epilogue": "where:row0:1.0", "operands": [torch.ones(13)], "gradients": [True] * 6},
+            "it takes .* torch.bool",
+        ),
         ({"row_weight": torch.ones(13)}, "row_weight goes with"),
         ({"reduction": "none"}, "use schedule='backward'"),
     ],
@@ -175,6 +232,24 @@ def test_float16_keeps_its_accuracy_under_a_gradient_scaler(schedule: str, scale
         assert ((gradient.double() - true).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("options", [{"epilogue": "mul:100.0"}, {"epilogue": "div:scalar0,mul:row1"}])
+def test_float16_has_room_for_steep_chains(options: dict[str, Any]) -> None:
+    call = make_call(dtype=torch.float16, class_weight=True, operand_dtype=torch.float32, **options)
+    with torch.no_grad():
+        call.x.mul_(0.01)
+        if call.operands:
+            call.operands[0].fill_(0.004)
+        if call.class_weight is not None:
+            call.class_weight.mul_(50.0)
+    assert_like_eager(partial(run, call), partial(run_reference, call), leaves_of(call), torch.float16)
+
+
+def test_float16_has_no_room_for_chains_of_any_slope() -> None:
+    call = make_call(dtype=torch.float16, epilogue="exp")
+    with pytest.raises(StructflyError, match="has no bound"):
+        linear_cross_entropy(*call)
+
+
 def test_bfloat16_weight_gradient_over_chunks_is_as_accurate_as_in_one() -> None:
     call = make_call(dtype=torch.bfloat16, rows=2048, classes=64, hidden=16, ignored=0.0)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves_of(call)]
@@ -197,6 +272,26 @@ def test_vmap_runs_entry_by_entry() -> None:
     together = torch.vmap(lambda x: OP.default(*call._replace(x=x))[0])(batch)
     one_by_one = torch.stack([linear_cross_entropy(*call._replace(x=x))[0] for x in batch])
     assert torch.equal(together, one_by_one)
+
+
+def test_vmap_takes_batches_of_operands() -> None:
+    call = make_call(frozen=frozenset({"x", "weight", "operands"}), epilogue="mul:scalar0,add:class1")
+    scale, shift = call.operands
+    batch = torch.stack([scale, scale * 2])
+    together = torch.vmap(lambda s: OP.default(*call._replace(operands=[s, shift]))[0])(batch)
+    one_by_one = torch.stack([linear_cross_entropy(*call._replace(operands=[s, shift]))[0] for s in batch])
+    assert torch.equal(together, one_by_one)
+
+
+def test_a_fill_of_minus_infinity_may_be_scaled_by_what_is_learned() -> None:
+    call = make_call(epilogue="where:class0:-inf,mul:class1", ignored=0.0)
+    live = call.operands[0].clone()
+    live[call.target] = True
+    call = call._replace(operands=[live, call.operands[1]])
+    gradients = torch.autograd.grad(run(call, *leaves_of(call)), leaves_of(call))
+    assert gradients[0].isfinite().all()
+    reference = torch.autograd.grad(run_reference(call, *leaves_of(call)), leaves_of(call))
+    assert torch.equal(gradients[2].isnan(), reference[2].isnan())  # 0 times infinity, as eager has it
 
 
 def test_autocast_runs_the_products_in_its_dtype() -> None:

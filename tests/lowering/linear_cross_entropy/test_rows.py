@@ -19,6 +19,8 @@ from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
 from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton
+from structfly.lowering.linear_cross_entropy.schedule import ROWS_A_SUM
+from tests.lowering.linear_cross_entropy.cases import EPILOGUES, epilogues, operands_of
 
 STEPS = [pytest.param(row_step_aten, id="aten"), pytest.param(row_step_triton, id="triton")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU the kernel is interpreted
@@ -27,27 +29,31 @@ PADDING = 5
 INTERPRETED = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
 
 
-def exact(logits: Tensor, target: Tensor, coefficient: Tensor | None, terms: ClassTerms) -> tuple[Tensor, Tensor]:
-    """Losses and dz of the formulas, in float64."""
+def exact(
+    logits: Tensor, target: Tensor, coefficient: Tensor | None, terms: ClassTerms
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Losses, dz and the gradients of the operands that want one, of the formulas, in float64."""
     z = logits.double().requires_grad_()
+    operands = [
+        operand.double().requires_grad_() if want else operand.double() if operand.is_floating_point() else operand
+        for operand, want in zip(terms.operands, terms.operand_gradients, strict=True)
+    ]
     u = z if terms.bias is None else z + terms.bias.double()
-    u = terms.epilogue.apply(u)
-    if terms.mask is not None:
-        u = torch.where(terms.mask, u, -torch.inf)
     losses = F.cross_entropy(
-        u,
+        terms.epilogue.apply(u, operands),
         target,
         weight=None if terms.weight is None else terms.weight.double(),
         ignore_index=-1 if terms.ignore_index is None else terms.ignore_index,
         label_smoothing=terms.label_smoothing,
         reduction="none",
     )
-    if coefficient is None:
-        (dz,) = torch.autograd.grad(losses.sum(), z)
-        return losses.detach(), dz
-    losses = torch.where(coefficient != 0, losses, 0.0)
-    (dz,) = torch.autograd.grad((losses * coefficient.double()).sum(), z)
-    return losses.detach(), dz
+    total = losses.sum()
+    if coefficient is not None:
+        losses = torch.where(coefficient != 0, losses, 0.0)
+        total = (losses * coefficient.double()).sum()
+    leaves = [operand for operand in operands if operand.requires_grad]
+    dz, *sums = torch.autograd.grad(total, [z, *leaves])
+    return losses.detach(), dz, sums
 
 
 @st.composite
@@ -61,18 +67,23 @@ def row_problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None, ClassT
     target = torch.randint(0, classes, (rows,), generator=generator)
     if ignore_index is not None:
         target[draw(st.integers(0, rows - 1))] = ignore_index
-    mask = None
+    epilogue = draw(st.sampled_from(EPILOGUES) | epilogues())
+    operands = operands_of(epilogue, rows, classes, generator, torch.float32)
+    wanted = [operand.is_floating_point() and draw(st.booleans()) for operand in operands]
     if draw(st.booleans()) and not smoothing:  # a masked class under smoothing makes every loss infinite
-        mask = torch.rand(classes, generator=generator) < 0.8
-        mask[target.clamp_min(0)] = True
+        epilogue = ",".join(filter(None, (epilogue, f"where:class{len(operands)}:-inf")))
+        operands.append(torch.rand(classes, generator=generator) < 0.8)
+        operands[-1][target.clamp_min(0)] = True
+        wanted.append(False)
     weight = torch.rand(classes, generator=generator) + 0.1 if draw(st.booleans()) else None
     coefficient = torch.randn(rows, generator=generator) if draw(st.booleans()) else None
     if coefficient is not None and draw(st.booleans()):
         coefficient[0] = 0.0
     terms = ClassTerms(
-        epilogue=parse_epilogue(draw(st.sampled_from(("", "mul:-0.5", "div:3.0,tanh,mul:3.0", "tanh,mul:4.0,tanh")))),
+        epilogue=parse_epilogue(epilogue),
+        operands=tuple(operands),
+        operand_gradients=tuple(wanted),
         bias=torch.randn(classes, generator=generator).to(dtype) if draw(st.booleans()) else None,
-        mask=mask,
         weight=weight,
         weight_sum=None if weight is None else weight.sum(),
         label_smoothing=smoothing,
@@ -87,18 +98,23 @@ def on_device(value: Any) -> Any:
 
 
 def terms_on_device(terms: ClassTerms) -> ClassTerms:
-    return ClassTerms(**{name: on_device(value) for name, value in vars(terms).items()})
+    moved = {name: on_device(value) for name, value in vars(terms).items()}
+    return ClassTerms(**{**moved, "operands": tuple(map(on_device, terms.operands))})
 
 
 def check(step: RowStep, logits: Tensor, target: Tensor, coefficient: Tensor | None, terms: ClassTerms) -> None:
     classes = logits.shape[1] - PADDING
-    losses, dz = exact(logits[:, :classes], target, coefficient, terms)
+    losses, dz, sums = exact(logits[:, :classes], target, coefficient, terms)
     buffer = logits.clone().to(DEVICE)
     place = terms_on_device(terms)
     forward = step(buffer.clone()[:, :classes], on_device(target), on_device(coefficient), place, gradient=False)
     made = step(buffer[:, :classes], on_device(target), on_device(coefficient), place, gradient=True)
-    assert torch.equal(forward, made)
-    torch.testing.assert_close(made.cpu().double(), losses, rtol=2e-6, atol=4e-6, equal_nan=True)
+    assert torch.equal(forward.losses, made.losses)
+    torch.testing.assert_close(made.losses.cpu().double(), losses, rtol=2e-6, atol=4e-6, equal_nan=True)
+    wanted = [operand for operand, want in enumerate(terms.operand_gradients) if want]
+    for operand, share, true in zip(wanted, made.operand_sums, sums, strict=True):
+        whole = share.sum() if terms.epilogue.operands[operand].kind == "scalar" else share
+        torch.testing.assert_close(whole.cpu().double(), true, rtol=4e-5, atol=2e-5)
     rounding = torch.finfo(logits.dtype).eps
     scaled = dz * terms.gradient_scale
     torch.testing.assert_close(
@@ -109,18 +125,37 @@ def check(step: RowStep, logits: Tensor, target: Tensor, coefficient: Tensor | N
 
 @pytest.mark.parametrize("step", STEPS)
 @INTERPRETED
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(problem=row_problems())
 def test_losses_and_gradients(step: RowStep, problem: tuple[Tensor, Tensor, Tensor | None, ClassTerms]) -> None:
     check(step, *problem)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@INTERPRETED
+def test_operands_of_every_kind_over_several_tiles(step: RowStep) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, classes = ROWS_A_SUM + 5, 530
+    epilogue = "mul:scalar0,add:class1,tanh,div:row2,sub:class3"
+    terms = plain_terms(
+        epilogue=parse_epilogue(epilogue),
+        operands=tuple(operands_of(epilogue, rows, classes, generator, torch.float32)),
+        operand_gradients=(True, True, True, True),
+        ignore_index=-100,
+    )
+    target = torch.randint(0, classes, (rows,), generator=generator)
+    target[7] = -100
+    coefficient = torch.randn(rows, generator=generator) / 8
+    check(step, torch.randn(rows, classes + PADDING, generator=generator), target, coefficient, terms)
 
 
 def plain_terms(**changes: Any) -> ClassTerms:
     return ClassTerms(
         **{
             "epilogue": parse_epilogue(""),
+            "operands": (),
+            "operand_gradients": (),
             "bias": None,
-            "mask": None,
             "weight": None,
             "weight_sum": None,
             "label_smoothing": 0.0,
@@ -148,7 +183,7 @@ def test_special_values_as_torch(step: RowStep, row: list[float], expected: str)
     logits = torch.tensor([row])
     target = torch.tensor([0])
     reference = F.cross_entropy(logits, target, reduction="none")
-    loss = step(logits.to(DEVICE), target.to(DEVICE), None, plain_terms(), gradient=False).cpu()
+    loss = step(logits.to(DEVICE), target.to(DEVICE), None, plain_terms(), gradient=False).losses.cpu()
     torch.testing.assert_close(loss, reference, equal_nan=True)
     assert {"nan": loss.isnan(), "inf": loss.isinf(), "finite": loss.isfinite()}[expected].all()
 
@@ -156,8 +191,14 @@ def test_special_values_as_torch(step: RowStep, row: list[float], expected: str)
 @pytest.mark.parametrize("step", STEPS)
 def test_no_rows(step: RowStep) -> None:
     empty = torch.empty(0, 7, device=DEVICE)
-    losses = step(empty, torch.empty(0, dtype=torch.int64, device=DEVICE), None, plain_terms(), gradient=True)
-    assert losses.shape == (0,)
+    terms = plain_terms(
+        epilogue=parse_epilogue("mul:scalar0,add:class1,div:row2"),
+        operands=(torch.ones((), device=DEVICE), torch.ones(7, device=DEVICE), torch.ones(0, device=DEVICE)),
+        operand_gradients=(True, True, True),
+    )
+    made = step(empty, torch.empty(0, dtype=torch.int64, device=DEVICE), None, terms, gradient=True)
+    assert [part.shape for part in (made.losses, *made.operand_sums)] == [(0,), (0,), (7,), (0,)]
+    assert not made.operand_sums[1].any()
 
 
 def test_triton_rows_refuse_float64() -> None:
@@ -180,9 +221,9 @@ def test_offsets_past_two_to_the_31() -> None:
     logits[-3:] = torch.randn(3, classes, device="cuda").bfloat16()
     last = logits[-3:].float().cpu()
     target = torch.arange(rows, device="cuda") % classes
-    losses, dz = exact(last, target[-3:].cpu(), None, plain_terms())
+    losses, dz, _ = exact(last, target[-3:].cpu(), None, plain_terms())
     made = row_step_triton(logits, target, None, plain_terms(), gradient=True)
-    torch.testing.assert_close(made[-3:].cpu().double(), losses, rtol=2e-6, atol=4e-6)
+    torch.testing.assert_close(made.losses[-3:].cpu().double(), losses, rtol=2e-6, atol=4e-6)
     torch.testing.assert_close(logits[-3:].cpu().double(), dz, rtol=1e-2, atol=1e-6)
 
 

@@ -14,7 +14,7 @@ from structfly.lowering.linear_divergence.reference import linear_divergence_ref
 from structfly.lowering.linear_divergence.rows import KINDS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-EPILOGUES = ("", "div:2.0", "div:3.0,tanh,mul:3.0", "mul:-1.25")
+EPILOGUES = ("", "div:2.0", "div:3.0,tanh,mul:3.0", "mul:-1.25", "add:0.5,sigmoid,mul:5.0,neg")
 TEACHERS = ("head", "logits", "probabilities", "log_probabilities")
 
 

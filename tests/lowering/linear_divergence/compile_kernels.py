@@ -13,15 +13,15 @@ from structfly.lowering.linear_divergence.rows_triton import kernel_parameters
 from structfly.lowering.template import load, render
 from tests.lowering.linear_cross_entropy.compile_kernels import compile_one
 
-CHAINS = ("", "div:3.0,tanh,mul:3.0")
+CHAINS = ("clamp_max:3.0,add:0.5,sigmoid,mul:5.0", "div:3.0,tanh,mul:3.0", "")
 
 
 def rows() -> None:
     """Every kind with every form of teacher; the other options take turns."""
     for number, (kind, form) in enumerate(itertools.product(KINDS, TEACHER_FORMS)):
         parameters = kernel_parameters(
-            parse_epilogue(CHAINS[number % 2]),
-            parse_epilogue(CHAINS[number % 3 % 2] if form == "logits" else ""),
+            parse_epilogue(CHAINS[number % 3]),
+            parse_epilogue(CHAINS[number // 2 % 3] if form == "logits" else ""),
             kind=kind,
             beta=0.3,
             smoothing=0.1 if kind == "cross_entropy" and number % 2 else 0.0,

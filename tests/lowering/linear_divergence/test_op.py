@@ -142,6 +142,8 @@ def test_no_rows(teacher: str) -> None:
             {"teacher_x": None, "teacher_weight": None, "teacher": torch.ones(13, 37), "teacher_bias": torch.ones(37)},
             "teacher_bias goes with",
         ),
+        ({"epilogue": "mul:scalar0"}, "epilogue is 'mul:scalar0'; allowed: steps whose operands are numbers"),
+        ({"teacher_epilogue": "add:class0"}, "teacher_epilogue is 'add:class0'; allowed: steps whose"),
     ],
 )
 def test_meaningless_arguments_are_refused(changes: dict[str, Any], message: str) -> None:

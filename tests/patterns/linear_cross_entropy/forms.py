@@ -235,6 +235,149 @@ def constant_times_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: 
     return F.cross_entropy(_rows(-0.25 * F.linear(x, w, b)), labels.view(-1))
 
 
+# ----------------------------------------------------------------------------- pointwise chains, learned parts in them
+
+
+@form()
+def learned_temperature(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w)) / (b[0].abs() + 1.0), labels.view(-1))
+
+
+@form()
+def logit_scale_of_clip(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    images, texts = x[0] / x[0].norm(dim=-1, keepdim=True), w / w.norm(dim=-1, keepdim=True)
+    return F.cross_entropy(b[0].exp() * (images @ texts.t()), ids[0])
+
+
+@form("backward")
+def learned_scale_per_token(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w) * b[:1]), labels.view(-1), reduction="none")
+
+
+@form()
+def sigmoid_cap_of_modded_nanogpt(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)
+    return F.cross_entropy(_rows(23 * torch.sigmoid((z + 5) / 7.5)), labels.view(-1))
+
+
+@form()
+def sigmoid_cap_of_one_method_chain(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w)).mul(0.4).add(1).sigmoid().multiply(9.0).neg(), labels.view(-1))
+
+
+@form()
+def class_bias_after_cap(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(3.0 * torch.tanh(F.linear(x, w) / 3.0) + b), labels.view(-1), label_smoothing=0.1)
+
+
+@form()
+def class_bias_where_classes_come_first(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b).transpose(1, 2)
+    return F.cross_entropy(z * b.unsqueeze(-1), labels)
+
+
+@form()
+def class_bias_before_the_cut(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    classes = w.shape[0] - 3
+    z = (F.linear(x, w, b) * b)[..., :classes] - b[:classes]
+    return F.cross_entropy(_rows(z), labels.clamp_max(classes - 1).view(-1))
+
+
+@form()
+def row_temperature(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    temperature = x.square().mean(-1, keepdim=True) + 1.0
+    return F.cross_entropy(_rows(F.linear(x, w) / temperature), labels.view(-1))
+
+
+@form()
+def sequence_temperature_then_shift(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    temperature = (x[:, 0, :1] ** 2 + 1.0).unsqueeze(-1)
+    z = (F.linear(x, w, b) / temperature)[:, :-1].transpose(0, 1)
+    return F.cross_entropy(z.reshape(-1, w.shape[0]), labels[:, 1:].t().reshape(-1))
+
+
+@form()
+def row_temperature_after_the_views(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)[torch.tensor([2, 0])].permute(0, 2, 1)
+    return F.cross_entropy(z * (x[:2, :, 0].unsqueeze(1) + 2.0), labels[torch.tensor([2, 0])])
+
+
+@form("backward")
+def row_temperature_of_split_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w)) * (x[..., :1] + 2.0).view(-1, 1)
+    scale, pairs = b[1].exp(), zip(z.split(4), labels.view(-1).split(4), strict=True)
+    return torch.stack([F.cross_entropy(part * scale, target, reduction="sum") for part, target in pairs]).sum()
+
+
+@form()
+def clamped(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w, b).clamp(-2, 1.5)), labels.view(-1))
+
+
+@form()
+def clamped_one_side_at_a_time(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = torch.clamp_min(torch.clip(F.linear(x, w), max=b[0] + 1.0), -1.5)
+    return F.cross_entropy(_rows(z.clamp_(max=2.0)), labels.view(-1))
+
+
+@form()
+def reversed_operands(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(2.0 / (1.5 - torch.tanh(F.linear(x, w))).exp()), labels.view(-1))
+
+
+@form()
+def operands_that_return(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    scale, low = b[0].exp(), b < -1.0
+    z = (F.linear(x, w) * scale + b).masked_fill_(low, 0.5) * b
+    return F.cross_entropy(_rows((z - scale).where(low[None], b)), labels.view(-1))
+
+
+@form("backward")
+def checkpointed_with_a_temperature(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    def head(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return F.cross_entropy(_rows(torch.tanh(x @ w.T / scale) + shift), labels.view(-1))
+
+    result: Tensor = checkpoint(head, x, x[..., :1] ** 2 + 1.0, b, use_reentrant=False)
+    return result
+
+
+@form()
+def row_filled(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = torch.where((ids > 9).unsqueeze(-1), F.linear(x, w, b), b[3])
+    return F.cross_entropy(_rows(z), labels.view(-1))
+
+
+@form()
+def filled_with_zero(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b).masked_fill(torch.arange(w.shape[0]) > 9, 0.0)
+    return F.cross_entropy(_rows(z), labels.view(-1))
+
+
+@form()
+def filled_with_the_lowest_and_smoothed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b).masked_fill(torch.arange(w.shape[0]) > 33, torch.finfo(x.dtype).min / 64)
+    return F.cross_entropy(_rows(z), ids.view(-1) % 30, label_smoothing=0.1)
+
+
+@form()
+def mask_then_scaled_by_a_negative_number(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = torch.where(torch.arange(w.shape[0]) < 30, -F.linear(x, w, b), torch.tensor(float("inf")))
+    return F.cross_entropy(_rows(z * -0.5), ids.view(-1) % 30)
+
+
+@form()
+def masked_then_written(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b) * 1.5
+    z[..., w.shape[0] - 3 :] = -4.0
+    return F.cross_entropy(_rows(torch.tanh(z)), labels.view(-1))
+
+
+@form()
+def integers_among_the_operands(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b) * (ids.unsqueeze(-1) % 3) + torch.arange(w.shape[0]).lt(9)
+    return F.cross_entropy(_rows(z), labels.view(-1))
+
+
 # ------------------------------------------------------------------------------------ (4), (5) log-probabilities
 
 
@@ -499,12 +642,6 @@ def one_part_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labe
     return first + F.cross_entropy(z[6:], target[6:])
 
 
-@near_miss("other than -inf")
-def filled_with_the_lowest_and_smoothed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    z = F.linear(x, w, b).masked_fill(torch.arange(w.shape[0]) > 33, torch.finfo(x.dtype).min)
-    return F.cross_entropy(_rows(z), ids.view(-1) % 30, label_smoothing=0.1)
-
-
 @near_miss("come into this graph as its input")
 def no_linear(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(x.view(-1, x.shape[-1]), ids.view(-1) % x.shape[-1]) + 0 * w.sum()
@@ -530,16 +667,6 @@ def mean_of_log_probabilities_used_elsewhere(x: Tensor, w: Tensor, b: Tensor, id
     return (0.9 * nll + 0.1 * smooth).mean() + smooth.square().mean()
 
 
-@near_miss("constant number")
-def learned_scale(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(_rows(F.linear(x, w) * b[0]), labels.view(-1))
-
-
-@near_miss("scaled, masked or shifted")
-def bias_after_scale(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(_rows(F.linear(x, w) * 0.5 + b), labels.view(-1))
-
-
 @near_miss("mixes the class dimension")
 def classes_regrouped(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w[:12]).reshape(-1, 3), ids.view(-1).repeat_interleave(4) % 3) + 0 * b.sum()
@@ -553,12 +680,6 @@ def classes_not_last(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tenso
 @near_miss("other than a leading slice")
 def classes_cut_at_the_front(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_rows(F.linear(x, w, b)[..., 2:]), ids.view(-1) % (w.shape[0] - 2))
-
-
-@near_miss("other than -inf")
-def filled_with_zero(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    z = F.linear(x, w, b).masked_fill(torch.arange(w.shape[0]) > 9, 0.0)
-    return F.cross_entropy(_rows(z), labels.view(-1))
 
 
 @near_miss("writes into the logits")
@@ -639,3 +760,114 @@ def log_softmax_twice(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tens
 @near_miss("over the classes")
 def log_softmax_over_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.nll_loss(F.log_softmax(_rows(F.linear(x, w, b)), 0), labels.view(-1))
+
+
+# --------------------------------------------------------------------------------- near misses of pointwise chains
+
+
+@near_miss("a number for each row and class")
+def temperature_of_each_logit(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    temperature = 1.0 + (ids.unsqueeze(-1) + torch.arange(w.shape[0])) % 5
+    return F.cross_entropy(_rows(F.linear(x, w) / temperature), labels.view(-1))
+
+
+@near_miss("a flag for each row and class")
+def mask_of_each_logit(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    own = torch.arange(w.shape[0]) == ids.unsqueeze(-1)
+    return F.cross_entropy(_rows(F.linear(x, w, b).masked_fill(own, 0.5)), labels.view(-1))
+
+
+@near_miss("must exist")
+def temperature_computed_from_the_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    return F.cross_entropy(_rows(z / z.detach().max()), labels.view(-1))
+
+
+@near_miss("a number for each row and class")
+def logits_squared(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z * z, labels.view(-1))
+
+
+@near_miss("with alpha is not read")
+def class_bias_times_alpha(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(torch.add(_rows(F.linear(x, w)), b, alpha=2.0), labels.view(-1))
+
+
+@near_miss("with rounding_mode is not read")
+def divided_and_rounded(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(torch.div(_rows(F.linear(x, w)), 0.1, rounding_mode="floor") + b, labels.view(-1))
+
+
+@near_miss("of two bounds a tensor is one")
+def clamped_between_tensors(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_rows(F.linear(x, w)).clamp(-b.abs(), b.abs()), labels.view(-1))
+
+
+@near_miss("maximum (maximum) stands where")
+def maximum_of_two(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(torch.maximum(_rows(F.linear(x, w)), b), labels.view(-1))
+
+
+@near_miss("meets a tensor with a number for each of its rows")
+def row_temperatures_of_parts(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, temperature = _rows(F.linear(x, w, b)), x[0, :3, :1] + 3.0
+    parts = [z[start : start + 3] * temperature for start in range(0, 15, 3)]
+    losses = [F.cross_entropy(part, target) for part, target in zip(parts, ids.view(-1).split(3), strict=True)]
+    return torch.stack(losses).sum()
+
+
+@near_miss("scaled or masked differently")
+def parts_of_different_temperature(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, target = _rows(F.linear(x, w)), ids.view(-1)
+    return F.cross_entropy(z[:6] * b[0], target[:6]) + F.cross_entropy(z[6:] * b[1], target[6:])
+
+
+@near_miss("unseen by differentiation")
+def scaled_in_place_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    with torch.no_grad():
+        z = z.mul_(0.5)
+    return F.cross_entropy(_rows(z), labels.view(-1))
+
+
+@near_miss("unseen by differentiation")
+def written_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    with torch.no_grad():
+        z[..., 30:] = 0.5
+    return F.cross_entropy(_rows(z), labels.view(-1))
+
+
+@near_miss("stops the gradient")
+def capped_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    with torch.no_grad():
+        z = torch.sigmoid(z)
+    return F.cross_entropy(_rows(z + b), labels.view(-1))
+
+
+@near_miss("writes into a tensor that the nodes of this site read")
+def temperature_overwritten(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        temperature = x[..., :1] * 1 + 3.0
+        z = F.linear(x, w, b) / temperature
+        temperature[0] = 1.0
+        return F.cross_entropy(_rows(z), labels.view(-1))
+
+
+@near_miss("to (to_1) of the logits is not an operation")
+def rounded_to_integers(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.cross_entropy(_rows(F.linear(x, w, b)).to(torch.int32).to(x.dtype), labels.view(-1))
+
+
+@near_miss("divides by 0")
+def divided_by_zero(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(torch.tanh(_rows(F.linear(x, w, b)) / 0.0), labels.view(-1))
+
+
+@near_miss("broadcasts the logits to another shape")
+def logits_broadcast(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x[0], w, b)[None].masked_fill(ids[:2, :1, None] > 4, 1.0)
+    return F.cross_entropy(_rows(z), ids[:2].reshape(-1))

@@ -50,6 +50,18 @@ def capped_and_smoothed(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(torch.tanh(F.linear(x, w) / 30.0) * 30.0, t, label_smoothing=0.1)
 
 
+def sigmoid_capped(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(23.0 * torch.sigmoid((F.linear(x, w) + 5.0) / 7.5), t)
+
+
+def learned_scale(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w) * x[0, 0], t)
+
+
+def learned_shift(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w) * 0.5 + w[:, 0], t)
+
+
 def stored_transposed(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy((x @ w).float(), t)
 
@@ -91,6 +103,8 @@ def test_exponentials_are_chosen_where_generated_products_run_well() -> None:
         (loss, torch.float16, SEED),
         (loss, torch.float32, SEED),
         (capped_and_smoothed, torch.bfloat16, SEED),
+        (learned_scale, torch.bfloat16, SEED),
+        (learned_shift, torch.bfloat16, SEED),
         (loss, torch.bfloat16, (16384, 770, 50257)),
         (stored_transposed, torch.bfloat16, ODD),
     ],
@@ -102,15 +116,19 @@ def test_heads_that_exponentials_do_not_serve_keep_the_logits(
     assert site.candidate.startswith(("logits, ", "dense"))
 
 
-@pytest.mark.parametrize("function", [smoothed, capped, stored_transposed])
+@pytest.mark.parametrize("function", [smoothed, capped, sigmoid_capped, stored_transposed])
 def test_variants_that_exponentials_serve(function: Callable[..., Tensor]) -> None:
     assert choose(SEED, function=function).candidate.startswith("exponentials, ")
 
 
 @pytest.mark.parametrize("shape", [SEED, (8192, 4096, 128256), ODD])
-@pytest.mark.parametrize("memory", [600, 800, 1100, 2000])
-def test_the_limit_is_kept_and_more_memory_is_never_slower(shape: tuple[int, int, int], memory: int) -> None:
-    site, roomier = choose(shape, memory=f"{memory}MiB"), choose(shape, memory=f"{2 * memory}MiB")
+@pytest.mark.parametrize(
+    ("memory", "function"), [(600, loss), (800, loss), (1100, loss), (2000, loss), (2300, learned_shift)]
+)
+def test_the_limit_is_kept_and_more_memory_is_never_slower(
+    shape: tuple[int, int, int], memory: int, function: Callable[..., Tensor]
+) -> None:
+    site, roomier = (choose(shape, memory=f"{size}MiB", function=function) for size in (memory, 2 * memory))
     assert site.peak_bytes is not None
     assert site.peak_bytes <= memory * MIB
     assert site.seconds is not None

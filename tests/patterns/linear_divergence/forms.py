@@ -213,6 +213,12 @@ def capped_both(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor
 
 
 @form("forward_kl")
+def squashed_both(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    student, teacher = 7.0 * torch.sigmoid((F.linear(x, w) + 1.0) / 3.0), (y @ u.t()).clamp(-2.0, 2.0)
+    return F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="sum")
+
+
+@form("forward_kl")
 def shifted_both(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     student, teacher = F.linear(x, w)[:, :-1].contiguous(), F.linear(y, u)[:, :-1]
     log_p, log_q = F.log_softmax(_rows(student), -1), F.log_softmax(_rows(teacher), -1)
@@ -403,6 +409,11 @@ def relu_before(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor
 @near_miss("not read as log-probabilities and a distribution")
 def scaled_log_probabilities(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     return F.kl_div(F.linear(x, w).log_softmax(-1) + 1.0, q, reduction="sum")
+
+
+@near_miss("mul of the student's logits takes a tensor")
+def learned_scale(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    return F.kl_div((F.linear(x, w) * b[0].exp()).log_softmax(-1), q, reduction="sum")
 
 
 @near_miss("set to -inf")
