@@ -209,8 +209,7 @@ class Epilogue:
         return step.name, in_kernel(operation.value, **known), in_kernel(operation.gradient, **known), gradients
 
 
-# Values and gradients that torch computes in place and in one pass: a buffer for every operation costs as much as its
-# arithmetic.
+# Values and gradients that torch computes in place and in one pass, without a buffer for every operation.
 _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     name: getattr(Tensor, f"{name}_") for name in ("add", "sub", "mul", "div", "neg", "exp", "tanh", "sigmoid")
 }

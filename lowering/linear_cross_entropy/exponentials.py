@@ -16,12 +16,10 @@ synchronisation with the host: the launches are always made and find nothing to 
 Rows that do not count (ignored, or of coefficient 0) are left out: the rows that do are gathered one after another, and
 the kernels read on the device how many there are.
 
-A target's entry is by far the largest of its row.  What its rounding to bfloat16 leaves out is added to dx where the
-factor is multiplied in, as factor (entry - bfloat16(entry)) W_t, and to dW by
-:mod:`~structfly.lowering.linear_cross_entropy.weight_sum`.
-
-Label smoothing takes c_n f' w_v share off every dz_nv, share = smoothing / C: an outer product, which goes into the
-gradients' epilogues as one, -c_n f' share (sum_v w_v W_v) for dx and -w_v (sum_n c_n f' share x_n) for dW.
+A target's entry can be far larger than the rest of its row.  What its rounding to bfloat16 leaves out is added to dx
+where the factor is multiplied in, as factor (entry - bfloat16(entry)) W_t, and to dW by
+:mod:`~structfly.lowering.linear_cross_entropy.weight_sum`.  Label smoothing's term is an outer product, which goes into
+the gradients' epilogues as one: :mod:`~structfly.lowering.linear_cross_entropy.smoothing`.
 """
 
 from __future__ import annotations

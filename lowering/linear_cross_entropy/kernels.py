@@ -41,7 +41,7 @@ def _check(call: Arguments) -> None:
     unserved = "" if call.scheme == "logits" else _why_no_exponentials(call)
     if unserved:
         raise StructflyError(f"the scheme 'exponentials' does not serve this head: {unserved}; use 'logits'")
-    if call.schedule == "forward" and call.reduction == "none" and any(call.gradients):
+    if call.schedule == "forward" and call.reduction == "none" and call.wanted.any:
         raise StructflyError("reduction='none' has no scalar upstream gradient; use schedule='backward'")
     _check_operands(call)
     if call.row_weight is not None and call.reduction != "sum":

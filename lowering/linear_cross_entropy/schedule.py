@@ -35,7 +35,7 @@ def why_no_exponentials(
     if hidden % 8:
         return f"its {hidden} hidden units are no multiple of 8, which tensor descriptors need"
     if epilogue.without_dead_classes()[0].operands:
-        return "a tensor among the operands of its epilogue, beside a last mask of classes"
+        return "its pointwise chain takes a tensor, other than masks of classes at its end"
     if label_smoothing and not epilogue.linear:
         return "label smoothing of logits that are capped or masked"
     if adapter:

@@ -3,8 +3,8 @@
 The upper 16 bits of a float32 lie in the gradient's own memory, the next 4 beside it: what every addition rounds has
 1/256 of the variance of a rounding to bfloat16.  The last call with rows rounds to bfloat16.
 
-A row's contribution at its own target is by far its largest, and the product forms it from two rounded factors, the
-entry of the exponentials and factor x.  What they leave out,
+A row's contribution at its own target can be far larger than its others, and the product forms it from two rounded
+factors, the entry of the exponentials and factor x.  What they leave out,
 
     factor entry x - bfloat16(entry) bfloat16(factor x),
 

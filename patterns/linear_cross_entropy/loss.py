@@ -124,12 +124,10 @@ def _gathered(call: Call) -> LossForm | str:
 
 def _difference(call: Call) -> LossForm | str | None:
     """``z.gather(-1, t) - z.logsumexp(-1)``, or the other way round; None for a difference of anything else."""
-    sides = [_side(call["input"]), _side(call["other"])]
-    if sides[0] is None or sides[1] is None or {side[0].op for side in sides if side} != {"gather", "logsumexp"}:
+    sides = _sides(call, "logsumexp")
+    if sides is None or any(factor != 1.0 for _, factor, _ in sides):
         return None
-    (gather, gather_nodes), (logsumexp, logsumexp_nodes) = sorted(
-        (side for side in sides if side), key=lambda side: side[0].op
-    )
+    (gather, _, gather_nodes), (logsumexp, _, logsumexp_nodes) = sides
     form, value = _gathered(gather), example(call.node)
     if isinstance(form, str):
         return form
@@ -146,7 +144,7 @@ def _difference(call: Call) -> LossForm | str | None:
         form,
         anchor=call.node,
         of_log_softmax=False,
-        negated=sides[0][0].op == "gather",
+        negated=call["input"] is gather_nodes[0],
         inner=(*gather_nodes, *logsumexp_nodes),
         target_dim=None if kept else form.class_dim,
     )
@@ -154,12 +152,10 @@ def _difference(call: Call) -> LossForm | str | None:
 
 def _smoothed(call: Call) -> LossForm | None:
     """timm's label smoothing: ``a * -log_p.gather(-1, t) + s * -log_p.mean(-1)`` with a + s = 1."""
-    sides = [_scaled_side(call["input"]), _scaled_side(call["other"])]
-    if sides[0] is None or sides[1] is None or sides[0][0].op == sides[1][0].op:
+    sides = _sides(call, "mean")
+    if sides is None:
         return None
-    (gather, confidence, nodes), (mean, smoothing, others) = sorted(
-        (side for side in sides if side), key=lambda side: side[0].op
-    )
+    (gather, confidence, nodes), (mean, smoothing, others) = sides
     if gather["input"] is not mean["input"] or not _is_log_softmax(gather["input"]):
         return None
     form, logits, value = _gathered(gather), example(gather["input"]), example(call.node)
@@ -180,8 +176,19 @@ def _smoothed(call: Call) -> LossForm | None:
     )
 
 
-def _scaled_side(node: object) -> tuple[Call, float, tuple[fx.Node, ...]] | None:
-    """The gather or mean beneath signs, constant factors, squeezes and casts; the factor; the nodes down to it."""
+# An operand of a sum or difference: what it is made of, its factor, and the nodes down to that.
+_Side = tuple[Call, float, tuple[fx.Node, ...]]
+
+
+def _sides(call: Call, other: str) -> tuple[_Side, _Side] | None:
+    """The operands of ``call``, if one is made of a gather and one of ``other``, in this order."""
+    sides = [side for operand in (call["input"], call["other"]) if (side := _side(operand, other)) is not None]
+    by_op = {side[0].op: side for side in sides}
+    return (by_op["gather"], by_op[other]) if len(sides) == 2 and by_op.keys() == {"gather", other} else None
+
+
+def _side(node: object, other: str) -> _Side | None:
+    """What is beneath signs, constant factors, squeezes and casts, if it is a gather or ``other``."""
     nodes: list[fx.Node] = []
     factor = 1.0
     while isinstance(node, fx.Node):
@@ -189,8 +196,8 @@ def _scaled_side(node: object) -> tuple[Call, float, tuple[fx.Node, ...]] | None
         if call is None:
             return None
         nodes.append(node)
-        if call.op in ("gather", "take_along_dim", "mean"):
-            return replace(call, op="mean" if call.op == "mean" else "gather"), factor, tuple(nodes)
+        if call.op in ("gather", "take_along_dim", other):
+            return replace(call, op=other if call.op == other else "gather"), factor, tuple(nodes)
         node = call.get("input")
         if call.op == "neg":
             factor = -factor
@@ -219,22 +226,6 @@ def _shapes(call: Call) -> Iterator[torch.Size]:
         value = example(node)
         if value is not None:
             yield value.shape
-
-
-def _side(node: object) -> tuple[Call, tuple[fx.Node, ...]] | None:
-    """The gather or logsumexp beneath squeezes and casts, and the nodes down to it."""
-    nodes: list[fx.Node] = []
-    while isinstance(node, fx.Node):
-        call = read(node)
-        if call is None:
-            return None
-        nodes.append(node)
-        if call.op in ("gather", "take_along_dim", "logsumexp"):
-            return (replace(call, op="logsumexp" if call.op == "logsumexp" else "gather"), tuple(nodes))
-        if call.op not in ("squeeze", "contiguous", "clone") and not is_cast(call):
-            return None
-        node = call["input"]
-    return None
 
 
 def _is_log_softmax(node: object) -> bool:

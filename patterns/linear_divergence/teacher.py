@@ -44,7 +44,6 @@ class Softmax:
     class_dim: int
     inner: tuple[fx.Node, ...] = ()
     of_log_softmax: bool = False
-    label_smoothing: float = 0.0
 
 
 def softmax_of(distribution: Distribution, nodes: Collection[fx.Node], region: Region) -> Softmax:
