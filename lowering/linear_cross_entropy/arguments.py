@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.chunked import Head, Wanted
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.epilogue import parse_epilogue
+from structfly.lowering.head.linear import DIFFERENTIABLE, Wanted
+from structfly.lowering.linear_cross_entropy.chunked import Head
 
 # The ABI version goes up with any change of the schema, of the fakes or of the autograd formula, so that a compile
 # cache filled by another version is never served.
 NAME = "structfly::linear_cross_entropy_v2"
 BACKWARD_NAME = "structfly::linear_cross_entropy_backward_v2"
-DEVICES = ("cpu", "cuda")
 
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? row_weight, "
@@ -23,11 +23,7 @@ ARGUMENTS = (
     "SymInt num_classes, int? ignore_index, float label_smoothing, str reduction, ScalarType loss_dtype, "
     "bool[] gradients, str schedule, str scheme, int workspace, bool autocast"
 )
-GRADIENTS = "Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_adapter_x, Tensor grad_adapter_weight"
 OPERAND_GRADIENTS = "Tensor[] grad_operands"
-
-# The arguments that have gradients, in the order of ``gradients``; the operands, which follow, have one each.
-DIFFERENTIABLE = ("x", "weight", "bias", "adapter_x", "adapter_weight")
 
 
 class Arguments(NamedTuple):

@@ -24,7 +24,7 @@ the gradients' epilogues as one: :mod:`~structfly.lowering.linear_cross_entropy.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -34,13 +34,16 @@ from torch import Tensor
 
 from structfly.compat import assert_on_device
 from structfly.lowering.gemm import Blocks, Product, best_split, has_descriptor, programs_on, tiles_for
+from structfly.lowering.head.chunks import row_stride
+from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch
-from structfly.lowering.linear_cross_entropy.chunked import Gradients, Head, Wanted, allocate_gradients, class_terms
+from structfly.lowering.linear_cross_entropy.chunked import Head, class_terms
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms
-from structfly.lowering.linear_cross_entropy.schedule import exponential_rows, row_stride
+from structfly.lowering.linear_cross_entropy.schedule import exponential_rows
 from structfly.lowering.linear_cross_entropy.smoothing import weighted_classes, weighted_rows
 from structfly.lowering.linear_cross_entropy.weight_sum import ChunkRows, WeightSum
+from structfly.lowering.side_stream import SideStream
 from structfly.lowering.template import Parameter, load, render
 
 _SAMPLED_CLASSES = 8
@@ -92,7 +95,7 @@ class _Run:
         self._make_buffers()
 
     def run(self) -> None:
-        beside = _Beside(self.x.device, used=self.dx is not None and self.dw is not None)
+        beside = SideStream(self.x.device, used=self.dx is not None and self.dw is not None)
         for number, start in enumerate(self.starts):
             self._exponentials(start, self.overflowed[number])
             weight, live = self.weight_sum, self.rows.count
@@ -258,36 +261,6 @@ class _Run:
             outer = (uniform.new_ones(classes) if weights is None else weights, uniform)
         beside = None if self.dx is None else self.hidden_product
         return WeightSum(self.dw[:classes], self.x, self.chunk, self.rows, outer, beside)
-
-
-class _Beside:
-    """A stream for work that needs nothing later than ``fork`` and is done at ``join``, if it is used."""
-
-    def __init__(self, device: torch.device, *, used: bool) -> None:
-        self._stream = _side_stream(device) if used and device.type == "cuda" else None
-        self._context: AbstractContextManager[object] = nullcontext()
-
-    def fork(self) -> None:
-        """What has been launched so far comes before all work in this stream."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-
-    def __enter__(self) -> None:
-        self._context = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        self._context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
-
-    def join(self) -> None:
-        """The current stream waits for that work."""
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-
-
-@lru_cache(maxsize=16)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 @lru_cache(maxsize=256)

@@ -11,20 +11,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from structfly.lowering.head.flops import products
 from structfly.lowering.linear_cross_entropy import op as _op  # noqa: F401  defines the ops
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.lowering.linear_cross_entropy.chunked import Wanted
-
-
-def products(x: Any, adapter: Any, classes: int, wanted: Wanted | None) -> int:
-    """Floating-point operations of the matrix products of one pass; a multiply-add counts two."""
-    rows, hidden = map(int, x)
-    body = 2 * rows * hidden * classes
-    low_rank = 0 if adapter is None else 2 * rows * int(adapter[1]) * classes
-    total = body + low_rank
-    if wanted is not None:
-        total += body * (wanted.x + wanted.weight) + low_rank * (wanted.adapter_x + wanted.adapter_weight)
-    return total
 
 
 @register_flop_formula(torch.ops.structfly.linear_cross_entropy_v2)

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from structfly.compat import assert_on_device
 from structfly.errors import StructflyError
-from structfly.lowering.linear_cross_entropy.arguments import DIFFERENTIABLE, Arguments
-from structfly.lowering.linear_cross_entropy.chunked import Gradients, Wanted, allocate_gradients, run_chunks
-from structfly.lowering.linear_cross_entropy.coefficients import row_coefficients
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.epilogue import parse_epilogue
+from structfly.lowering.head.linear import DIFFERENTIABLE, Gradients, Wanted, allocate_gradients
+from structfly.lowering.head.reduction import finished, reduced, row_coefficients, upstream_coefficients
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.chunked import run_chunks
 from structfly.lowering.linear_cross_entropy.exponentials import run_exponentials
 from structfly.lowering.linear_cross_entropy.rows import RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
 from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton
-from structfly.lowering.linear_cross_entropy.schedule import saved_dtype, why_no_exponentials
+from structfly.lowering.linear_cross_entropy.schedule import why_no_exponentials
 
 
 def _row_step(x: Tensor) -> RowStep:
@@ -114,39 +115,23 @@ def _largest_gradient(call: Arguments) -> Tensor | float:
 def forward(*arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
     call = Arguments(*arguments)
     _check(call)
-    head = call.head
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
-        wanted = call.wanted_in_forward
-        coefficient, rest = row_coefficients(head, weight, count, largest=_largest_gradient(call))
-        losses, gradients = _run(call, coefficient, wanted)
-        if call.reduction == "none":
-            loss = losses
-        else:
-            if weight is not None:
-                losses = torch.where(weight != 0, losses * weight, 0.0)
-            loss = losses.sum(dtype=torch.float64) / count
+        coefficient, rest = row_coefficients(call.head, weight, count, largest=_largest_gradient(call))
+        losses, gradients = _run(call, coefficient, call.wanted_in_forward)
+        loss = reduced(losses, call.reduction, weight, count)
     if gradients is None:
-        gradients = allocate_gradients(head, Wanted())
+        gradients = allocate_gradients(call.head, Wanted())
     return loss.to(call.loss_dtype), rest, *gradients
 
 
 def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
     call = Arguments(*arguments)
-    head, wanted = call.head, call.wanted
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
-        grad_loss, largest = grad_loss.to(head.accumulation), _largest_gradient(call)
-        if call.reduction == "none":
-            coefficient, rest = row_coefficients(head, grad_loss, count, largest=largest)
-        else:
-            coefficient, rest = row_coefficients(head, weight, count, grad_loss, largest)
-        _, gradients = _run(call, coefficient, wanted)
+        largest = _largest_gradient(call)
+        coefficient, rest = upstream_coefficients(call.head, call.reduction, weight, count, grad_loss, largest)
+        _, gradients = _run(call, coefficient, call.wanted)
         assert gradients is not None
-        made = [*gradients[:5], *gradients.operands]
-        if saved_dtype(call.x.dtype) != call.x.dtype:
-            made = [gradient.mul_(rest) for gradient in made]
-        made = [
-            g if tensor is None else g.to(tensor.dtype) for g, tensor in zip(made, call.differentiable, strict=True)
-        ]
+        made = finished(gradients, rest, call.differentiable, call.x.dtype)
         return *made[:5], made[5:]

@@ -20,19 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.head_autograd import HeadAutograd
+from structfly.lowering.head.autograd import HeadAutograd
+from structfly.lowering.head.linear import DEVICES, DIFFERENTIABLE, GRADIENTS, Wanted, allocate_gradients, in_dtypes_of
 from structfly.lowering.linear_cross_entropy import kernels
 from structfly.lowering.linear_cross_entropy.arguments import (
     ARGUMENTS,
     BACKWARD_NAME,
-    DEVICES,
-    DIFFERENTIABLE,
-    GRADIENTS,
     NAME,
     OPERAND_GRADIENTS,
     Arguments,
 )
-from structfly.lowering.linear_cross_entropy.chunked import Wanted, allocate_gradients
 
 torch.library.define(NAME, f"({ARGUMENTS}) -> (Tensor loss, Tensor factor, {GRADIENTS}, {OPERAND_GRADIENTS})")
 torch.library.define(BACKWARD_NAME, f"(Tensor grad_loss, {ARGUMENTS}) -> ({GRADIENTS}, {OPERAND_GRADIENTS})")
@@ -57,11 +54,7 @@ def _forward_fake(*arguments: Any) -> tuple[Any, ...]:
 
 def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Any, ...]:
     call = Arguments(*arguments)
-    gradients = allocate_gradients(call.head, call.wanted)
-    made = [
-        gradient if tensor is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip((*gradients[:5], *gradients.operands), call.differentiable, strict=True)
-    ]
+    made = in_dtypes_of(call.differentiable, allocate_gradients(call.head, call.wanted).each)
     return *made[:5], made[5:]
 
 

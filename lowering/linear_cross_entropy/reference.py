@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.reference import logits_reference
 
 
 def linear_cross_entropy_reference(
@@ -38,7 +38,7 @@ def linear_cross_entropy_reference(
         class_weight: (num_classes,) weight of each class, as in :func:`torch.nn.functional.cross_entropy`.
         row_weight: (N,) weight of each row's loss; only with ``reduction="sum"``.
         adapter_x, adapter_weight: (N, R) and (V, R), a low-rank update of the logits.
-        epilogue: pointwise steps, as in :mod:`structfly.lowering.linear_cross_entropy.epilogue`.
+        epilogue: pointwise steps, as in :mod:`structfly.lowering.head.epilogue`.
         operands: the tensors that the epilogue names: () a scalar, (N,) one number a row, (num_classes,) one a class;
             conditions are bool, all others of any floating-point dtype.
         num_classes: the first so many classes count, None for all V.
@@ -49,10 +49,17 @@ def linear_cross_entropy_reference(
         () loss, or (N,) losses for "none".
     """
     classes = weight.shape[0] if num_classes is None else num_classes
-    logits = F.linear(x, weight[:classes], None if bias is None else bias[:classes])
-    if adapter_x is not None and adapter_weight is not None:
-        logits = logits + adapter_scale * F.linear(adapter_x, adapter_weight[:classes])
-    logits = parse_epilogue(epilogue).apply(logits, operands)
+    logits = logits_reference(
+        x,
+        weight,
+        bias,
+        classes,
+        adapter_x=adapter_x,
+        adapter_weight=adapter_weight,
+        adapter_scale=adapter_scale,
+        epilogue=epilogue,
+        operands=operands,
+    )
     losses = F.cross_entropy(
         logits,
         target,

@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.epilogue import Epilogue
+from structfly.lowering.head.epilogue import Epilogue
 
 
 @dataclass(frozen=True)

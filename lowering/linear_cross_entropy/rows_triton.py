@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.linear_cross_entropy.epilogue import Epilogue
+from structfly.lowering.head.epilogue import Epilogue
+from structfly.lowering.head.row_kernels import KERNEL_DTYPES, launch_sizes
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowResults
 from structfly.lowering.linear_cross_entropy.schedule import ROWS_A_SUM
 from structfly.lowering.template import load, render
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def row_step_triton(
@@ -30,8 +29,8 @@ def row_step_triton(
     Raises:
         UnsupportedError: the logits' dtype is none of float32, float16 and bfloat16.
     """
-    if logits.dtype not in _DTYPES:
-        raise UnsupportedError(f"Triton rows of {logits.dtype}; supported: {', '.join(map(str, _DTYPES))}")
+    if logits.dtype not in KERNEL_DTYPES:
+        raise UnsupportedError(f"Triton rows of {logits.dtype}; supported: {', '.join(map(str, KERNEL_DTYPES))}")
     rows, classes = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     wanted = [operand for operand, want in enumerate(terms.operand_gradients) if want and gradient]
@@ -101,12 +100,3 @@ def _kernels(
         **parameters,
     )
     return load(source)
-
-
-def launch_sizes(classes: int) -> tuple[int, int]:
-    """Classes at a time, and warps: eight classes, 16 bytes of bfloat16, a thread.
-
-    Wider blocks leave fewer rows on a multiprocessor, which costs more on 50257 classes than it gains on 131072.
-    """
-    block = min(4096, max(16, 1 << (classes - 1).bit_length()))
-    return block, max(1, block // 256)

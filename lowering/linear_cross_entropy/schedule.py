@@ -1,7 +1,4 @@
-"""How a workspace in bytes becomes chunks of rows, and in which dtype the weight's gradient is summed.
-
-These rules are shared by the run-time loop, which knows the row count, and by the planner, which only has a hint.
-"""
+"""What the schemes of the loss head take and whom they serve: for the run-time loop and for the planner."""
 
 from __future__ import annotations
 
@@ -11,19 +8,11 @@ from dataclasses import replace
 import torch
 
 from structfly.lowering.gemm import HOPPER, INTERPRETED, Tiles
-from structfly.lowering.linear_cross_entropy.epilogue import Epilogue
+from structfly.lowering.head.chunks import TILE_ROWS, row_stride
+from structfly.lowering.head.epilogue import Epilogue
 
-# Leading dimension of the logits buffer: rows start at multiples of 16 elements, so that GEMMs take aligned paths.
-_ALIGNMENT = 16
-# Row counts are multiples of a GEMM tile where there are enough rows.
-_TILE = 128
 # Rows whose share of a sum over rows one program of the row step makes.
 ROWS_A_SUM = 128
-
-
-def row_stride(classes: int) -> int:
-    """Elements from one row of the logits buffer to the next."""
-    return -(-classes // _ALIGNMENT) * _ALIGNMENT
 
 
 def why_no_exponentials(
@@ -62,18 +51,6 @@ def low_stride(columns: int, tiles: Tiles = WEIGHT_TILES["cuda"]) -> int:
     return -(-columns // (2 * tiles.part)) * tiles.part
 
 
-def rows_per_chunk(rows: int, classes: int, dtype: torch.dtype, workspace: int) -> int:
-    """Rows whose logits fit in ``workspace`` bytes, at least 1, evened out over the chunks they make."""
-    fit = max(1, workspace // (row_stride(classes) * dtype.itemsize))
-    if fit >= rows:
-        return max(rows, 1)
-    if fit >= _TILE:
-        fit -= fit % _TILE
-    chunks = -(-rows // fit)
-    even = -(-rows // chunks)
-    return min(fit, -(-even // _TILE) * _TILE) if fit >= _TILE else even
-
-
 def exponential_rows(rows: int, classes: int, workspace: int) -> int:
     """Rows of exponentials that fit in ``workspace`` bytes, at least 1; whole tiles where there are some.
 
@@ -81,16 +58,7 @@ def exponential_rows(rows: int, classes: int, workspace: int) -> int:
     been chosen for how its products fill the device.
     """
     fit = workspace // (row_stride(classes) * torch.bfloat16.itemsize)
-    return max(1, min(rows, fit - fit % _TILE if fit >= _TILE else fit))
-
-
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients wait for the upstream factor.
-
-    float16 has neither the range for sums over tokens nor the precision for values over their count, so its
-    gradients wait in float32 and are rounded once, after the factor (of a GradScaler, say) is known.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
+    return max(1, min(rows, fit - fit % TILE_ROWS if fit >= TILE_ROWS else fit))
 
 
 def operand_sum_bytes(epilogue: Epilogue, wanted: Sequence[bool], rows: int, length: int, classes: int) -> int:
@@ -101,15 +69,6 @@ def operand_sum_bytes(epilogue: Epilogue, wanted: Sequence[bool], rows: int, len
     kinds = [operand.kind for operand, want in zip(epilogue.operands, wanted, strict=True) if want]
     by_class = kinds.count("class")
     return 4 * (by_class * classes * (1 + -(-length // ROWS_A_SUM)) + (len(kinds) - by_class) * rows)
-
-
-def accumulation_dtype(dtype: torch.dtype, chunks: int) -> torch.dtype:
-    """The dtype in which the gradient of a weight of ``dtype`` is summed over ``chunks`` chunks.
-
-    A sum in bfloat16 is rounded after every chunk.  Over k chunks that is up to (k + 1) / 2 times the variance of
-    eager's one rounding, where classes are rare: sqrt((k + 1) / 2) times its error.
-    """
-    return torch.float32 if dtype == torch.bfloat16 and chunks > 1 else saved_dtype(dtype)
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

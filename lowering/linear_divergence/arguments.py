@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.arguments import DEVICES, DIFFERENTIABLE, GRADIENTS
-from structfly.lowering.linear_cross_entropy.chunked import Linear, Wanted
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.epilogue import parse_epilogue
+from structfly.lowering.head.linear import DIFFERENTIABLE, Linear, Wanted
 from structfly.lowering.linear_divergence.chunked import Teacher
 from structfly.lowering.linear_divergence.rows import RowTerms, gradient_scale
 
@@ -26,8 +25,6 @@ ARGUMENTS = (
     "float label_smoothing, str reduction, ScalarType loss_dtype, bool[] gradients, str schedule, int workspace, "
     "bool autocast"
 )
-
-__all__ = ["ARGUMENTS", "BACKWARD_NAME", "DEVICES", "DIFFERENTIABLE", "GRADIENTS", "NAME", "Arguments"]
 
 
 class Arguments(NamedTuple):
@@ -111,6 +108,11 @@ class Arguments(NamedTuple):
             teacher_bias=None if self.teacher_bias is None else self.teacher_bias[classes],
             gradient_scale=gradient_scale(self.x.dtype),
         )
+
+    @property
+    def differentiable(self) -> list[Tensor | None]:
+        """The arguments in the order of ``gradients``."""
+        return [getattr(self, name) for name in DIFFERENTIABLE]
 
     @property
     def wanted(self) -> Wanted:

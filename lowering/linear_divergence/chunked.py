@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.chunked import Gradients, GradientSums, Linear, Wanted
-from structfly.lowering.linear_cross_entropy.schedule import row_stride, rows_per_chunk
+from structfly.lowering.head.chunks import row_stride, rows_per_chunk
+from structfly.lowering.head.gradient_sums import GradientSums
+from structfly.lowering.head.linear import Gradients, Linear, Wanted
 from structfly.lowering.linear_divergence.rows import RowStep, RowTerms
 
 

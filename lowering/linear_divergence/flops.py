@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from structfly.lowering.linear_cross_entropy.flops import products
+from structfly.lowering.head.flops import products
 from structfly.lowering.linear_divergence import op as _op  # noqa: F401  defines the ops
 from structfly.lowering.linear_divergence.arguments import Arguments
 

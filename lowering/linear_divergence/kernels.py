@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from structfly.errors import StructflyError
-from structfly.lowering.linear_cross_entropy.chunked import Gradients, Wanted, allocate_gradients
-from structfly.lowering.linear_cross_entropy.coefficients import row_coefficients
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
-from structfly.lowering.linear_cross_entropy.schedule import saved_dtype
-from structfly.lowering.linear_divergence.arguments import DIFFERENTIABLE, Arguments
+from structfly.lowering.head.epilogue import parse_epilogue
+from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
+from structfly.lowering.head.reduction import finished, reduced, row_coefficients, upstream_coefficients
+from structfly.lowering.linear_divergence.arguments import Arguments
 from structfly.lowering.linear_divergence.chunked import run_chunks
 from structfly.lowering.linear_divergence.rows import KINDS, TEACHER_FORMS, RowStep
 from structfly.lowering.linear_divergence.rows_aten import row_step_aten
@@ -103,38 +102,21 @@ def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
     _check(call)
-    student = call.student
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
-        coefficient, rest = row_coefficients(student, weight, count)
+        coefficient, rest = row_coefficients(call.student, weight, count)
         losses, gradients = _run(call, coefficient, call.wanted_in_forward)
-        if call.reduction == "none":
-            loss = losses
-        else:
-            if weight is not None:
-                losses = torch.where(weight != 0, losses * weight, 0.0)
-            loss = losses.sum(dtype=torch.float64) / count
+        loss = reduced(losses, call.reduction, weight, count)
     if gradients is None:
-        gradients = allocate_gradients(student, Wanted())
-    return loss.to(call.loss_dtype), rest, *gradients[:5]
+        gradients = allocate_gradients(call.student, Wanted())
+    return loss.to(call.loss_dtype), rest, *gradients.each
 
 
 def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
-    student = call.student
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
-        grad_loss = grad_loss.to(student.accumulation)
-        if call.reduction == "none":
-            coefficient, rest = row_coefficients(student, grad_loss, count)
-        else:
-            coefficient, rest = row_coefficients(student, weight, count, grad_loss)
+        coefficient, rest = upstream_coefficients(call.student, call.reduction, weight, count, grad_loss)
         _, gradients = _run(call, coefficient, call.wanted)
         assert gradients is not None
-        if saved_dtype(call.x.dtype) == call.x.dtype:
-            return gradients[:5]
-        inputs = (getattr(call, name) for name in DIFFERENTIABLE)
-        return tuple(
-            gradient if tensor is None else gradient.mul_(rest).to(tensor.dtype)
-            for gradient, tensor in zip(gradients[:5], inputs, strict=True)
-        )
+        return tuple(finished(gradients, rest, call.differentiable, call.x.dtype))

@@ -16,18 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.head_autograd import HeadAutograd
-from structfly.lowering.linear_cross_entropy.chunked import Wanted, allocate_gradients
+from structfly.lowering.head.autograd import HeadAutograd
+from structfly.lowering.head.linear import DEVICES, DIFFERENTIABLE, GRADIENTS, Wanted, allocate_gradients, in_dtypes_of
 from structfly.lowering.linear_divergence import kernels
-from structfly.lowering.linear_divergence.arguments import (
-    ARGUMENTS,
-    BACKWARD_NAME,
-    DEVICES,
-    DIFFERENTIABLE,
-    GRADIENTS,
-    NAME,
-    Arguments,
-)
+from structfly.lowering.linear_divergence.arguments import ARGUMENTS, BACKWARD_NAME, NAME, Arguments
 
 torch.library.define(NAME, f"({ARGUMENTS}) -> (Tensor loss, Tensor factor, {GRADIENTS})")
 torch.library.define(BACKWARD_NAME, f"(Tensor grad_loss, {ARGUMENTS}) -> ({GRADIENTS})")
@@ -46,17 +38,12 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     shape = call.x.shape[:1] if call.reduction == "none" else ()
     wanted = call.wanted_in_forward or Wanted()
     factor = call.x.new_empty((), dtype=call.student.accumulation)
-    return call.x.new_empty(shape, dtype=call.loss_dtype), factor, *allocate_gradients(call.student, wanted)[:5]
+    return call.x.new_empty(shape, dtype=call.loss_dtype), factor, *allocate_gradients(call.student, wanted).each
 
 
 def _backward_fake(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
-    made = allocate_gradients(call.student, call.wanted)
-    inputs = (getattr(call, name) for name in DIFFERENTIABLE)
-    return tuple(
-        gradient if tensor is None else gradient.to(tensor.dtype)
-        for gradient, tensor in zip(made[:5], inputs, strict=True)
-    )
+    return tuple(in_dtypes_of(call.differentiable, allocate_gradients(call.student, call.wanted).each))
 
 
 torch.library.register_fake(NAME, _forward_fake)

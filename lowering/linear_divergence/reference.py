@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.epilogue import parse_epilogue
+from structfly.lowering.head.reference import logits_reference
 
 
 def linear_divergence_reference(
@@ -65,16 +66,21 @@ def linear_divergence_reference(
         () loss, or (N,) losses for "none".
     """
     classes = weight.shape[0] if num_classes is None else num_classes
-    logits = F.linear(x, weight[:classes], None if bias is None else bias[:classes])
-    if adapter_x is not None and adapter_weight is not None:
-        logits = logits + adapter_scale * F.linear(adapter_x, adapter_weight[:classes])
-    log_p = F.log_softmax(parse_epilogue(epilogue).apply(logits, ()), 1)
+    logits = logits_reference(
+        x,
+        weight,
+        bias,
+        classes,
+        adapter_x=adapter_x,
+        adapter_weight=adapter_weight,
+        adapter_scale=adapter_scale,
+        epilogue=epilogue,
+    )
+    log_p = F.log_softmax(logits, 1)
     p = log_p.exp()
     if teacher_x is not None and teacher_weight is not None:
         teacher_form = "logits"
-        teacher = F.linear(
-            teacher_x, teacher_weight[:classes], None if teacher_bias is None else teacher_bias[:classes]
-        )
+        teacher = logits_reference(teacher_x, teacher_weight, teacher_bias, classes)
     assert teacher is not None
     if teacher_form == "probabilities":
         q, log_q = teacher, teacher.log()

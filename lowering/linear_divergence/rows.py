@@ -38,7 +38,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.epilogue import Epilogue
+from structfly.lowering.head.epilogue import Epilogue
 
 KINDS = ("cross_entropy", "forward_kl", "reverse_kl", "jsd")
 TEACHER_FORMS = ("logits", "probabilities", "log_probabilities")

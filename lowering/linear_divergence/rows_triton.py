@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.linear_cross_entropy.epilogue import Epilogue
-from structfly.lowering.linear_cross_entropy.rows_triton import launch_sizes
+from structfly.lowering.head.epilogue import Epilogue
+from structfly.lowering.head.row_kernels import KERNEL_DTYPES, launch_sizes
 from structfly.lowering.linear_divergence.rows import RowTerms
 from structfly.lowering.template import Parameter, load, render
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def row_step_triton(
@@ -28,9 +26,9 @@ def row_step_triton(
         UnsupportedError: a dtype is none of float32, float16 and bfloat16.
     """
     for name, tensor in (("logits", logits), ("a teacher", teacher)):
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES:
             raise UnsupportedError(
-                f"Triton rows of {name} in {tensor.dtype}; supported: {', '.join(map(str, _DTYPES))}"
+                f"Triton rows of {name} in {tensor.dtype}; supported: {', '.join(map(str, KERNEL_DTYPES))}"
             )
     rows, classes = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)

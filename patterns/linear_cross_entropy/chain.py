@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from structfly.compat import expression
-from structfly.lowering.linear_cross_entropy import epilogue
+from structfly.lowering.head import epilogue
 from structfly.rewriter.calls import Call
 from structfly.rewriter.region import example
 

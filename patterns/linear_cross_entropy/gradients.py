@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from structfly.lowering.linear_cross_entropy.chunked import Wanted
+from structfly.lowering.head.linear import Wanted
 from structfly.patterns.linear_cross_entropy.chain import TensorOperand
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import needs_gradient

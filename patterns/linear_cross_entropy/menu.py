@@ -11,15 +11,13 @@ import torch
 
 from structfly.config import SiteSettings
 from structfly.lowering.gemm import busy, full_row_counts
-from structfly.lowering.linear_cross_entropy.chunked import Wanted
+from structfly.lowering.head.chunks import accumulation_dtype, row_stride, saved_dtype
+from structfly.lowering.head.linear import Wanted
 from structfly.lowering.linear_cross_entropy.schedule import (
     ROWS_A_SUM,
-    accumulation_dtype,
     exponential_rows,
     exponentials_bytes,
     operand_sum_bytes,
-    row_stride,
-    saved_dtype,
     why_no_exponentials,
 )
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath, example_of

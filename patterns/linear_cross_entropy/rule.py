@@ -12,9 +12,8 @@ from torch import fx
 
 from structfly.compat import expression, size_hints, wrapper_subclass
 from structfly.config import SiteSettings
+from structfly.lowering.head.linear import DEVICES, Wanted
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the op
-from structfly.lowering.linear_cross_entropy.arguments import DEVICES
-from structfly.lowering.linear_cross_entropy.chunked import Wanted
 from structfly.patterns.linear_cross_entropy.gradients import wanted_gradients
 from structfly.patterns.linear_cross_entropy.logits import (
     LogitsPath,

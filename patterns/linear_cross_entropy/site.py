@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from structfly.lowering.linear_cross_entropy.chunked import Wanted
+from structfly.lowering.head.linear import Wanted
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.pieces import Pieces

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 
 from structfly.config import SiteSettings
-from structfly.lowering.linear_cross_entropy.schedule import accumulation_dtype
+from structfly.lowering.head.chunks import accumulation_dtype
 from structfly.patterns.linear_cross_entropy.menu import (
     FusedCandidate,
     HeadSizes,

@@ -11,9 +11,8 @@ from torch import fx
 
 from structfly.compat import expression, size_hints
 from structfly.config import SiteSettings
-from structfly.lowering.linear_cross_entropy.chunked import Wanted
+from structfly.lowering.head.linear import DEVICES, Wanted
 from structfly.lowering.linear_divergence import transforms as _transforms  # noqa: F401  registers the op
-from structfly.lowering.linear_divergence.arguments import DEVICES
 from structfly.patterns.linear_cross_entropy.gradients import wanted_gradients
 from structfly.patterns.linear_cross_entropy.logits import LogitsPath, Obstacle, example_of, trace
 from structfly.patterns.linear_cross_entropy.menu import FusedCandidate

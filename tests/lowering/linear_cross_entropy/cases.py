@@ -8,10 +8,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.arguments import DIFFERENTIABLE, Arguments
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.epilogue import parse_epilogue
+from structfly.lowering.head.linear import DIFFERENTIABLE
+from structfly.lowering.head.operations import OPERATIONS
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
-from structfly.lowering.linear_cross_entropy.operations import OPERATIONS
 from structfly.lowering.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

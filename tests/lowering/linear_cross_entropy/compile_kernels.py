@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from structfly.lowering.gemm import HOPPER
-from structfly.lowering.linear_cross_entropy.epilogue import Epilogue, parse_epilogue
+from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
 from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES
 from structfly.lowering.template import Parameter, load, render
 

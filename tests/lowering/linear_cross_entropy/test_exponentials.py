@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structfly.errors import StructflyError
+from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from tests.lowering.linear_cross_entropy.cases import EPILOGUES, leaves_of, make_call, run, run_reference
 from tests.oracle import assert_like_eager, errors, in_float64, value_and_gradients

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from structfly.errors import StructflyError, UnsupportedError
+from structfly.lowering.head.linear import Gradients
 from structfly.lowering.linear_cross_entropy import flops, transforms
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.lowering.linear_cross_entropy.chunked import Gradients
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from tests.lowering.linear_cross_entropy.cases import calls, leaves_of, make_call, run, run_reference
 from tests.oracle import assert_like_eager

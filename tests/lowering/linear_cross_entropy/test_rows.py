@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
 from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton

@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from structfly.lowering.linear_divergence.arguments import DIFFERENTIABLE, Arguments
+from structfly.lowering.head.linear import DIFFERENTIABLE
+from structfly.lowering.linear_divergence.arguments import Arguments
 from structfly.lowering.linear_divergence.op import linear_divergence
 from structfly.lowering.linear_divergence.reference import linear_divergence_reference
 from structfly.lowering.linear_divergence.rows import KINDS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.linear_divergence.rows import KINDS, TEACHER_FORMS
 from structfly.lowering.linear_divergence.rows_triton import kernel_parameters
 from structfly.lowering.template import load, render

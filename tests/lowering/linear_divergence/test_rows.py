@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.linear_cross_entropy.epilogue import parse_epilogue
+from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.linear_divergence.reference import linear_divergence_reference
 from structfly.lowering.linear_divergence.rows import KINDS, TEACHER_FORMS, RowStep, RowTerms
 from structfly.lowering.linear_divergence.rows_aten import row_step_aten

@@ -1,12 +1,14 @@
-"""How a reduction's weights and normaliser reach the gradients."""
+"""From rows to the loss, and how a reduction's weights and normaliser reach the gradients."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from structfly.lowering.linear_cross_entropy.chunked import Linear
-from structfly.lowering.linear_cross_entropy.schedule import saved_dtype
+from structfly.lowering.head.chunks import saved_dtype
+from structfly.lowering.head.linear import Gradients, Linear, in_dtypes_of
 
 
 def row_coefficients(
@@ -46,3 +48,42 @@ def row_coefficients(
     largest = torch.as_tensor(largest, dtype=factor.dtype, device=factor.device)
     largest = torch.where(largest > 0, largest, one)
     return (one if weight is None else weight).expand(rows) / largest, factor * largest
+
+
+def upstream_coefficients(
+    linear: Linear,
+    reduction: str,
+    weight: Tensor | None,
+    count: Tensor,
+    grad_loss: Tensor,
+    largest: Tensor | float = 1.0,
+) -> tuple[Tensor | None, Tensor]:
+    """:func:`row_coefficients` with the loss's gradient at hand, which without a reduction has one number a row."""
+    grad_loss = grad_loss.to(linear.accumulation)
+    if reduction == "none":
+        return row_coefficients(linear, grad_loss, count, largest=largest)
+    return row_coefficients(linear, weight, count, grad_loss, largest)
+
+
+def reduced(losses: Tensor, reduction: str, weight: Tensor | None, count: Tensor) -> Tensor:
+    """``sum_n weight_n losses_n / count``, or the losses (N,) themselves without a reduction.
+
+    A row whose weight is 0 counts as 0 even where its loss is infinite.
+    """
+    if reduction == "none":
+        return losses
+    if weight is not None:
+        losses = torch.where(weight != 0, losses * weight, 0.0)
+    return losses.sum(dtype=torch.float64) / count
+
+
+def finished(gradients: Gradients, rest: Tensor, inputs: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
+    """The gradients, one after another, with the factor left over for them, each in the dtype of its input.
+
+    Args:
+        rest: of :func:`row_coefficients`; one unless gradients of ``dtype``, the hidden states', wait in another.
+    """
+    made = gradients.each
+    if saved_dtype(dtype) != dtype:
+        made = [gradient.mul_(rest) for gradient in made]
+    return in_dtypes_of(inputs, made)

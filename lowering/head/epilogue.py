@@ -1,7 +1,7 @@
 """The pointwise chain between the head's linear and its loss, as one string.
 
 The string travels as an argument of the op, so that a compile cache never serves another chain's code.  It lists the
-steps in order, each an operation of :mod:`~structfly.lowering.linear_cross_entropy.operations` with its operands:
+steps in order, each an operation of :mod:`~structfly.lowering.head.operations` with its operands:
 ``"div:30.0,tanh,mul:30.0"`` is Gemma's soft cap.  An operand is a number, or one of the tensors that go with the
 string: ``"mul:scalar0,add:class1"`` multiplies all logits by tensor 0, one number, and adds tensor 1, one number a
 class.  The empty string is the identity.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from structfly.errors import StructflyError
-from structfly.lowering.linear_cross_entropy.operations import OPERATIONS, Operation, evaluate, in_kernel, names
+from structfly.lowering.head.operations import OPERATIONS, Operation, evaluate, in_kernel, names
 
 Kind = Literal["scalar", "row", "class"]
 KINDS: tuple[Kind, ...] = ("scalar", "row", "class")

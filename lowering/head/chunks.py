@@ -1,0 +1,48 @@
+"""How a workspace in bytes becomes chunks of rows, and in which dtypes gradients wait and are summed.
+
+These rules are shared by the run-time loop, which knows the row count, and by the planner, which only has a hint.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Leading dimension of the logits buffer: rows start at multiples of 16 elements, so that GEMMs take aligned paths.
+_ALIGNMENT = 16
+# Row counts are multiples of a GEMM tile where there are enough rows.
+TILE_ROWS = 128
+
+
+def row_stride(classes: int) -> int:
+    """Elements from one row of the logits buffer to the next."""
+    return -(-classes // _ALIGNMENT) * _ALIGNMENT
+
+
+def rows_per_chunk(rows: int, classes: int, dtype: torch.dtype, workspace: int) -> int:
+    """Rows whose logits fit in ``workspace`` bytes, at least 1, evened out over the chunks they make."""
+    fit = max(1, workspace // (row_stride(classes) * dtype.itemsize))
+    if fit >= rows:
+        return max(rows, 1)
+    if fit >= TILE_ROWS:
+        fit -= fit % TILE_ROWS
+    chunks = -(-rows // fit)
+    even = -(-rows // chunks)
+    return min(fit, -(-even // TILE_ROWS) * TILE_ROWS) if fit >= TILE_ROWS else even
+
+
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients wait for the upstream factor.
+
+    float16 has neither the range for sums over tokens nor the precision for values over their count, so its
+    gradients wait in float32 and are rounded once, after the factor (of a GradScaler, say) is known.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def accumulation_dtype(dtype: torch.dtype, chunks: int) -> torch.dtype:
+    """The dtype in which the gradient of a weight of ``dtype`` is summed over ``chunks`` chunks.
+
+    A sum in bfloat16 is rounded after every chunk.  Over k chunks that is up to (k + 1) / 2 times the variance of
+    eager's one rounding, where classes are rare: sqrt((k + 1) / 2) times its error.
+    """
+    return torch.float32 if dtype == torch.bfloat16 and chunks > 1 else saved_dtype(dtype)
