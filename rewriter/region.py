@@ -124,6 +124,12 @@ def example_tensors(node: fx.Node) -> list[torch.Tensor]:
     return [each for each in values if isinstance(each, torch.Tensor)]
 
 
+def needs_gradient(node: object) -> bool:
+    """Whether a value takes part in differentiation, as far as its example tells."""
+    value = example(node)
+    return value is not None and value.requires_grad
+
+
 def qualified_name(node: fx.Node, parameter: fx.Node | None = None) -> str:
     """The module a node belongs to, as ``named_modules`` would call it, without the outermost variable.
 

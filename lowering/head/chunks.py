@@ -5,12 +5,18 @@ These rules are shared by the run-time loop, which knows the row count, and by t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from structfly.lowering.head.epilogue import Epilogue
 
 # Leading dimension of the logits buffer: rows start at multiples of 16 elements, so that GEMMs take aligned paths.
 _ALIGNMENT = 16
 # Row counts are multiples of a GEMM tile where there are enough rows.
 TILE_ROWS = 128
+# Rows whose share of a sum over rows one program of a row step makes.
+ROWS_A_SUM = 128
 
 
 def row_stride(classes: int) -> int:
@@ -46,3 +52,13 @@ def accumulation_dtype(dtype: torch.dtype, chunks: int) -> torch.dtype:
     eager's one rounding, where classes are rare: sqrt((k + 1) / 2) times its error.
     """
     return torch.float32 if dtype == torch.bfloat16 and chunks > 1 else saved_dtype(dtype)
+
+
+def operand_sum_bytes(epilogue: Epilogue, wanted: Sequence[bool], rows: int, length: int, classes: int) -> int:
+    """Bytes that the sums for the gradients of an epilogue's operands take, in chunks of ``length`` of ``rows`` rows.
+
+    A sum over rows is made of one for every so many rows of a chunk, a sum over classes is one a row.
+    """
+    kinds = [operand.kind for operand, want in zip(epilogue.operands, wanted, strict=True) if want]
+    by_class = kinds.count("class")
+    return 4 * (by_class * classes * (1 + -(-length // ROWS_A_SUM)) + (len(kinds) - by_class) * rows)

@@ -13,7 +13,9 @@ from structfly.lowering.head.chunks import saved_dtype
 from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.products import make_logits
 
+# What ops of heads run on, and in.
 DEVICES = ("cpu", "cuda")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The arguments that have gradients, in the order of an op's ``gradients``, and how its schema returns them.
 DIFFERENTIABLE = ("x", "weight", "bias", "adapter_x", "adapter_weight")
 GRADIENTS = "Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_adapter_x, Tensor grad_adapter_weight"

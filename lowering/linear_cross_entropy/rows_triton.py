@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.head.chunks import ROWS_A_SUM
 from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.row_kernels import KERNEL_DTYPES, launch_sizes
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowResults
-from structfly.lowering.linear_cross_entropy.schedule import ROWS_A_SUM
 from structfly.lowering.template import load, render
 
 

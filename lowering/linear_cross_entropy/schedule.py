@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,9 +9,6 @@ import torch
 from structfly.lowering.gemm import HOPPER, INTERPRETED, Tiles
 from structfly.lowering.head.chunks import TILE_ROWS, row_stride
 from structfly.lowering.head.epilogue import Epilogue
-
-# Rows whose share of a sum over rows one program of the row step makes.
-ROWS_A_SUM = 128
 
 
 def why_no_exponentials(
@@ -59,16 +55,6 @@ def exponential_rows(rows: int, classes: int, workspace: int) -> int:
     """
     fit = workspace // (row_stride(classes) * torch.bfloat16.itemsize)
     return max(1, min(rows, fit - fit % TILE_ROWS if fit >= TILE_ROWS else fit))
-
-
-def operand_sum_bytes(epilogue: Epilogue, wanted: Sequence[bool], rows: int, length: int, classes: int) -> int:
-    """Bytes that the sums for the gradients of an epilogue's operands take, in chunks of ``length`` of ``rows`` rows.
-
-    A sum over rows is made of one for every so many rows of a chunk, a sum over classes is one a row.
-    """
-    kinds = [operand.kind for operand, want in zip(epilogue.operands, wanted, strict=True) if want]
-    by_class = kinds.count("class")
-    return 4 * (by_class * classes * (1 + -(-length // ROWS_A_SUM)) + (len(kinds) - by_class) * rows)
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

@@ -242,9 +242,3 @@ def _is_log_softmax(node: object) -> bool:
         else:
             return False
     return False
-
-
-def needs_gradient(node: fx.Node | None) -> bool:
-    """Whether a value takes part in differentiation, as far as its example tells."""
-    value = example(node)
-    return isinstance(value, torch.Tensor) and value.requires_grad

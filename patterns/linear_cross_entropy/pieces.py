@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from structfly.patterns.linear_cross_entropy.chain import TensorOperand
-from structfly.patterns.linear_cross_entropy.logits import LogitsPath
+from structfly.patterns.head.chain import TensorOperand
+from structfly.patterns.head.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.rewriter.calls import read
 from structfly.rewriter.editor import Editor

@@ -8,24 +8,17 @@ import torch
 from torch import fx
 
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.patterns.linear_cross_entropy.logits import example_of
-from structfly.patterns.linear_cross_entropy.menu import FusedCandidate
-from structfly.patterns.linear_cross_entropy.operands import (
-    cast,
-    chain_operand,
-    class_bias,
-    class_rows,
-    matrix,
-    moved_rows,
-)
+from structfly.patterns.head.logits import example_of
+from structfly.patterns.head.menu import FusedCandidate
+from structfly.patterns.head.operands import cast, chain_operand, class_bias, class_rows, matrix, moved_rows
+from structfly.patterns.head.weighted_sum import Weights, write_weights
 from structfly.patterns.linear_cross_entropy.pieces import part_losses, whole_target
-from structfly.patterns.linear_cross_entropy.site import HeadSite
-from structfly.patterns.linear_cross_entropy.weighted_sum import Weights, write_weights
+from structfly.patterns.linear_cross_entropy.site import CrossEntropySite
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.views import RowView
 
 
-def rewrite_head(site: HeadSite, candidate: FusedCandidate, editor: Editor) -> None:
+def rewrite_head(site: CrossEntropySite, candidate: FusedCandidate, editor: Editor) -> None:
     """Insert the op before the loss, let the loss's users use it, and remove the logits."""
     if site.form.target_dim is not None:
         rows = editor.call(torch.squeeze, site.form.target, site.form.target_dim)
@@ -45,7 +38,7 @@ def rewrite_head(site: HeadSite, candidate: FusedCandidate, editor: Editor) -> N
     editor.erase(site.dead_nodes)
 
 
-def _finish(site: HeadSite, loss: fx.Node, weights: Weights, editor: Editor) -> fx.Node:
+def _finish(site: CrossEntropySite, loss: fx.Node, weights: Weights, editor: Editor) -> fx.Node:
     constant = -weights.constant if site.form.negated else weights.constant
     if constant != 1.0:
         loss = editor.call(torch.mul, loss, constant)
@@ -54,7 +47,7 @@ def _finish(site: HeadSite, loss: fx.Node, weights: Weights, editor: Editor) -> 
     return loss
 
 
-def _rewrite_pieces(site: HeadSite, candidate: FusedCandidate, editor: Editor) -> None:
+def _rewrite_pieces(site: CrossEntropySite, candidate: FusedCandidate, editor: Editor) -> None:
     pieces = site.pieces
     assert pieces is not None
     rows = _hidden(site, site.path.views[: pieces.shared_views], editor)
@@ -68,12 +61,12 @@ def _rewrite_pieces(site: HeadSite, candidate: FusedCandidate, editor: Editor) -
         editor.replace(member.form.anchor, editor.call(torch.neg, loss) if member.form.negated else loss)
 
 
-def _hidden(site: HeadSite, views: tuple[RowView, ...], editor: Editor) -> fx.Node:
+def _hidden(site: CrossEntropySite, views: tuple[RowView, ...], editor: Editor) -> fx.Node:
     return moved_rows(site.path.linear.x, views, site.dtype, editor)
 
 
 def _op(
-    site: HeadSite,
+    site: CrossEntropySite,
     candidate: FusedCandidate,
     editor: Editor,
     rows: fx.Node,

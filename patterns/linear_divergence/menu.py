@@ -5,13 +5,18 @@ from __future__ import annotations
 import sympy
 
 from structfly.config import SiteSettings
-from structfly.lowering.head.chunks import accumulation_dtype
-from structfly.patterns.linear_cross_entropy.menu import (
+from structfly.patterns.head.menu import (
     FusedCandidate,
     HeadSizes,
+    dense_gradients,
+    hidden_product,
     matmul,
+    menu_of,
+    passes,
     peak_limit,
     schedules_of,
+    weight_product,
+    weight_sum_bytes,
 )
 from structfly.patterns.linear_divergence.site import DivergenceSite
 from structfly.patterns.linear_divergence.teacher import GivenTeacher, teacher_dtype
@@ -23,20 +28,14 @@ def divergence_menu(site: DivergenceSite, profile: DeviceProfile, settings: Site
     """Costs of leaving the divergence dense and of fusing it with several chunk lengths, and the limit they must keep:
     as for a cross-entropy's head, with the teacher's logits beside the student's where a head makes them."""
     sizes = HeadSizes(site, site.teacher_bytes)
-    limit = peak_limit(sizes, ("logits",), profile, settings)
-    lengths = sizes.chunk_lengths(limit, profile, "logits")
+    limit = peak_limit([sizes], profile, settings)
+    lengths = sizes.chunk_lengths(limit, profile)
     candidates: list[Candidate] = [_dense(site)]
     for length in lengths:
         candidates.extend(
             _fused(site, sizes, length, schedule) for schedule in schedules_of(site.gradients, site.recompute)
         )
-    x_bytes, weight_bytes = sizes.gradient_bytes
-    return Menu(
-        tuple(candidates),
-        peak_limit=limit,
-        own_bytes=x_bytes,
-        shared_bytes={site.path.linear.weight.name: weight_bytes},
-    )
+    return menu_of(site, sizes, limit, candidates)
 
 
 def _teacher_products(site: DivergenceSite, rows: Expression, launches: Expression) -> list[Stage]:
@@ -58,7 +57,7 @@ def _dense(site: DivergenceSite) -> Candidate:
     stages.append(Stage(0, 2 * (student + teacher), 1))  # the normalisers, then the terms
     if site.gradients.any:
         stages.append(Stage(0, 2 * student + teacher, 1))
-        stages.extend(matmul(n, c, h, 1, dtype) for wanted in (site.gradients.x, site.gradients.weight) if wanted)
+        stages.extend(dense_gradients(site))
     made = student if isinstance(site.teacher, GivenTeacher) else student + teacher
     return Candidate("dense", Cost(tuple(stages), transient_bytes=made, saved_bytes=0), rewrites=False)
 
@@ -81,16 +80,13 @@ def _fused(site: DivergenceSite, sizes: HeadSizes, length: int, schedule: str) -
         else:
             saved = sum(sizes.gradient_bytes)
         if site.gradients.x:
-            stages.append(matmul(rows, c, h, launches, dtype))
+            stages.append(hidden_product(site, rows, launches))
         if site.gradients.weight:
-            total = accumulation_dtype(dtype, -(-sizes.rows // length)).itemsize
-            moved = (rows * c + rows * h) * dtype.itemsize + 2 * c * h * total
-            stages.append(Stage(2 * rows * c * h, moved, launches, dtype, rows))
-    cost = Cost(tuple(stages), sizes.transient_bytes(length, "logits"), saved, opaque_calls=calls)
-    when = {"forward": "gradients in forward", "backward": "recompute"}[schedule]
+            stages.append(weight_product(site, rows, launches, weight_sum_bytes(site, sizes, length)))
+    cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
     of = "teacher given" if isinstance(site.teacher, GivenTeacher) else "teacher's head within"
     return FusedCandidate(
-        f"{site.kind.kind}, {of}, {length} rows a chunk, {when if site.gradients.any else 'loss only'}",
+        f"{site.kind.kind}, {of}, {length} rows a chunk, {passes(site.gradients, schedule)}",
         cost,
         schedule=schedule,
         workspace=length * sizes.row_bytes,

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from structfly.compat import expression
-from structfly.patterns.linear_cross_entropy.loss import has_soft_targets, needs_gradient
+from structfly.patterns.linear_cross_entropy.loss import has_soft_targets
 from structfly.patterns.linear_divergence.readings import (
     Constant,
     Distribution,
@@ -26,7 +26,7 @@ from structfly.patterns.linear_divergence.readings import (
 )
 from structfly.rewriter.calls import Call, flat, read
 from structfly.rewriter.linear import is_cast
-from structfly.rewriter.region import Region, example
+from structfly.rewriter.region import Region, example, needs_gradient
 from structfly.rewriter.writes import written
 
 _REDUCTIONS = {"none": "", "sum": "sum", "batchmean": "batchmean", "mean": "mean"}

@@ -11,13 +11,14 @@ from torch import fx
 
 from structfly.compat import expression, size_hints
 from structfly.config import SiteSettings
-from structfly.lowering.head.linear import DEVICES, Wanted
+from structfly.lowering.head.linear import DTYPES, Wanted
 from structfly.lowering.linear_divergence import transforms as _transforms  # noqa: F401  registers the op
-from structfly.patterns.linear_cross_entropy.gradients import wanted_gradients
-from structfly.patterns.linear_cross_entropy.logits import LogitsPath, Obstacle, example_of, trace
-from structfly.patterns.linear_cross_entropy.menu import FusedCandidate
-from structfly.patterns.linear_cross_entropy.rule import AFTER_TRACE, DTYPES, UNBOUNDED_SLOPE, stranger, wrapper_operand
-from structfly.patterns.linear_cross_entropy.weighted_sum import read_weighted_sum
+from structfly.patterns.head.checks import AFTER_TRACE, stranger, why_too_steep, why_unsupported
+from structfly.patterns.head.gradients import wanted_gradients
+from structfly.patterns.head.logits import LogitsPath, Obstacle, example_of, trace
+from structfly.patterns.head.menu import FusedCandidate
+from structfly.patterns.head.site import adapter_rank, class_count, row_count
+from structfly.patterns.head.weighted_sum import read_weighted_sum
 from structfly.patterns.linear_divergence.kinds import Kind, classify
 from structfly.patterns.linear_divergence.menu import divergence_menu
 from structfly.patterns.linear_divergence.reader import divergences
@@ -111,7 +112,7 @@ class LinearDivergence:
         pair: tuple[Distribution, Distribution],
         region: Region,
     ) -> DivergenceSite | tuple[fx.Node, str]:
-        linear, adapter = path.linear, path.linear.adapter
+        linear = path.linear
         logits = example_of(linear.node)
         reason = _why_no_chain(path)
         if reason:
@@ -135,21 +136,18 @@ class LinearDivergence:
         if strangers:
             user = min(strangers, key=region.order.__getitem__)
             return user, stranger(user)
-        if logits.device.type not in DEVICES:
-            return linear.node, f"on {logits.device.type}; supported devices: {', '.join(DEVICES)}"
-        if logits.dtype not in DTYPES:
-            return linear.node, f"logits of {logits.dtype}; supported: {', '.join(map(str, DTYPES))}"
-        wrapped = wrapper_operand([path])
-        if wrapped is not None:
-            return wrapped
+        unsupported = why_unsupported([path])
+        if unsupported is not None:
+            return unsupported
         loss_dtype = example_of(end).dtype
         if loss_dtype == torch.float64 != logits.dtype:
             return end, f"the loss is computed in float64 from logits of {logits.dtype}"
         gradients = wanted_gradients([path], [end])
         if not isinstance(gradients, Wanted):
             return gradients
-        if logits.dtype == torch.float16 and gradients.any and not path.chain.epilogue.has_steepest:
-            return linear.node, UNBOUNDED_SLOPE
+        steep = why_too_steep(path, gradients)
+        if steep is not None:
+            return steep
         recompute = "inside a checkpointed region" if region.checkpointed else ""
         if divergence.reduction == "rows" and total is None:
             recompute = recompute or "per-row divergences have no common upstream factor"
@@ -172,10 +170,10 @@ class LinearDivergence:
             total=total,
             gradients=gradients,
             recompute=recompute,
-            rows=_row_count(_node(pair[0]), path.class_dim),
+            rows=row_count(_node(pair[0]), path.class_dim),
             hidden=expression(example_of(linear.x).shape[-1]),
-            classes=expression(logits.shape[-1]) if path.num_classes is None else sympy.Integer(path.num_classes),
-            rank=sympy.Integer(0) if adapter is None else expression(example_of(adapter.x).shape[-1]),
+            classes=class_count(path),
+            rank=adapter_rank(path),
             teacher_hidden=_width(teacher),
             dtype=logits.dtype,
             loss_dtype=loss_dtype,
@@ -222,11 +220,6 @@ def _strangers(
         if not dependent.isdisjoint(node.all_input_nodes):
             dependent.add(node)
     return [user for node in dependent - {end} for user in node.users if user not in own]
-
-
-def _row_count(logits: fx.Node, class_dim: int) -> sympy.Expr:
-    sizes = (expression(size) for dim, size in enumerate(example_of(logits).shape) if dim != class_dim)
-    return sympy.expand(math.prod(sizes, start=sympy.Integer(1)))
 
 
 def _width(teacher: LogitsPath | GivenTeacher) -> sympy.Expr:

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.head.chunks import ROWS_A_SUM
 from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms, RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
 from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton
-from structfly.lowering.linear_cross_entropy.schedule import ROWS_A_SUM
 from tests.lowering.linear_cross_entropy.cases import EPILOGUES, epilogues, operands_of
 
 STEPS = [pytest.param(row_step_aten, id="aten"), pytest.param(row_step_triton, id="triton")]

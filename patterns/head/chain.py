@@ -11,10 +11,9 @@ from torch import fx
 
 from structfly.compat import expression
 from structfly.lowering.head import epilogue
+from structfly.lowering.head.linear import DTYPES
 from structfly.rewriter.calls import Call
 from structfly.rewriter.region import example
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class _Reader:
         if condition:
             if tensor.dtype != torch.bool:
                 raise StepError(f"{self.what}: its condition {node.name} is {tensor.dtype}, not torch.bool")
-        elif tensor.dtype.is_complex or (tensor.dtype.is_floating_point and tensor.dtype not in _DTYPES):
+        elif tensor.dtype.is_complex or (tensor.dtype.is_floating_point and tensor.dtype not in DTYPES):
             raise StepError(f"{self.what} takes {node.name}, which is {tensor.dtype}")
         elif tensor.dtype == torch.float64 != self.dtype:
             raise StepError(f"{self.what} takes {node.name}, which is wider than the float32 that the head computes in")

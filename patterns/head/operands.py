@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from structfly.patterns.linear_cross_entropy.chain import LeadingClasses, Operand, Place
-from structfly.patterns.linear_cross_entropy.logits import LogitsPath, example_of
+from structfly.patterns.head.chain import LeadingClasses, Operand, Place
+from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import LinearLike
 from structfly.rewriter.views import RowView

@@ -18,11 +18,10 @@ import torch
 from torch import fx
 
 from structfly.compat import expression, size_checks
-from structfly.patterns.linear_cross_entropy.loss import needs_gradient
 from structfly.rewriter.calls import Call, flat, read
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import is_cast
-from structfly.rewriter.region import example
+from structfly.rewriter.region import example, needs_gradient
 
 _RESHAPES = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
 _COPIES = ("contiguous", "clone")

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from torch import fx
 
 from structfly.lowering.head.linear import Wanted
-from structfly.patterns.linear_cross_entropy.chain import TensorOperand
-from structfly.patterns.linear_cross_entropy.logits import LogitsPath
-from structfly.patterns.linear_cross_entropy.loss import needs_gradient
-from structfly.rewriter.region import example_tensors
+from structfly.patterns.head.chain import TensorOperand
+from structfly.patterns.head.logits import LogitsPath
+from structfly.rewriter.region import example_tensors, needs_gradient
 
 
 def wanted_gradients(paths: Sequence[LogitsPath], ends: Sequence[fx.Node]) -> Wanted | tuple[fx.Node, str]:

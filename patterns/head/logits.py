@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from structfly.compat import expression
-from structfly.patterns.linear_cross_entropy.chain import (
+from structfly.patterns.head.chain import (
     POINTWISE,
     Chain,
     ChainStep,
@@ -22,7 +22,6 @@ from structfly.patterns.linear_cross_entropy.chain import (
     describe,
     read_steps,
 )
-from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.rewriter.calls import Call, read
 from structfly.rewriter.linear import LinearLike, is_cast, read_linear
 from structfly.rewriter.region import Region, example
@@ -67,7 +66,7 @@ class Obstacle:
 
 
 class Reads(Protocol):
-    """What reads logits: a loss, or a softmax; the attributes are those of :class:`LossForm`."""
+    """What reads logits: a loss, or a softmax; ``inner`` are nodes between the logits and ``anchor``."""
 
     @property
     def anchor(self) -> fx.Node: ...
@@ -311,7 +310,7 @@ def example_of(node: Any) -> torch.Tensor:
     return value
 
 
-def foreign_users(paths: Sequence[LogitsPath], forms: Sequence[LossForm]) -> list[fx.Node]:
+def foreign_users(paths: Sequence[LogitsPath], forms: Sequence[Reads]) -> list[fx.Node]:
     """Users of the logits that belong to none of the paths and losses."""
     anchors = frozenset(form.anchor for form in forms)
     own = anchors.union(*(path.nodes for path in paths), *(form.inner for form in forms))

@@ -1,0 +1,148 @@
+"""What the menus of heads have in common: sizes, limits, and the costs of their matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from structfly.config import SiteSettings
+from structfly.lowering.head.chunks import ROWS_A_SUM, accumulation_dtype, operand_sum_bytes, row_stride, saved_dtype
+from structfly.lowering.head.linear import Wanted
+from structfly.patterns.head.site import HeadSite
+from structfly.records import Candidate, DeviceProfile, Menu, Stage
+from structfly.records.cost import Expression, at_sizes
+
+# Logits below this many bytes are not worth saving memory on: time alone decides.
+_SMALL = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class FusedCandidate(Candidate):
+    """A fused candidate; ``schedule``, ``scheme`` and ``workspace`` are the op's arguments of these names."""
+
+    schedule: str = "forward"
+    scheme: str = "logits"
+    workspace: int = 0
+
+
+def menu_of(site: HeadSite, sizes: HeadSizes, limit: int, candidates: Sequence[Candidate]) -> Menu:
+    """The menu of these candidates, with what gradients take between the passes."""
+    x_bytes, weight_bytes = sizes.gradient_bytes
+    return Menu(
+        tuple(candidates),
+        peak_limit=limit,
+        own_bytes=x_bytes,
+        shared_bytes={site.path.linear.weight.name: weight_bytes},
+    )
+
+
+def peak_limit(schemes: Sequence[HeadSizes], profile: DeviceProfile, settings: SiteSettings) -> int:
+    """``budget.loss_memory`` where it is set.  Otherwise a quarter of the logits, at most the profile's cap, but always
+    what the profile's fast row count takes in the leanest of ``schemes`` and never less than 16 MiB."""
+    if settings.loss_memory is not None:
+        return settings.loss_memory
+    head = schemes[0]
+    quarter = min(head.rows * head.row_bytes // 4, profile.workspace_cap)
+    fast = min(head.rows, profile.fast_rows)
+    return max(quarter, min(sizes.transient_bytes(fast) for sizes in schemes), _SMALL)
+
+
+def schedules_of(gradients: Wanted, recompute: str) -> list[str]:
+    """The schedules that can be chosen from; ``recompute`` says why gradients may not be made in forward, or ""."""
+    if not gradients.any:
+        return ["forward"]
+    return ["backward"] if recompute else ["forward", "backward"]
+
+
+def passes(gradients: Wanted, schedule: str) -> str:
+    """What a schedule does, for a candidate's name."""
+    if not gradients.any:
+        return "loss only"
+    return {"forward": "gradients in forward", "backward": "recompute"}[schedule]
+
+
+class HeadSizes:
+    """The head's sizes at the example values of its symbols, and what a chunk of its logits takes; ``beside`` are bytes
+    that a class of a row takes beside its logit."""
+
+    def __init__(self, site: HeadSite, beside: int = 0) -> None:
+        self.site = site
+        self.rows = max(1, int(at_sizes(site.rows, site.sizes)))
+        self.hidden = int(at_sizes(site.hidden, site.sizes))
+        self.classes = int(at_sizes(site.classes, site.sizes))
+        self.row_bytes = row_stride(self.classes) * (site.dtype.itemsize + beside)
+
+    def transient_bytes(self, length: int) -> int:
+        """Bytes beyond the gradients themselves: the logits of ``length`` rows, and the gradients' own sums.
+
+        A weight's sum of another dtype than the gradient's stands for the gradient while there are logits, and beside
+        it after.
+        """
+        logits = length * self.row_bytes
+        total, gradient = self._sum_bytes(-(-self.rows // length))
+        return self._operand_bytes(length) + (max(total, total - gradient + logits) if total != gradient else logits)
+
+    @property
+    def gradient_bytes(self) -> tuple[int, int]:
+        """Bytes of dx and dW between the passes."""
+        item, wanted = saved_dtype(self.site.dtype).itemsize, self.site.gradients
+        return self.rows * self.hidden * item * wanted.x, self.classes * self.hidden * item * wanted.weight
+
+    def chunk_lengths(self, limit: int, profile: DeviceProfile) -> list[int]:
+        """Halvings of the row count down to an eighth of the fast one, and the longest that fits the limit."""
+        lengths = {self.rows}
+        while (shortest := min(lengths)) > max(1, profile.fast_rows // 8):
+            lengths.add(-(-shortest // 2))
+        longest = self.longest(limit)
+        if longest > 0:
+            lengths.add(longest)
+        return sorted(lengths, reverse=True)
+
+    def longest(self, limit: int) -> int:
+        """The most rows whose chunks, of which there are several, fit ``limit``: bytes are affine in the rows."""
+        if self.rows <= 2:
+            return self.rows
+        total, gradient = self._sum_bytes(chunks=2)
+        fixed = total - gradient + self._operand_bytes(ROWS_A_SUM)
+        row = (self._operand_bytes(2 * ROWS_A_SUM) - self._operand_bytes(ROWS_A_SUM)) // ROWS_A_SUM
+        return min((limit - fixed) // (self.row_bytes + row), self.rows)
+
+    def _operand_bytes(self, length: int) -> int:
+        chain, wanted = self.site.path.chain.epilogue, self.site.gradients.operands
+        return operand_sum_bytes(chain, wanted, self.rows, length, self.classes)
+
+    def _sum_bytes(self, chunks: int) -> tuple[int, int]:
+        """Bytes of the weight gradient's sum, and of the gradient; 0 if it is not wanted."""
+        count = self.classes * self.hidden if self.site.gradients.weight else 0
+        dtype = self.site.dtype
+        return count * accumulation_dtype(dtype, chunks).itemsize, count * saved_dtype(dtype).itemsize
+
+
+def matmul(rows: Expression, inner: Expression, columns: Expression, launches: Expression, dtype: torch.dtype) -> Stage:
+    moved = (rows * inner + inner * columns + rows * columns) * dtype.itemsize
+    return Stage(2 * rows * inner * columns, moved, launches, dtype, rows)
+
+
+def dense_gradients(site: HeadSite) -> list[Stage]:
+    """The gradients' products of a head that is left dense."""
+    wanted = (site.gradients.x, site.gradients.weight)
+    return [matmul(site.rows, site.classes, site.hidden + site.rank, 1, site.dtype) for want in wanted if want]
+
+
+def hidden_product(site: HeadSite, rows: Expression, launches: Expression) -> Stage:
+    """A chunk's product for the hidden states' gradient."""
+    return matmul(rows, site.classes, site.hidden + site.rank, launches, site.dtype)
+
+
+def weight_product(site: HeadSite, rows: Expression, launches: Expression, sum_bytes: Expression) -> Stage:
+    """A chunk's product for the weight's gradient, which moves ``sum_bytes`` of the sum."""
+    c, h, dtype = site.classes, site.hidden + site.rank, site.dtype
+    return Stage(2 * rows * c * h, (rows * c + rows * h) * dtype.itemsize + sum_bytes, launches, dtype, rows)
+
+
+def weight_sum_bytes(site: HeadSite, sizes: HeadSizes, length: int) -> Expression:
+    """Bytes that a chunk of ``length`` rows of logits reads and writes of the weight gradient's sum."""
+    total = accumulation_dtype(site.dtype, -(-sizes.rows // length)).itemsize
+    return 2 * site.classes * (site.hidden + site.rank) * total

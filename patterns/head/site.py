@@ -1,0 +1,61 @@
+"""A head as found: what its rule binds before anything is decided."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import fx
+
+from structfly.compat import expression
+from structfly.lowering.head.linear import Wanted
+from structfly.patterns.head.logits import LogitsPath, example_of
+from structfly.patterns.head.weighted_sum import WeightedSum
+from structfly.records import Site
+
+
+@dataclass(frozen=True)
+class HeadSite(Site):
+    """A linear whose logits only feed what the op computes of them.
+
+    Attributes:
+        path: from the linear to the (first) reader of its logits.
+        total: set if what there is for each row ends in a weighted sum.
+        gradients: which of the operands of the linear and of the chain need one.
+        recompute: why gradients cannot or should not be made in the forward pass, or "".
+        rows, hidden, classes, rank: N, H, C and the adapter's R (0 without one).
+        dtype: of the logits: what the matrix products run in.
+        loss_dtype: of the value that is replaced.
+    """
+
+    path: LogitsPath
+    total: WeightedSum | None
+    gradients: Wanted
+    recompute: str
+    rows: sympy.Expr = field(repr=False)
+    hidden: sympy.Expr = field(repr=False)
+    classes: sympy.Expr = field(repr=False)
+    rank: sympy.Expr = field(repr=False)
+    dtype: torch.dtype
+    loss_dtype: torch.dtype
+
+
+def row_count(logits: fx.Node, class_dim: int) -> sympy.Expr:
+    """How many rows logits have whose classes are dimension ``class_dim``."""
+    sizes = (expression(size) for dim, size in enumerate(example_of(logits).shape) if dim != class_dim)
+    return sympy.expand(math.prod(sizes, start=sympy.Integer(1)))
+
+
+def class_count(path: LogitsPath) -> sympy.Expr:
+    """How many classes count."""
+    if path.num_classes is not None:
+        return sympy.Integer(path.num_classes)
+    return sympy.sympify(expression(example_of(path.linear.node).shape[-1]))
+
+
+def adapter_rank(path: LogitsPath) -> sympy.Expr:
+    """The width of the linear's low-rank update, 0 without one."""
+    adapter = path.linear.adapter
+    return sympy.Integer(0) if adapter is None else sympy.sympify(expression(example_of(adapter.x).shape[-1]))
