@@ -1,4 +1,4 @@
-"""The loss head under test: cross_entropy(linear(x, w), t), forward and backward, by each provider.
+"""The loss head under test: cross_entropy(linear(x, w), t) and other losses, forward and backward, by each provider.
 
 N rows, H features, V classes.  ``python -m benchmarks.head CASE PROVIDER OPTIONS`` prints the peak extra
 memory of one step, in bytes: on a CPU that is the whole process's, so each provider needs one of its own.
@@ -24,11 +24,24 @@ from structfly import measure
 IGNORED = -100
 REFERENCE_ROWS = 2048
 PROVIDERS = ("eager", "eager-float", "inductor", "structfly")
-# What is made of logits and targets, by name.
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "plain": lambda z, t: F.cross_entropy(z, t, ignore_index=IGNORED),
-    "capped": lambda z, t: F.cross_entropy(torch.tanh(z / 30.0) * 30.0, t, ignore_index=IGNORED),
-    "smoothed": lambda z, t: F.cross_entropy(z, t, ignore_index=IGNORED, label_smoothing=0.1),
+Logits = Callable[[Tensor, Tensor], Tensor]
+
+
+def _distilled(head: Logits, x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    """The KL divergence from a second head of the same sizes, twice as warm; targets are not read.
+
+    It has the features in another order, so that no compiler finds the two heads' products to be one.
+    """
+    teacher = head(x.detach().flip(1), w.detach()) / 2.0
+    return F.kl_div(F.log_softmax(head(x, w), 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True)
+
+
+# What is made of x, w and targets, by name; ``head`` makes logits.
+LOSSES: dict[str, Callable[[Logits, Tensor, Tensor, Tensor], Tensor]] = {
+    "plain": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED),
+    "capped": lambda head, x, w, t: F.cross_entropy(torch.tanh(head(x, w) / 30.0) * 30.0, t, ignore_index=IGNORED),
+    "smoothed": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED, label_smoothing=0.1),
+    "distilled": _distilled,
 }
 
 
@@ -57,6 +70,10 @@ class Case:
     ignored: float
     loss: str = "plain"
     training: bool = True
+
+    def __post_init__(self) -> None:
+        if self.loss == "distilled" and self.ignored:
+            raise ValueError(f"ignored is {self.ignored} with the distilled loss, which reads no targets; use 0")
 
     @property
     def mode(self) -> str:
@@ -128,7 +145,7 @@ def truth(inputs: Inputs, loss: str = "plain") -> Truth:
             t = inputs.t[start : start + REFERENCE_ROWS]
             counted = (t != IGNORED).sum()
             if counted:
-                mean = LOSSES[loss](F.linear(x[start : start + REFERENCE_ROWS], w), t)
+                mean = LOSSES[loss](F.linear, x[start : start + REFERENCE_ROWS], w, t)
                 (mean * (counted.double() / count).to(dtype)).backward()
                 total += mean.detach().double() * counted
     finally:
@@ -164,13 +181,13 @@ def make_loss(provider: str, options: Mapping[str, Any], loss: str = "plain") ->
         options: structfly's.
         loss: a key of ``LOSSES``; peers only know "plain".
     """
-    of_logits = LOSSES[loss]
+    made = LOSSES[loss]
 
     def definition(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return of_logits(F.linear(x, w), t)
+        return made(F.linear, x, w, t)
 
     def as_models_write_it(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return of_logits(F.linear(x, w).float(), t)
+        return made(lambda x, w: F.linear(x, w).float(), x, w, t)
 
     if provider == "eager":
         return definition

@@ -57,19 +57,52 @@ def median(name: str, mode: str, provider: str, metric: str) -> float:
     return float(row["p50"])
 
 
+README, DIVERGENCE = ROOT / "README.md", ROOT / "docs" / "linear_divergence.md"
+
+
 @pytest.mark.parametrize(
-    ("line", "name", "mode", "metric", "unit"),
+    ("document", "line", "name", "mode", "metric", "unit"),
     [
-        ("131072 classes", "linear_cross_entropy_h100", "16384x2048x131072", "peak_extra_above_gradients_bytes", "MiB"),
-        ("the same: time", "linear_cross_entropy_h100", "16384x2048x131072", "time_s", "ms"),
-        ("50257 classes", "linear_cross_entropy_h100", "16384x768x50257", "peak_extra_above_gradients_bytes", "MiB"),
-        ("the same: time", "linear_cross_entropy_h100", "16384x768x50257", "time_s", "ms"),
-        ("CPU, 2 threads", "linear_cross_entropy_cpu", "2048x256x32000", "peak_extra_above_gradients_bytes", "MiB"),
-        ("the same: time", "linear_cross_entropy_cpu", "2048x256x32000", "time_s", "ms"),
+        (
+            README,
+            "131072 classes",
+            "linear_cross_entropy_h100",
+            "16384x2048x131072",
+            "peak_extra_above_gradients_bytes",
+            "MiB",
+        ),
+        (README, "the same: time", "linear_cross_entropy_h100", "16384x2048x131072", "time_s", "ms"),
+        (
+            README,
+            "50257 classes",
+            "linear_cross_entropy_h100",
+            "16384x768x50257",
+            "peak_extra_above_gradients_bytes",
+            "MiB",
+        ),
+        (README, "the same: time", "linear_cross_entropy_h100", "16384x768x50257", "time_s", "ms"),
+        (
+            README,
+            "CPU, 2 threads",
+            "linear_cross_entropy_cpu",
+            "2048x256x32000",
+            "peak_extra_above_gradients_bytes",
+            "MiB",
+        ),
+        (README, "the same: time", "linear_cross_entropy_cpu", "2048x256x32000", "time_s", "ms"),
+        (
+            DIVERGENCE,
+            "CPU, 2 threads",
+            "linear_divergence_cpu",
+            "2048x256x32000",
+            "peak_extra_above_gradients_bytes",
+            "MiB",
+        ),
+        (DIVERGENCE, "the same: time", "linear_divergence_cpu", "2048x256x32000", "time_s", "ms"),
     ],
 )
-def test_figures_are_committed_results(line: str, name: str, mode: str, metric: str, unit: str) -> None:
-    table = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_figures_are_committed_results(document: Path, line: str, name: str, mode: str, metric: str, unit: str) -> None:
+    table = document.read_text(encoding="utf-8")
     scale = {"MiB": 2.0**-20, "ms": 1e3}[unit]
     found = [median(name, mode, provider, metric) * scale for provider in ("inductor", "structfly")]
     digits = 1 if unit == "ms" and found[0] < 100 else 0

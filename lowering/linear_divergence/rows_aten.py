@@ -21,25 +21,45 @@ def row_step_aten(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     losses = torch.empty(rows, dtype=dtype, device=logits.device)
     step = max(1, _BLOCK_BYTES // (classes * dtype.itemsize))
+    spare = _Spare(losses, step, classes)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         weight = None if coefficient is None else coefficient[part]
-        losses[part] = _block(logits[part], teacher[part], weight, terms, dtype, gradient)
+        losses[part] = _block(logits[part], teacher[part], weight, terms, spare, gradient)
     return losses
 
 
+class _Spare:
+    """Buffers of a block's shape by name, which every block uses anew: new ones for each cost more than what is done
+    with them where pages are handed out slowly."""
+
+    def __init__(self, like: Tensor, rows: int, classes: int) -> None:
+        self._like, self._shape = like, (rows, classes)
+        self._buffers: dict[str, Tensor] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    def __call__(self, name: str, rows: int) -> Tensor:
+        if name not in self._buffers:
+            self._buffers[name] = self._like.new_empty(self._shape)
+        return self._buffers[name][:rows]
+
+
 def _block(
-    logits: Tensor, teacher: Tensor, coefficient: Tensor | None, terms: RowTerms, dtype: torch.dtype, gradient: bool
+    logits: Tensor, teacher: Tensor, coefficient: Tensor | None, terms: RowTerms, spare: _Spare, gradient: bool
 ) -> Tensor:
-    u = logits if logits.dtype == dtype else logits.to(dtype)
+    rows = len(logits)
+    u = logits if logits.dtype == spare.dtype else spare("u", rows).copy_(logits)
     if terms.bias is not None:
-        u.add_(terms.bias.to(dtype))
+        u.add_(terms.bias.to(u.dtype))
     needed = terms.epilogue.needed(()) if gradient else frozenset()
     values = terms.epilogue.values(u, (), needed)
     u = values[-1]
-    log_p = torch.log_softmax(u, 1, out=None if len(values) - 1 in needed else u)
-    q, log_q = _teacher(teacher, terms, dtype)
-    loss, du = _divergence(log_p, q, log_q, terms, gradient)
+    log_p = torch.log_softmax(u, 1, out=spare("log_p", rows) if len(values) - 1 in needed else u)
+    q, log_q = _teacher(teacher, terms, spare)
+    loss, du = _divergence(log_p, q, log_q, terms, spare, gradient)
     if coefficient is not None:
         loss.masked_fill_(coefficient == 0, 0.0)
     if du is None:
@@ -48,10 +68,12 @@ def _block(
     factor = slope * terms.gradient_scale
     if coefficient is not None:
         dz.mul_((coefficient * factor).unsqueeze(1))
-        dz.masked_fill_((coefficient == 0).unsqueeze(1), 0.0)
+        if not bool(coefficient.all()):
+            dz.masked_fill_((coefficient == 0).unsqueeze(1), 0.0)
     elif isinstance(factor, Tensor) or factor != 1.0:
         dz.mul_(factor)
-    logits.copy_(dz)
+    if dz is not logits:
+        logits.copy_(dz)
     return loss
 
 
@@ -59,43 +81,50 @@ def _no_operands(operand: int, product: Tensor, factor: Tensor | float) -> None:
     raise AssertionError("a divergence's chain has no tensors")
 
 
-def _teacher(teacher: Tensor, terms: RowTerms, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """q and log q, as new tensors."""
+def _teacher(teacher: Tensor, terms: RowTerms, spare: _Spare) -> tuple[Tensor, Tensor]:
+    """q and log q, in buffers."""
+    q, log_q = spare("q", len(teacher)), spare("log_q", len(teacher))
     if terms.teacher_form == "probabilities":
-        q = teacher.to(dtype)
-        return q, q.log()
-    if terms.teacher_form == "log_probabilities":
-        log_q = teacher.to(dtype)
-    else:
-        t = teacher.to(dtype, copy=True)
+        q.copy_(teacher)
+        return q, torch.log(q, out=log_q)
+    log_q.copy_(teacher)
+    if terms.teacher_form == "logits":
         if terms.teacher_bias is not None:
-            t.add_(terms.teacher_bias.to(dtype))
-        t = terms.teacher_epilogue.values(t, (), ())[-1]
+            log_q.add_(terms.teacher_bias.to(log_q.dtype))
+        t = terms.teacher_epilogue.values(log_q, (), ())[-1]
         log_q = torch.log_softmax(t, 1, out=t)
-    return log_q.exp(), log_q
+    return torch.exp(log_q, out=q), log_q
 
 
 def _divergence(
-    log_p: Tensor, q: Tensor, log_q: Tensor, terms: RowTerms, gradient: bool
+    log_p: Tensor, q: Tensor, log_q: Tensor, terms: RowTerms, spare: _Spare, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(R,) losses and, if wanted, (R, C) du."""
+    """(R,) losses and, if wanted, (R, C) du; all three tensors are overwritten."""
+    rows = len(log_p)
+    product = spare("product", rows)
     if terms.kind in ("cross_entropy", "forward_kl"):
         if terms.label_smoothing:
-            q = (1 - terms.label_smoothing) * q + terms.label_smoothing / q.shape[1]
-        loss = _times(q, -log_p if terms.kind == "cross_entropy" else log_q - log_p).sum(1)
-        return loss, log_p.exp().mul_(q.sum(1, keepdim=True)).sub_(q) if gradient else None
-    p = log_p.exp()
+            q.mul_(1 - terms.label_smoothing).add_(terms.label_smoothing / q.shape[1])
+        logs = torch.neg(log_p, out=log_q) if terms.kind == "cross_entropy" else log_q.sub_(log_p)
+        loss = _times(q, logs, product).sum(1)
+        return loss, torch.exp(log_p, out=log_p).mul_(q.sum(1, keepdim=True)).sub_(q) if gradient else None
+    p = torch.exp(log_p, out=spare("p", rows))
     if terms.kind == "reverse_kl":
-        ratio = log_p - log_q
-        loss = _times(p, ratio).sum(1)
-        return loss, _times(p, ratio - loss.unsqueeze(1)) if gradient else None
-    log_m = torch.logaddexp(log_q + math.log(terms.beta), log_p + math.log1p(-terms.beta))
-    ratio = log_p - log_m
-    mean = _times(p, ratio).sum(1)
-    loss = terms.beta * _times(q, log_q - log_m).sum(1) + (1 - terms.beta) * mean
-    return loss, _times(p, ratio - mean.unsqueeze(1)).mul_(1 - terms.beta) if gradient else None
+        ratio = log_p.sub_(log_q)
+        loss = _times(p, ratio, product).sum(1)
+        return loss, _times(p, ratio.sub_(loss.unsqueeze(1)), product) if gradient else None
+    log_m = torch.add(log_p, math.log1p(-terms.beta), out=spare("log_m", rows))
+    torch.logaddexp(torch.add(log_q, math.log(terms.beta), out=product), log_m, out=log_m)
+    of_teacher = _times(q, log_q.sub_(log_m), product).sum(1)
+    ratio = log_p.sub_(log_m)
+    mean = _times(p, ratio, product).sum(1)
+    loss = terms.beta * of_teacher + (1 - terms.beta) * mean
+    return loss, _times(p, ratio.sub_(mean.unsqueeze(1)), product).mul_(1 - terms.beta) if gradient else None
 
 
-def _times(factor: Tensor, logarithm: Tensor) -> Tensor:
+def _times(factor: Tensor, logarithm: Tensor, out: Tensor) -> Tensor:
     """``factor * logarithm``, and 0 where the factor is 0."""
-    return (factor * logarithm).masked_fill_(factor == 0, 0.0)
+    torch.mul(factor, logarithm, out=out)
+    if not bool(out.sum().isfinite()):  # a factor of 0 may have met an infinite logarithm
+        out.masked_fill_(factor == 0, 0.0)
+    return out

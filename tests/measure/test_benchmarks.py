@@ -24,10 +24,11 @@ def case(logits: str = "random", **changes: Any) -> Case:
 @pytest.mark.parametrize("loss", head.LOSSES)
 def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "REFERENCE_ROWS", 16)  # several chunks, the last one short
-    inputs = head.make_inputs(case(logits))
-    assert (inputs.t == head.IGNORED).any()
+    ignored = 0.0 if loss == "distilled" else 0.2
+    inputs = head.make_inputs(case(logits, ignored=ignored, loss=loss))
+    assert bool((inputs.t == head.IGNORED).any()) == bool(ignored)
     x, w = (tensor.detach().double().requires_grad_() for tensor in (inputs.x, inputs.w))
-    value = head.LOSSES[loss](F.linear(x, w), inputs.t)
+    value = head.LOSSES[loss](F.linear, x, w, inputs.t)
     value.backward()
     assert x.grad is not None
     assert w.grad is not None
@@ -39,15 +40,20 @@ def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch:
 # Inductor's workers and Dynamo warn of torch's own deprecations.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("provider", ["eager", "eager-float", "inductor", "structfly", "structfly@1MiB"])
-@pytest.mark.parametrize("training", [True, False])
-def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, training: bool) -> None:
+@pytest.mark.parametrize(("loss", "training"), [("capped", True), ("capped", False), ("distilled", True)])
+def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: str, training: bool) -> None:
     torch._dynamo.reset()
-    problem = case(loss="capped", training=training)
+    problem = case(loss=loss, training=training, ignored=0.0)
     inputs = head.make_inputs(problem)
-    loss = head.make_loss(provider, {"rewrite": "always"}, problem.loss)
-    errors = head.errors(head.make_step(loss, inputs, training=training)(), inputs, head.truth(inputs, problem.loss))
+    made = head.make_loss(provider, {"rewrite": "always"}, loss)
+    errors = head.errors(head.make_step(made, inputs, training=training)(), inputs, head.truth(inputs, loss))
     assert errors.keys() == ({"loss", "dx", "dw"} if training else {"loss"})
     assert all(error < 1e-5 for error in errors.values())
+
+
+def test_distillation_ignores_no_rows() -> None:
+    with pytest.raises(ValueError, match="reads no targets"):
+        case(loss="distilled")
 
 
 def test_a_peer_does_not_answer_for_another_loss() -> None:
