@@ -30,8 +30,7 @@ def row_step_aten(
 
 
 class _Spare:
-    """Buffers of a block's shape by name, which every block uses anew: new ones for each cost more than what is done
-    with them where pages are handed out slowly."""
+    """Buffers of a block's shape by name, which every block uses anew, so that none waits for new pages of memory."""
 
     def __init__(self, like: Tensor, rows: int, classes: int) -> None:
         self._like, self._shape = like, (rows, classes)
