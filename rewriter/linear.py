@@ -10,6 +10,7 @@ from structfly.compat import expression
 from structfly.rewriter.calls import Call, flat, read
 from structfly.rewriter.region import example
 
+_LAST = -1
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type_as")
 
 
@@ -18,13 +19,15 @@ class LinearLike:
     """``z = x W^T + bias + adapter_scale adapter_x adapter_weight^T``.
 
     Attributes:
-        node: the node whose value is z, of shape (*rows, V).
+        node: the node whose value is z, of shape (*rows, V), or z^T of shape (V, rows): see :func:`turned`.
         nodes: all nodes that only serve to compute z from its operands, ``node`` first.
-        x: (*rows, H).
+        x: (*rows, H), or (H, rows).
         weight: (V, H), or (H, V) if ``transposed``.
         bias: (V,), or None.
         adapter: the low-rank product, itself linear-like without bias, or None.
         adapter_scale: its constant factor.
+        class_dim: the dimension of ``node``'s value that the classes are.
+        hidden_dim: the dimension of ``x`` that the hidden units are.
     """
 
     node: fx.Node
@@ -35,6 +38,8 @@ class LinearLike:
     bias: fx.Node | None = None
     adapter: LinearLike | None = None
     adapter_scale: float = 1.0
+    class_dim: int = _LAST
+    hidden_dim: int = _LAST
 
 
 def read_linear(node: fx.Node) -> LinearLike | None:
@@ -59,6 +64,18 @@ def read_linear(node: fx.Node) -> LinearLike | None:
     if call.op == "einsum":
         return _einsum(call)
     return _low_rank_sum(call) if call.op == "add" else None
+
+
+def turned(linear: LinearLike) -> LinearLike | None:
+    """A product of two matrices read the other way round, its rows as the classes; None for what is more than that.
+
+    Transposed logits are logits, too: of hidden states W and a weight x.
+    """
+    x = example(linear.x)
+    if x is None or x.ndim != 2 or linear.bias is not None or linear.adapter is not None:
+        return None
+    hidden_dim = 0 if linear.transposed else _LAST
+    return LinearLike(linear.node, linear.nodes, linear.weight, linear.x, False, class_dim=0, hidden_dim=hidden_dim)
 
 
 def is_cast(call: Call) -> bool:

@@ -79,6 +79,16 @@ def _nodes(values: Any) -> list[fx.Node]:
     return found
 
 
+def unused(region: Region) -> set[fx.Node]:
+    """The nodes that only read and whose values nothing uses, but for nodes of which the same holds: what a model
+    returns, say, and the compiled function does not."""
+    found: set[fx.Node] = set()
+    for call in reversed(region.calls):
+        if found.issuperset(call.node.users) and not written(call.node):
+            found.add(call.node)
+    return found
+
+
 def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str] | None:
     """Why ``nodes`` cannot all be computed where the last of them stands, and the node to blame; None if they can.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,10 +23,10 @@ from structfly.patterns.head.chain import (
     read_steps,
 )
 from structfly.rewriter.calls import Call, read
-from structfly.rewriter.linear import LinearLike, is_cast, read_linear
+from structfly.rewriter.linear import LinearLike, is_cast, read_linear, turned
 from structfly.rewriter.region import Region, example
 from structfly.rewriter.views import RowView, example_tuple, read_view, view_input
-from structfly.rewriter.writes import written
+from structfly.rewriter.writes import unused, written
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LogitsPath:
         chain: the pointwise operations.
         num_classes: the classes were cut to the first so many, or None.
         class_dim: the class dimension at the loss.
-        nodes: all nodes that exist only to make these logits (writes into them included).
+        nodes: all nodes that exist only to make these logits (writes into them included), or make nothing of them.
     """
 
     linear: LinearLike
@@ -81,7 +81,10 @@ class Reads(Protocol):
 
 
 def trace(form: Reads, region: Region) -> LogitsPath | Obstacle:
-    """Walk from a loss's input back to a linear-like producer, then read the way forwards."""
+    """Walk from a loss's input back to a linear-like producer, then read the way forwards.
+
+    A loss may take the rows of the producer's value as its classes: where that is read, the producer is turned round.
+    """
     trail: list[fx.Node] = []
     node = form.logits
     while True:
@@ -95,7 +98,13 @@ def trace(form: Reads, region: Region) -> LogitsPath | Obstacle:
         if isinstance(example_tuple(node.args[0]), (tuple, list)):
             trail.append(node.args[0])  # type: ignore[arg-type]  # the split beneath an element
         node = source
-    return _Reader(linear, tuple(reversed(trail)), form, region).read()
+    trail.reverse()
+    path = _Reader(linear, tuple(trail), form, region).read()
+    other = turned(linear) if isinstance(path, Obstacle) else None
+    if other is not None:
+        around = _Reader(other, tuple(trail), form, region).read()
+        path = path if isinstance(around, Obstacle) else around
+    return path
 
 
 def _logits_operand(node: fx.Node) -> fx.Node | str:
@@ -155,7 +164,7 @@ class _Reader:
         value = example(self.linear.node)
         if value is None:
             return Obstacle(self.linear.node, "the linear has no example value", len(self.trail))
-        self.class_dim = value.ndim - 1
+        self.class_dim = self.linear.class_dim % value.ndim
         chain = (self.linear.node, *self.trail)
         try:
             for below, node in zip(chain, (*self.trail, self.form.anchor), strict=True):
@@ -165,6 +174,7 @@ class _Reader:
             self._end()
         except _PathError as failure:
             return Obstacle(failure.node, failure.reason, len(self.trail) + 1)
+        idle = _made_for_nothing(chain, unused(self.region))
         return LogitsPath(
             linear=self.linear,
             trail=self.trail,
@@ -174,7 +184,7 @@ class _Reader:
             chain=Chain(tuple(self.steps)),
             num_classes=self.num_classes,
             class_dim=self.class_dim,
-            nodes=frozenset((*self.linear.nodes, *self.trail, *self.writes)),
+            nodes=frozenset((*self.linear.nodes, *self.trail, *self.writes, *idle)),
         )
 
     def _end(self) -> None:
@@ -243,7 +253,8 @@ class _Reader:
     def _cut(self, length: int, node: fx.Node) -> None:
         if self.log_softmax:
             raise _PathError(node, "the classes are cut after the log_softmax, which took all of them")
-        size = expression(example_of(self.linear.node).shape[-1]) if self.num_classes is None else self.num_classes
+        every = example_of(self.linear.node).shape[self.linear.class_dim]
+        size = expression(every) if self.num_classes is None else self.num_classes
         if not isinstance(size, int) and not size.is_Integer:
             raise _PathError(node, "the classes are cut, and how many there are is not a constant")
         length = length if length >= 0 else int(size) + length
@@ -301,6 +312,12 @@ class _Reader:
         if value is None or value.ndim != 1 or value.dtype != torch.bool:
             return False
         return bool(expression(value.shape[0]) == expression(logits.shape[-1]))
+
+
+def _made_for_nothing(nodes: Sequence[fx.Node], among: Collection[fx.Node]) -> list[fx.Node]:
+    """What is made of ``nodes`` and goes nowhere, such as views that a model returns and nobody takes."""
+    found = [user for node in nodes for user in node.users if user in among]
+    return [*found, *_made_for_nothing(found, among)] if found else []
 
 
 def example_of(node: Any) -> torch.Tensor:

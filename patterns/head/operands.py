@@ -14,10 +14,17 @@ from structfly.rewriter.linear import LinearLike
 from structfly.rewriter.views import RowView
 
 
-def moved_rows(x: fx.Node, views: Sequence[RowView], dtype: torch.dtype, editor: Editor) -> fx.Node:
+def moved_rows(linear: LinearLike, views: Sequence[RowView], dtype: torch.dtype, editor: Editor) -> fx.Node:
     """Hidden states, moved by ``views`` as the logits were, classes (now hidden units) last."""
+    x, class_dim = _in_place_of_logits(linear, editor)
     x = cast(x, dtype, editor)
-    return classes_last(x, example_of(x).ndim - 1, views, editor.size(x, -1), editor)
+    return classes_last(x, class_dim, views, editor.size(x, class_dim), editor)
+
+
+def _in_place_of_logits(linear: LinearLike, editor: Editor) -> tuple[fx.Node, int]:
+    """Hidden states with the hidden units where the linear's value has classes, and which dimension that is."""
+    x = linear.x if linear.hidden_dim == linear.class_dim else editor.method("t", linear.x)
+    return x, linear.class_dim % example_of(x).ndim
 
 
 def classes_last(
@@ -87,16 +94,17 @@ def chain_operand(
     if example_of(node).device != device:  # a number may be elsewhere
         node = editor.method("to", node, device)
     if operand.place is not None:
-        return _row_operand(node, operand.place, path.linear.x, views, editor)
+        return _row_operand(node, operand.place, path.linear, views, editor)
     node = editor.call(torch.reshape, node, () if operand.kind == "scalar" else (-1,))
     if operand.kind == "class" and isinstance(classes, int) and example_of(node).shape[0] != classes:
         node = editor.call(torch.narrow, node, 0, 0, classes)
     return node
 
 
-def _row_operand(node: fx.Node, place: Place, x: fx.Node, views: Sequence[RowView], editor: Editor) -> fx.Node:
+def _row_operand(node: fx.Node, place: Place, linear: LinearLike, views: Sequence[RowView], editor: Editor) -> fx.Node:
     """One number a row (N,): spread over the rows where it meets the logits, and moved as they are from there on."""
-    like, _ = replayed(x, example_of(x).ndim - 1, views[: place.views], editor.size(x, -1), editor)
+    x, class_dim = _in_place_of_logits(linear, editor)
+    like, _ = replayed(x, class_dim, views[: place.views], editor.size(x, class_dim), editor)
     rank = example_of(like).ndim
     shape = tuple(1 if dim == place.class_dim else editor.size(like, dim) for dim in range(rank))
     spread = editor.call(torch.broadcast_to, node, shape)

@@ -14,6 +14,7 @@ from structfly.lowering.head.linear import Wanted
 from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.patterns.head.weighted_sum import WeightedSum
 from structfly.records import Site
+from structfly.rewriter.linear import LinearLike
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ def class_count(path: LogitsPath) -> sympy.Expr:
     """How many classes count."""
     if path.num_classes is not None:
         return sympy.Integer(path.num_classes)
-    return sympy.sympify(expression(example_of(path.linear.node).shape[-1]))
+    return sympy.sympify(expression(example_of(path.linear.node).shape[path.linear.class_dim]))
+
+
+def hidden_size(linear: LinearLike) -> sympy.Expr:
+    """How many hidden units a linear takes."""
+    return sympy.sympify(expression(example_of(linear.x).shape[linear.hidden_dim]))
 
 
 def adapter_rank(path: LogitsPath) -> sympy.Expr:
     """The width of the linear's low-rank update, 0 without one."""
     adapter = path.linear.adapter
-    return sympy.Integer(0) if adapter is None else sympy.sympify(expression(example_of(adapter.x).shape[-1]))
+    return sympy.Integer(0) if adapter is None else hidden_size(adapter)

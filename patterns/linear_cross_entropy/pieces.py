@@ -77,7 +77,7 @@ def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) ->
     source = example(whole.call["input"])
     if source is None or source.shape[members[0].piece.dim] != end:
         return "the losses' parts of the logits leave rows out"
-    class_dim = first.views[shared - 1].class_dim if shared else source.ndim - 1
+    class_dim = first.views[shared - 1].class_dim if shared else first.linear.class_dim % source.ndim
     dim = members[0].piece.dim
     if dim == class_dim:
         return "the logits are split along the classes"

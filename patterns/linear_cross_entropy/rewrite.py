@@ -62,7 +62,7 @@ def _rewrite_pieces(site: CrossEntropySite, candidate: FusedCandidate, editor: E
 
 
 def _hidden(site: CrossEntropySite, views: tuple[RowView, ...], editor: Editor) -> fx.Node:
-    return moved_rows(site.path.linear.x, views, site.dtype, editor)
+    return moved_rows(site.path.linear, views, site.dtype, editor)
 
 
 def _op(
@@ -79,7 +79,7 @@ def _op(
     views = path.views if site.pieces is None else path.views[: site.pieces.shared_views]
     weight = class_rows(linear, site.dtype, editor)
     classes: int | fx.Node = editor.size(weight, 0) if path.num_classes is None else path.num_classes
-    adapter_x = None if adapter is None else matrix(moved_rows(adapter.x, views, site.dtype, editor), editor)
+    adapter_x = None if adapter is None else matrix(moved_rows(adapter, views, site.dtype, editor), editor)
     adapter_weight = None if adapter is None else class_rows(adapter, site.dtype, editor)
     target = editor.call(torch.reshape, target, (-1,))
     operands = [chain_operand(o, path, views, weight, classes, site.dtype, editor) for o in path.chain.operands]

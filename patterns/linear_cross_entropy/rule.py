@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from structfly.compat import expression, size_hints
+from structfly.compat import size_hints
 from structfly.config import SiteSettings
 from structfly.lowering.head.linear import Wanted
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the op
@@ -16,8 +16,15 @@ from structfly.patterns.head.checks import AFTER_TRACE, stranger, why_too_steep,
 from structfly.patterns.head.gradients import wanted_gradients
 from structfly.patterns.head.logits import LogitsPath, Obstacle, example_of, foreign_users, trace
 from structfly.patterns.head.menu import FusedCandidate
-from structfly.patterns.head.site import adapter_rank, class_count, row_count
+from structfly.patterns.head.site import adapter_rank, class_count, hidden_size, row_count
 from structfly.patterns.head.weighted_sum import WeightedSum, read_weighted_sum
+from structfly.patterns.linear_cross_entropy.directions import (
+    TwoWayCandidate,
+    TwoWaySite,
+    rewrite_both,
+    two_way_menu,
+    two_way_site,
+)
 from structfly.patterns.linear_cross_entropy.loss import LossForm, loss_forms
 from structfly.patterns.linear_cross_entropy.menu import head_menu
 from structfly.patterns.linear_cross_entropy.pieces import Pieces, read_pieces
@@ -26,6 +33,8 @@ from structfly.patterns.linear_cross_entropy.site import CrossEntropySite
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example, qualified_name
+
+_Site = CrossEntropySite | TwoWaySite
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,8 @@ class LinearCrossEntropy:
 
     name = "linear_cross_entropy"
 
-    def find(self, region: Region) -> Sequence[CrossEntropySite | Miss]:
-        results: list[CrossEntropySite | Miss] = []
+    def find(self, region: Region) -> Sequence[_Site | Miss]:
+        results: list[_Site | Miss] = []
         groups: dict[fx.Node, list[_Traced]] = {}
         for form in loss_forms(region):
             if not isinstance(form, LossForm):
@@ -56,28 +65,46 @@ class LinearCrossEntropy:
             results.extend(self._group(group, region))
         return results
 
-    def menu(self, site: CrossEntropySite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+    def menu(self, site: _Site, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+        if isinstance(site, TwoWaySite):
+            return two_way_menu(site, profile, settings)
         return head_menu(site, profile, settings)
 
-    def rewrite(self, site: CrossEntropySite, candidate: Candidate, editor: Editor) -> None:
-        assert isinstance(candidate, FusedCandidate)
-        rewrite_head(site, candidate, editor)
+    def rewrite(self, site: _Site, candidate: Candidate, editor: Editor) -> None:
+        if isinstance(site, TwoWaySite):
+            assert isinstance(candidate, TwoWayCandidate)
+            rewrite_both(site, candidate, editor)
+        else:
+            assert isinstance(candidate, FusedCandidate)
+            rewrite_head(site, candidate, editor)
 
     # ------------------------------------------------------------------------------------------------ one linear
 
-    def _group(self, group: list[_Traced], region: Region) -> list[CrossEntropySite | Miss]:
+    def _group(self, group: list[_Traced], region: Region) -> list[_Site | Miss]:
         """The losses that share one linear: one site, or a miss for each."""
-        found = self._site(group, region)
-        if isinstance(found, CrossEntropySite):
-            return [found]
-        node, reason = found
-        name = qualified_name(group[0].path.linear.node, group[0].path.linear.weight)
-        return [Miss(self.name, node, reason, AFTER_TRACE, traced.form.anchor, name) for traced in group]
+        along = group[0].path.linear.class_dim
+        split = [[t for t in group if (t.path.linear.class_dim == along) is same] for same in (True, False)]
+        directions = [losses for losses in split if losses]
+        found = [self._site(losses, group, region) for losses in directions]
+        sites = [each for each in found if isinstance(each, CrossEntropySite)]
+        if len(sites) == len(directions):
+            return [two_way_site(*sites)] if len(sites) == 2 else [*sites]
+        misses: list[_Site | Miss] = []
+        for losses, each in zip(directions, found, strict=True):
+            if isinstance(each, CrossEntropySite):  # but the logits must exist, for the other direction's losses
+                each = self._site(losses, losses, region)
+                assert not isinstance(each, CrossEntropySite)
+            linear = losses[0].path.linear
+            name = qualified_name(linear.node, linear.weight)
+            misses.extend(Miss(self.name, *each, AFTER_TRACE, traced.form.anchor, name) for traced in losses)
+        return misses
 
-    def _site(self, group: list[_Traced], region: Region) -> CrossEntropySite | tuple[fx.Node, str]:
+    def _site(
+        self, group: list[_Traced], every: list[_Traced], region: Region
+    ) -> CrossEntropySite | tuple[fx.Node, str]:
         first = group[0]
         form, path = first.form, first.path
-        strangers = foreign_users([t.path for t in group], [t.form for t in group])
+        strangers = foreign_users([t.path for t in every], [t.form for t in every])
         if strangers:
             user = min(strangers, key=region.order.__getitem__)
             return user, stranger(user)
@@ -114,6 +141,7 @@ class LinearCrossEntropy:
             value for value in map(example, (linear.node, linear.x, linear.weight, form.logits)) if value is not None
         ]
         where = form.anchor if total is None else total.root
+        class_dim = linear.class_dim % logits.ndim
         return CrossEntropySite(
             rule=self.name,
             name=qualified_name(linear.node, linear.weight),
@@ -126,8 +154,8 @@ class LinearCrossEntropy:
             total=total,
             gradients=gradients,
             recompute=recompute,
-            rows=row_count(linear.node, logits.ndim - 1) if pieces else row_count(form.logits, path.class_dim),
-            hidden=expression(example_of(linear.x).shape[-1]),
+            rows=row_count(linear.node, class_dim) if pieces else row_count(form.logits, path.class_dim),
+            hidden=hidden_size(linear),
             classes=class_count(path),
             rank=adapter_rank(path),
             dtype=logits.dtype,

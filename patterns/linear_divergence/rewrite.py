@@ -21,7 +21,7 @@ def rewrite_divergence(site: DivergenceSite, candidate: FusedCandidate, editor: 
     """Insert the op before what it replaces, and remove the student's logits."""
     editor.before(site.node)
     path, class_dim = site.path, site.path.class_dim
-    rows = moved_rows(path.linear.x, path.views, site.dtype, editor)
+    rows = moved_rows(path.linear, path.views, site.dtype, editor)
     weight = class_rows(path.linear, site.dtype, editor)
     classes: int | fx.Node = editor.size(weight, 0) if path.num_classes is None else path.num_classes
     like = editor.call(torch.select, rows, -1, 0)
@@ -88,7 +88,7 @@ def _adapter(site: DivergenceSite, editor: Editor) -> dict[str, Any]:
     if adapter is None:
         return {"adapter_x": None, "adapter_weight": None, "adapter_scale": 1.0}
     return {
-        "adapter_x": matrix(moved_rows(adapter.x, path.views, site.dtype, editor), editor),
+        "adapter_x": matrix(moved_rows(adapter, path.views, site.dtype, editor), editor),
         "adapter_weight": class_rows(adapter, site.dtype, editor),
         "adapter_scale": path.linear.adapter_scale,
     }
@@ -101,7 +101,7 @@ def _teacher(site: DivergenceSite, classes: int | fx.Node, editor: Editor) -> di
         return {
             "teacher": None,
             "teacher_form": "logits",
-            "teacher_x": matrix(moved_rows(teacher.linear.x, teacher.views, dtype, editor), editor),
+            "teacher_x": matrix(moved_rows(teacher.linear, teacher.views, dtype, editor), editor),
             "teacher_weight": class_rows(teacher.linear, dtype, editor),
             "teacher_bias": class_bias(teacher, dtype, editor),
             "teacher_epilogue": str(teacher.chain.epilogue),

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from structfly.compat import expression, size_hints
+from structfly.compat import size_hints
 from structfly.config import SiteSettings
 from structfly.lowering.head.linear import DTYPES, Wanted
 from structfly.lowering.linear_divergence import transforms as _transforms  # noqa: F401  registers the op
@@ -17,7 +17,7 @@ from structfly.patterns.head.checks import AFTER_TRACE, stranger, why_too_steep,
 from structfly.patterns.head.gradients import wanted_gradients
 from structfly.patterns.head.logits import LogitsPath, Obstacle, example_of, trace
 from structfly.patterns.head.menu import FusedCandidate
-from structfly.patterns.head.site import adapter_rank, class_count, row_count
+from structfly.patterns.head.site import adapter_rank, class_count, hidden_size, row_count
 from structfly.patterns.head.weighted_sum import read_weighted_sum
 from structfly.patterns.linear_divergence.kinds import Kind, classify
 from structfly.patterns.linear_divergence.menu import divergence_menu
@@ -171,7 +171,7 @@ class LinearDivergence:
             gradients=gradients,
             recompute=recompute,
             rows=row_count(_node(pair[0]), path.class_dim),
-            hidden=expression(example_of(linear.x).shape[-1]),
+            hidden=hidden_size(linear),
             classes=class_count(path),
             rank=adapter_rank(path),
             teacher_hidden=_width(teacher),
@@ -223,4 +223,4 @@ def _strangers(
 
 
 def _width(teacher: LogitsPath | GivenTeacher) -> sympy.Expr:
-    return expression(example_of(teacher.linear.x).shape[-1]) if isinstance(teacher, LogitsPath) else sympy.Integer(0)
+    return hidden_size(teacher.linear) if isinstance(teacher, LogitsPath) else sympy.Integer(0)

@@ -52,6 +52,13 @@ def t5() -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def clip() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: causal(transformers.LlamaForCausalLM, transformers.LlamaConfig),
     "llama-tied": lambda: causal(transformers.LlamaForCausalLM, transformers.LlamaConfig, tie_word_embeddings=True),
@@ -62,24 +69,29 @@ MODELS: dict[str, Callable[[], Any]] = {
     "granite": lambda: causal(transformers.GraniteForCausalLM, transformers.GraniteConfig, logits_scaling=8.0),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**encoder(vocab_size=VOCABULARY))),
     "t5": t5,
+    "clip": clip,
     "vit": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(**encoder(image_size=16, patch_size=8, num_labels=10))
     ),
 }
 
 
-def batch_for(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def batch_for(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     if name == "vit":
         pixels = torch.randn(2, 3, 16, 16, generator=generator).to(dtype)
         return {"pixel_values": pixels, "labels": torch.tensor([1, 3])}
+    if name == "clip":
+        pixels = torch.randn(5, 3, 16, 16, generator=generator).to(dtype)
+        ids = torch.randint(2, VOCABULARY, (5, 12), generator=generator)
+        return {"pixel_values": pixels, "input_ids": ids, "return_loss": True}
     ids = torch.randint(2, VOCABULARY, (2, 12), generator=generator)
     labels = ids.clone()
     labels[0, :3] = -100
     return {"input_ids": ids, "labels": labels}
 
 
-def loss_and_gradients(model: Any, step: Callable[..., Any], batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(model: Any, step: Callable[..., Any], batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
     model.zero_grad()
     loss = step(**batch)
     loss.backward()

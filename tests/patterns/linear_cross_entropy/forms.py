@@ -88,6 +88,24 @@ def weight_stored_transposed(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, label
 
 
 @form()
+def weight_first(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy((w @ _rows(x).T).T + b, labels.view(-1))
+
+
+@form("backward")
+def weight_first_rows_in_parts(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    parts, target = (w @ _rows(x).T * 2.0).t().split(4), labels.view(-1).split(4)
+    losses = [F.cross_entropy(z, t, reduction="sum") for z, t in zip(parts, target, strict=True)]
+    return torch.stack(losses).sum() / 7
+
+
+@form()
+def weight_first_and_cut(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, classes = torch.einsum("vd,nd->vn", w, _rows(x)), w.shape[0] - 3
+    return F.cross_entropy(z[:classes].T / (_rows(x)[:, :1] ** 2 + 1.0), labels.clamp_max(classes - 1).view(-1))
+
+
+@form()
 def einsum(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_rows(torch.einsum("btd,vd->btv", x, w)), labels.view(-1))
 
@@ -183,6 +201,13 @@ def single_row(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> 
 @form()
 def no_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_rows(F.linear(x[:0], w, b)), labels[:0].view(-1))
+
+
+@form()
+def views_and_sums_that_nobody_takes(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    z.transpose(0, 1).contiguous().sum(-1)
+    return F.cross_entropy(_rows(z), labels.view(-1))
 
 
 @form()

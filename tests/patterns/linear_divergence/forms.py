@@ -86,6 +86,12 @@ def classes_second(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Ten
     return (losses * mask).sum() / mask.sum()
 
 
+@form("forward_kl", teacher="probabilities")
+def weight_first(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    log_p = F.log_softmax(w @ _rows(x).t(), dim=0)
+    return F.kl_div(log_p, _rows(q).t(), reduction="sum")
+
+
 @form("cross_entropy", teacher="probabilities")
 def one_row(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x[0, 0], w, b), q[0, 0])
