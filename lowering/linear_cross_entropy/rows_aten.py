@@ -90,7 +90,8 @@ def _block(
     p.scatter_add_(1, index, -a.unsqueeze(1))
     if smoothing:
         p.sub_(smoothing / classes if terms.weight is None else terms.weight * (smoothing / classes))
-    dead = None if bool(live.all()) else ~live.unsqueeze(1)
+    # On a CPU a look saves a pass; a CUDA graph that is being recorded cannot look.
+    dead = ~live.unsqueeze(1) if live.is_cuda or not bool(live.all()) else None
     weight = torch.ones_like(loss) if coefficient is None else coefficient
 
     def add_up(operand: int, product: Tensor, factor: Tensor | float) -> None:

@@ -67,7 +67,8 @@ def _block(
     factor = slope * terms.gradient_scale
     if coefficient is not None:
         dz.mul_((coefficient * factor).unsqueeze(1))
-        if not bool(coefficient.all()):
+        # Here and below: on a CPU a look may save a pass; a CUDA graph that is being recorded cannot look.
+        if dz.is_cuda or not bool(coefficient.all()):
             dz.masked_fill_((coefficient == 0).unsqueeze(1), 0.0)
     elif isinstance(factor, Tensor) or factor != 1.0:
         dz.mul_(factor)
@@ -124,6 +125,6 @@ def _divergence(
 def _times(factor: Tensor, logarithm: Tensor, out: Tensor) -> Tensor:
     """``factor * logarithm``, and 0 where the factor is 0."""
     torch.mul(factor, logarithm, out=out)
-    if not bool(out.sum().isfinite()):  # a factor of 0 may have met an infinite logarithm
+    if out.is_cuda or not bool(out.sum().isfinite()):  # a factor of 0 may have met an infinite logarithm
         out.masked_fill_(factor == 0, 0.0)
     return out
