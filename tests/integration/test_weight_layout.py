@@ -1,0 +1,75 @@
+"""Weights stored (hidden units, classes): right in every dtype, never copied, with gradients that lie as they do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structfly.measure import peak_extra_memory
+from tests.compiling import Rewritten
+from tests.oracle import assert_like_eager
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def product(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(x @ w, t)
+
+
+def linear_of_the_transpose(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w.t()), t)
+
+
+def einsum(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(torch.einsum("nd,dv->nv", x, w), t)
+
+
+def usual(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w), t)
+
+
+STORED_TRANSPOSED = (product, linear_of_the_transpose, einsum)
+
+
+def inputs(
+    rows: int, hidden: int, classes: int, dtype: torch.dtype, *, usual: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, hidden, generator=generator).to(dtype).requires_grad_()
+    shape = (classes, hidden) if usual else (hidden, classes)
+    w = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    return x, w, torch.randint(0, classes, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("loss", STORED_TRANSPOSED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_value_and_gradients(loss: Loss, dtype: torch.dtype) -> None:
+    limited = {"rewrite": "always", "strict": True, "budget": {"loss_memory": 16 * 48 * dtype.itemsize}}
+    fast = Rewritten(loss, limited, then="aot_eager")
+    arguments = inputs(40, 9, 45, dtype)
+    assert_like_eager(fast, loss, arguments, dtype)
+    assert fast.statuses == ["rewritten"]
+    (gradient,) = torch.autograd.grad(fast(*arguments), arguments[1])
+    assert gradient.stride() == arguments[1].stride()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak counter is Linux's")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_weight_is_never_copied(dtype: torch.dtype) -> None:
+    rows, hidden, classes = 2, 256, 32768
+
+    def peak(loss: Loss) -> int:
+        arguments = inputs(rows, hidden, classes, dtype, usual=loss is usual)
+        fast = Rewritten(loss)
+        return peak_extra_memory(lambda: fast(*arguments).backward(), "cpu")
+
+    weight = hidden * classes * dtype.itemsize
+    reference = peak(usual)
+    for loss in (product, linear_of_the_transpose):
+        assert peak(loss) < reference + weight // 4, loss.__name__
