@@ -58,7 +58,8 @@ def _cuda(device: torch.device) -> DeviceProfile:
         matrix_rate={
             torch.bfloat16: half,
             torch.float16: half,
-            torch.float32: tf32 if torch.backends.cuda.matmul.allow_tf32 else single,
+            # allow_tf32 cannot be read where the setting was made by fp32_precision.
+            torch.float32: tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else single,
             torch.float64: double,
         },
         bandwidth=bandwidth,
