@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from structfly.records import Candidate, CostValues, DeviceProfile, Menu, Site
+import sympy
+
+from structfly.records import Candidate, CostValues, DeviceProfile, Menu
 from structfly.records.report import format_bytes
 from structfly.rewriter.roofline import evaluate
 from structfly.rewriter.solver import Option, solve
@@ -13,16 +15,16 @@ from structfly.rewriter.solver import Option, solve
 
 @dataclass(frozen=True)
 class Order:
-    """A site with its menu.
+    """A menu with what it is chosen from under.
 
     Attributes:
-        site: the site.
-        menu: what its rule offers.
+        sizes: example values of the symbols in its costs.
+        menu: what there is.
         profile: the device it runs on.
         always: choose among the rewrites only (``rewrite="always"``).
     """
 
-    site: Site
+    sizes: Mapping[sympy.Symbol, int]
     menu: Menu
     profile: DeviceProfile
     always: bool
@@ -50,7 +52,7 @@ def choose(orders: Sequence[Order]) -> list[Choice]:
 
     Saved bytes beyond what the sites need in any case may reach the largest peak limit, and no more.
     """
-    costs = [[evaluate(c.cost, order.site.sizes, order.profile) for c in order.menu.candidates] for order in orders]
+    costs = [[evaluate(c.cost, order.sizes, order.profile) for c in order.menu.candidates] for order in orders]
     eligible = [
         [number for number, candidate in enumerate(order.menu.candidates) if candidate.rewrites or not order.always]
         for order in orders

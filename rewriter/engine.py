@@ -130,7 +130,7 @@ class _Run:
                 self._failed(item.rule.name, item.site, item.place, error)
                 continue
             items.append(item)
-            orders.append(Order(item.site, menu, profile, settings.rewrite == "always"))
+            orders.append(Order(item.site.sizes, menu, profile, settings.rewrite == "always"))
         try:
             return list(zip(items, choose(orders), strict=True)) if orders else []
         except Exception as error:

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import sympy
 import torch
 
 from structfly.config import SiteSettings
 from structfly.lowering.head.chunks import ROWS_A_SUM, accumulation_dtype, operand_sum_bytes, row_stride, saved_dtype
+from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.linear import Wanted
-from structfly.patterns.head.site import HeadSite
 from structfly.records import Candidate, DeviceProfile, Menu, Stage
 from structfly.records.cost import Expression, at_sizes
 
 # Logits below this many bytes are not worth saving memory on: time alone decides.
 _SMALL = 16 * 2**20
+
+
+class Head(Protocol):
+    """What a menu asks of a head, be it a site in a graph or a call of :mod:`structfly.ops`.
+
+    Attributes:
+        rows, hidden, classes, rank: N, H, C and the adapter's R (0 without one).
+        sizes: example values of the symbols in those.
+        dtype: of the logits: what the matrix products run in.
+        gradients: which are wanted.
+        recompute: why gradients cannot or should not be made in the forward pass, or "".
+        epilogue: the pointwise chain.
+        adapter: whether there is a low-rank update.
+        weight: the weight as it lies, a matrix whose classes are either dimension; only sizes and strides are read.
+        weight_name: the same for heads that share it.
+    """
+
+    @property
+    def rows(self) -> sympy.Expr: ...
+    @property
+    def hidden(self) -> sympy.Expr: ...
+    @property
+    def classes(self) -> sympy.Expr: ...
+    @property
+    def rank(self) -> sympy.Expr: ...
+    @property
+    def sizes(self) -> Mapping[sympy.Symbol, int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def gradients(self) -> Wanted: ...
+    @property
+    def recompute(self) -> str: ...
+    @property
+    def epilogue(self) -> Epilogue: ...
+    @property
+    def adapter(self) -> bool: ...
+    @property
+    def weight(self) -> torch.Tensor: ...
+    @property
+    def weight_name(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -27,14 +70,14 @@ class FusedCandidate(Candidate):
     workspace: int = 0
 
 
-def menu_of(site: HeadSite, sizes: HeadSizes, limit: int, candidates: Sequence[Candidate]) -> Menu:
+def menu_of(site: Head, sizes: HeadSizes, limit: int, candidates: Sequence[Candidate]) -> Menu:
     """The menu of these candidates, with what gradients take between the passes."""
     x_bytes, weight_bytes = sizes.gradient_bytes
     return Menu(
         tuple(candidates),
         peak_limit=limit,
         own_bytes=x_bytes,
-        shared_bytes={site.path.linear.weight.name: weight_bytes},
+        shared_bytes={site.weight_name: weight_bytes},
     )
 
 
@@ -67,7 +110,7 @@ class HeadSizes:
     """The head's sizes at the example values of its symbols, and what a chunk of its logits takes; ``beside`` are bytes
     that a class of a row takes beside its logit."""
 
-    def __init__(self, site: HeadSite, beside: int = 0) -> None:
+    def __init__(self, site: Head, beside: int = 0) -> None:
         self.site = site
         self.rows = max(1, int(at_sizes(site.rows, site.sizes)))
         self.hidden = int(at_sizes(site.hidden, site.sizes))
@@ -110,8 +153,8 @@ class HeadSizes:
         return min((limit - fixed) // (self.row_bytes + row), self.rows)
 
     def _operand_bytes(self, length: int) -> int:
-        chain, wanted = self.site.path.chain.epilogue, self.site.gradients.operands
-        return operand_sum_bytes(chain, wanted, self.rows, length, self.classes)
+        wanted = self.site.gradients.operands
+        return operand_sum_bytes(self.site.epilogue, wanted, self.rows, length, self.classes)
 
     def _sum_bytes(self, chunks: int) -> tuple[int, int]:
         """Bytes of the weight gradient's sum, and of the gradient; 0 if it is not wanted."""
@@ -125,24 +168,24 @@ def matmul(rows: Expression, inner: Expression, columns: Expression, launches: E
     return Stage(2 * rows * inner * columns, moved, launches, dtype, rows)
 
 
-def dense_gradients(site: HeadSite) -> list[Stage]:
+def dense_gradients(site: Head) -> list[Stage]:
     """The gradients' products of a head that is left dense."""
     wanted = (site.gradients.x, site.gradients.weight)
     return [matmul(site.rows, site.classes, site.hidden + site.rank, 1, site.dtype) for want in wanted if want]
 
 
-def hidden_product(site: HeadSite, rows: Expression, launches: Expression) -> Stage:
+def hidden_product(site: Head, rows: Expression, launches: Expression) -> Stage:
     """A chunk's product for the hidden states' gradient."""
     return matmul(rows, site.classes, site.hidden + site.rank, launches, site.dtype)
 
 
-def weight_product(site: HeadSite, rows: Expression, launches: Expression, sum_bytes: Expression) -> Stage:
+def weight_product(site: Head, rows: Expression, launches: Expression, sum_bytes: Expression) -> Stage:
     """A chunk's product for the weight's gradient, which moves ``sum_bytes`` of the sum."""
     c, h, dtype = site.classes, site.hidden + site.rank, site.dtype
     return Stage(2 * rows * c * h, (rows * c + rows * h) * dtype.itemsize + sum_bytes, launches, dtype, rows)
 
 
-def weight_sum_bytes(site: HeadSite, sizes: HeadSizes, length: int) -> Expression:
+def weight_sum_bytes(site: Head, sizes: HeadSizes, length: int) -> Expression:
     """Bytes that a chunk of ``length`` rows of logits reads and writes of the weight gradient's sum."""
     total = accumulation_dtype(site.dtype, -(-sizes.rows // length)).itemsize
     return 2 * site.classes * (site.hidden + site.rank) * total

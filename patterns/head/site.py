@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from structfly.compat import expression
+from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.linear import Wanted
 from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.patterns.head.weighted_sum import WeightedSum
@@ -19,7 +20,7 @@ from structfly.rewriter.linear import LinearLike
 
 @dataclass(frozen=True)
 class HeadSite(Site):
-    """A linear whose logits only feed what the op computes of them.
+    """A linear whose logits only feed what the op computes of them: a :class:`~structfly.patterns.head.menu.Head`.
 
     Attributes:
         path: from the linear to the (first) reader of its logits.
@@ -41,6 +42,22 @@ class HeadSite(Site):
     rank: sympy.Expr = field(repr=False)
     dtype: torch.dtype
     loss_dtype: torch.dtype
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return self.path.chain.epilogue
+
+    @property
+    def adapter(self) -> bool:
+        return self.path.linear.adapter is not None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return example_of(self.path.linear.weight)
+
+    @property
+    def weight_name(self) -> str:
+        return self.path.linear.weight.name
 
 
 def row_count(logits: fx.Node, class_dim: int) -> sympy.Expr:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import sympy
 
 from structfly.config import SiteSettings
 from structfly.lowering.gemm import busy, full_row_counts
 from structfly.lowering.linear_cross_entropy.schedule import exponential_rows, exponentials_bytes, why_no_exponentials
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.head.menu import (
     FusedCandidate,
+    Head,
     HeadSizes,
     dense_gradients,
     hidden_product,
@@ -23,12 +24,18 @@ from structfly.patterns.head.menu import (
     weight_product,
     weight_sum_bytes,
 )
-from structfly.patterns.linear_cross_entropy.site import CrossEntropySite
 from structfly.records import Candidate, Cost, DeviceProfile, Menu, Stage
 from structfly.records.cost import Expression, at_sizes
 
 # What a chunk of rows may take where its exponentials are not kept.
 _STATISTICS = 8 * 2**20
+
+
+class CrossEntropyHead(Head, Protocol):
+    """A head and its loss's label smoothing."""
+
+    @property
+    def label_smoothing(self) -> float: ...
 
 
 class ExponentialSizes(HeadSizes):
@@ -56,7 +63,7 @@ class ExponentialSizes(HeadSizes):
         return min((limit - fixed) // (self.transient_bytes(1) - fixed), self.rows)
 
 
-def head_menu(site: CrossEntropySite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSettings) -> Menu:
     """Costs of leaving the head dense and of fusing it with several chunk lengths, and the limit they must keep."""
     schemes = {"logits": HeadSizes(site)}
     if profile.generated_products and not _why_no_exponentials(site):
@@ -70,25 +77,23 @@ def head_menu(site: CrossEntropySite, profile: DeviceProfile, settings: SiteSett
     return menu_of(site, schemes["logits"], limit, candidates)
 
 
-def _why_no_exponentials(site: CrossEntropySite) -> str:
-    linear = site.path.linear
+def _why_no_exponentials(site: CrossEntropyHead) -> str:
     reason = why_no_exponentials(
         site.dtype,
         int(at_sizes(site.hidden, site.sizes)),
-        site.path.chain.epilogue,
-        label_smoothing=site.form.label_smoothing,
-        adapter=linear.adapter is not None,
+        site.epilogue,
+        label_smoothing=site.label_smoothing,
+        adapter=site.adapter,
         bias_gradient=site.gradients.bias,
     )
-    weight = example_of(linear.weight)
-    rows, columns = (1, 0) if linear.transposed else (0, 1)  # classes, hidden units
-    inner = columns if weight.stride(columns) == 1 else rows
+    weight = site.weight
+    inner = 1 if weight.stride(1) == 1 else 0
     if reason or (weight.stride(inner) == 1 and weight.shape[inner] % 8 == 0):
         return reason
     return f"its weight's rows of {weight.shape[inner]} do not begin at multiples of 16 bytes"
 
 
-def _dense(site: CrossEntropySite) -> Candidate:
+def _dense(site: CrossEntropyHead) -> Candidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     logits = n * c * dtype.itemsize
     stages = [matmul(n, h, c, 1, dtype), Stage(0, 2 * logits, 1)]
@@ -99,7 +104,7 @@ def _dense(site: CrossEntropySite) -> Candidate:
 
 
 def _fused(
-    site: CrossEntropySite, sizes: HeadSizes, length: int, schedule: str, scheme: str, profile: DeviceProfile
+    site: CrossEntropyHead, sizes: HeadSizes, length: int, schedule: str, scheme: str, profile: DeviceProfile
 ) -> FusedCandidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     launches, rows = n / length, sympy.Integer(length)  # no candidate is longer than the example's rows
@@ -108,7 +113,7 @@ def _fused(
     if scheme == "logits":
         logits.append(Stage(0, 2 * chunk, launches))  # the row step
     stages = list(logits)
-    operands = site.path.chain.operands
+    operands = site.epilogue.operands
     calls = 1
     saved: Expression = 0
     if site.gradients.any:

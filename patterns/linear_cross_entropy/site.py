@@ -24,6 +24,10 @@ class CrossEntropySite(HeadSite):
     pieces: Pieces | None
 
     @property
+    def label_smoothing(self) -> float:
+        return self.form.label_smoothing
+
+    @property
     def reduction(self) -> str:
         """The op's reduction."""
         if self.pieces is not None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import sympy
+import torch
 
 from structfly.config import SiteSettings
 from structfly.patterns.head.menu import (
     FusedCandidate,
+    Head,
     HeadSizes,
     dense_gradients,
     hidden_product,
@@ -18,13 +22,34 @@ from structfly.patterns.head.menu import (
     weight_product,
     weight_sum_bytes,
 )
-from structfly.patterns.linear_divergence.site import DivergenceSite
-from structfly.patterns.linear_divergence.teacher import GivenTeacher, teacher_dtype
 from structfly.records import Candidate, Cost, DeviceProfile, Menu, Stage
 from structfly.records.cost import Expression
 
 
-def divergence_menu(site: DivergenceSite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+class DivergenceHead(Head, Protocol):
+    """A student's head and its teacher.
+
+    Attributes:
+        kind_name: which divergence.
+        teacher_given: the teacher is a tensor that is there, not a linear.
+        teacher_dtype: of the teacher's products, or of that tensor.
+        teacher_bytes: bytes that one of the teacher's entries takes in a chunk; 0 for rows that are read as they lie.
+        teacher_hidden: the teacher's own H, 0 for one that is given.
+    """
+
+    @property
+    def kind_name(self) -> str: ...
+    @property
+    def teacher_given(self) -> bool: ...
+    @property
+    def teacher_dtype(self) -> torch.dtype: ...
+    @property
+    def teacher_bytes(self) -> int: ...
+    @property
+    def teacher_hidden(self) -> sympy.Expr: ...
+
+
+def divergence_menu(site: DivergenceHead, profile: DeviceProfile, settings: SiteSettings) -> Menu:
     """Costs of leaving the divergence dense and of fusing it with several chunk lengths, and the limit they must keep:
     as for a cross-entropy's head, with the teacher's logits beside the student's where a head makes them."""
     sizes = HeadSizes(site, site.teacher_bytes)
@@ -38,19 +63,19 @@ def divergence_menu(site: DivergenceSite, profile: DeviceProfile, settings: Site
     return menu_of(site, sizes, limit, candidates)
 
 
-def _teacher_products(site: DivergenceSite, rows: Expression, launches: Expression) -> list[Stage]:
-    if isinstance(site.teacher, GivenTeacher):
+def _teacher_products(site: DivergenceHead, rows: Expression, launches: Expression) -> list[Stage]:
+    if site.teacher_given:
         return []
-    return [matmul(rows, site.teacher_hidden, site.classes, launches, teacher_dtype(site.teacher))]
+    return [matmul(rows, site.teacher_hidden, site.classes, launches, site.teacher_dtype)]
 
 
-def _row_bytes(site: DivergenceSite, rows: Expression) -> tuple[Expression, Expression]:
+def _row_bytes(site: DivergenceHead, rows: Expression) -> tuple[Expression, Expression]:
     """Bytes of the student's and of the teacher's rows."""
     entries = rows * site.classes
-    return entries * site.dtype.itemsize, entries * teacher_dtype(site.teacher).itemsize
+    return entries * site.dtype.itemsize, entries * site.teacher_dtype.itemsize
 
 
-def _dense(site: DivergenceSite) -> Candidate:
+def _dense(site: DivergenceHead) -> Candidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     student, teacher = _row_bytes(site, n)
     stages = [matmul(n, h, c, 1, dtype), *_teacher_products(site, n, 1)]
@@ -58,11 +83,11 @@ def _dense(site: DivergenceSite) -> Candidate:
     if site.gradients.any:
         stages.append(Stage(0, 2 * student + teacher, 1))
         stages.extend(dense_gradients(site))
-    made = student if isinstance(site.teacher, GivenTeacher) else student + teacher
+    made = student if site.teacher_given else student + teacher
     return Candidate("dense", Cost(tuple(stages), transient_bytes=made, saved_bytes=0), rewrites=False)
 
 
-def _fused(site: DivergenceSite, sizes: HeadSizes, length: int, schedule: str) -> FusedCandidate:
+def _fused(site: DivergenceHead, sizes: HeadSizes, length: int, schedule: str) -> FusedCandidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     launches, rows = n / length, sympy.Integer(length)  # no candidate is longer than the example's rows
     student, teacher = _row_bytes(site, rows)
@@ -84,9 +109,9 @@ def _fused(site: DivergenceSite, sizes: HeadSizes, length: int, schedule: str) -
         if site.gradients.weight:
             stages.append(weight_product(site, rows, launches, weight_sum_bytes(site, sizes, length)))
     cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
-    of = "teacher given" if isinstance(site.teacher, GivenTeacher) else "teacher's head within"
+    of = "teacher given" if site.teacher_given else "teacher's head within"
     return FusedCandidate(
-        f"{site.kind.kind}, {of}, {length} rows a chunk, {passes(site.gradients, schedule)}",
+        f"{site.kind_name}, {of}, {length} rows a chunk, {passes(site.gradients, schedule)}",
         cost,
         schedule=schedule,
         workspace=length * sizes.row_bytes,

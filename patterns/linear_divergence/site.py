@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import sympy
+import torch
 from torch import fx
 
 from structfly.patterns.head.logits import LogitsPath
 from structfly.patterns.head.site import HeadSite
 from structfly.patterns.linear_divergence.kinds import Kind
 from structfly.patterns.linear_divergence.readings import Divergence
-from structfly.patterns.linear_divergence.teacher import GivenTeacher
+from structfly.patterns.linear_divergence.teacher import GivenTeacher, teacher_dtype
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class DivergenceSite(HeadSite):
     teacher: LogitsPath | GivenTeacher
     teacher_bytes: int
     teacher_hidden: sympy.Expr = field(repr=False)
+
+    @property
+    def kind_name(self) -> str:
+        return self.kind.kind
+
+    @property
+    def teacher_given(self) -> bool:
+        return isinstance(self.teacher, GivenTeacher)
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        return teacher_dtype(self.teacher)
 
     @property
     def dead_nodes(self) -> tuple[fx.Node, ...]:
