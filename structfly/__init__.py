@@ -4,13 +4,15 @@
 >>> print(structfly.explain(step)(*batch))            # what was rewritten, what was not, and why
 """
 
+from structfly import ops
 from structfly.config import Config
-from structfly.errors import ConfigError, RewriteError, StructflyError, UnsupportedError
+from structfly.errors import ArgumentError, ConfigError, RewriteError, StructflyError, UnsupportedError
 from structfly.explanation import explain
 from structfly.records import Report, SiteReport
 from structfly.version import __version__
 
 __all__ = [
+    "ArgumentError",
     "Config",
     "ConfigError",
     "Report",
@@ -20,4 +22,5 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "explain",
+    "ops",
 ]

@@ -92,6 +92,14 @@ def wrapper_subclass(tensor: Tensor) -> str:
     return type(tensor).__name__ if is_traceable_wrapper_subclass(tensor) else ""
 
 
+def inside_functional_gradient() -> bool:
+    """Whether torch.func.grad, vjp or jvp is the innermost transform that is at work."""
+    from torch._C._functorch import TransformType, peek_interpreter_stack
+
+    innermost = peek_interpreter_stack()
+    return innermost is not None and innermost.key() in (TransformType.Grad, TransformType.Jvp)
+
+
 def source_of_input(node: fx.Node) -> str:
     """Where the user's program keeps an input, e.g. ``L['self']._modules['head']._parameters['weight']``, or ""."""
     source = getattr(node.meta.get("grapharg"), "source", None)

@@ -18,3 +18,7 @@ class RewriteError(StructflyError, RuntimeError):
 
 class UnsupportedError(StructflyError, RuntimeError):
     """An operation that structfly refuses rather than answer wrongly (differentiating twice, a missing device)."""
+
+
+class ArgumentError(StructflyError, ValueError):
+    """An argument of a function of structfly.ops has a wrong shape, dtype, device or value."""

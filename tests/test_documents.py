@@ -37,6 +37,12 @@ def test_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("linear_cross_entropy") >= 2
 
 
+def test_the_page_of_the_ops_runs() -> None:
+    namespace: dict[str, Any] = {}
+    for block in code(ROOT / "docs" / "ops.md", "python"):
+        exec(compile(block, "docs/ops.md", "exec"), namespace)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):

@@ -11,11 +11,13 @@ from torch import Tensor
 def one_by_one(op: Any) -> Any:
     """A vmap rule that runs the op once per batch entry: one entry already fills the device."""
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Any, ...], Any]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         results = []
         for index in range(info.batch_size):
             entry = [_entry(value, dim, index) for value, dim in zip(arguments, in_dims, strict=True)]
             results.append(op(*entry))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
         stacked = tuple(_stacked(parts) for parts in zip(*results, strict=True))
         return stacked, tuple([0] * len(part) if isinstance(part, list) else 0 for part in stacked)
 

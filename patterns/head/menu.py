@@ -31,7 +31,7 @@ class Head(Protocol):
         recompute: why gradients cannot or should not be made in the forward pass, or "".
         epilogue: the pointwise chain.
         adapter: whether there is a low-rank update.
-        weight: the weight as it lies, a matrix whose classes are either dimension; only sizes and strides are read.
+        weight_row: entries of the rows that the weight lies in, of classes or of hidden units; 0 if they are spread.
         weight_name: the same for heads that share it.
     """
 
@@ -56,7 +56,7 @@ class Head(Protocol):
     @property
     def adapter(self) -> bool: ...
     @property
-    def weight(self) -> torch.Tensor: ...
+    def weight_row(self) -> int: ...
     @property
     def weight_name(self) -> str: ...
 
@@ -68,6 +68,12 @@ class FusedCandidate(Candidate):
     schedule: str = "forward"
     scheme: str = "logits"
     workspace: int = 0
+
+
+def contiguous_row(weight: torch.Tensor) -> int:
+    """A head's ``weight_row``, of a weight stored either way."""
+    inner = 1 if weight.stride(1) == 1 else 0
+    return weight.shape[inner] if weight.stride(inner) == 1 else 0
 
 
 def menu_of(site: Head, sizes: HeadSizes, limit: int, candidates: Sequence[Candidate]) -> Menu:

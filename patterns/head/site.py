@@ -13,6 +13,7 @@ from structfly.compat import expression
 from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.linear import Wanted
 from structfly.patterns.head.logits import LogitsPath, example_of
+from structfly.patterns.head.menu import contiguous_row
 from structfly.patterns.head.weighted_sum import WeightedSum
 from structfly.records import Site
 from structfly.rewriter.linear import LinearLike
@@ -52,8 +53,8 @@ class HeadSite(Site):
         return self.path.linear.adapter is not None
 
     @property
-    def weight(self) -> torch.Tensor:
-        return example_of(self.path.linear.weight)
+    def weight_row(self) -> int:
+        return contiguous_row(example_of(self.path.linear.weight))
 
     @property
     def weight_name(self) -> str:

@@ -86,11 +86,10 @@ def _why_no_exponentials(site: CrossEntropyHead) -> str:
         adapter=site.adapter,
         bias_gradient=site.gradients.bias,
     )
-    weight = site.weight
-    inner = 1 if weight.stride(1) == 1 else 0
-    if reason or (weight.stride(inner) == 1 and weight.shape[inner] % 8 == 0):
+    row = site.weight_row
+    if reason or (row and row % 8 == 0):
         return reason
-    return f"its weight's rows of {weight.shape[inner]} do not begin at multiples of 16 bytes"
+    return f"its weight's rows of {row} do not begin at multiples of 16 bytes" if row else "its weight is spread out"
 
 
 def _dense(site: CrossEntropyHead) -> Candidate:

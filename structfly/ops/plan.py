@@ -1,0 +1,135 @@
+"""Schedule, scheme and workspace of a call: chosen as for a head in a graph, among the fused candidates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+import torch
+from torch import Tensor
+
+from structfly import compat
+from structfly.config import SiteSettings
+from structfly.lowering.device_profile import device_profile
+from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
+from structfly.lowering.head.linear import Wanted
+from structfly.patterns.head.menu import FusedCandidate, contiguous_row
+from structfly.patterns.linear_cross_entropy.menu import head_menu
+from structfly.patterns.linear_divergence.menu import divergence_menu
+from structfly.records import DeviceProfile, Menu
+from structfly.records.cost import at_sizes
+from structfly.rewriter.choosing import Order, choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalledHead(ABC):
+    """A head whose sizes are numbers: what :class:`~structfly.patterns.head.menu.Head` asks for, and can be hashed.
+
+    Attributes:
+        row_number, hidden_number, class_number: N, H and C; of sizes that are symbols their example values.
+        chain: the epilogue as the op takes it.
+    """
+
+    row_number: int
+    hidden_number: int
+    class_number: int
+    dtype: torch.dtype
+    gradients: Wanted
+    recompute: str
+    chain: str
+    weight_row: int
+
+    @property
+    def rows(self) -> sympy.Expr:
+        return sympy.Integer(self.row_number)
+
+    @property
+    def hidden(self) -> sympy.Expr:
+        return sympy.Integer(self.hidden_number)
+
+    @property
+    def classes(self) -> sympy.Expr:
+        return sympy.Integer(self.class_number)
+
+    @property
+    def sizes(self) -> Mapping[sympy.Symbol, int]:
+        return {}
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return parse_epilogue(self.chain)
+
+    @property
+    def rank(self) -> sympy.Expr:
+        return sympy.Integer(0)
+
+    @property
+    def adapter(self) -> bool:
+        return False
+
+    @property
+    def weight_name(self) -> str:
+        return "weight"
+
+    @abstractmethod
+    def menu(self, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+        """What there is to choose from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalledCrossEntropy(CalledHead):
+    """What the loss head's menu asks for."""
+
+    label_smoothing: float
+
+    def menu(self, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+        return head_menu(self, profile, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalledDivergence(CalledHead):
+    """What the divergence's menu asks for."""
+
+    kind_name: str
+    teacher_given: bool
+    teacher_dtype: torch.dtype
+    teacher_bytes: int
+    teacher_hidden_number: int
+
+    @property
+    def teacher_hidden(self) -> sympy.Expr:
+        return sympy.Integer(self.teacher_hidden_number)
+
+    def menu(self, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+        return divergence_menu(self, profile, settings)
+
+
+def number(tensor: Tensor, sizes: Sequence[int]) -> int:
+    """The product of ``sizes``, which are those of ``tensor``, at their example values; adds no guard."""
+    result = 1
+    for size in sizes:
+        plain = isinstance(size, int)
+        result *= size if plain else int(at_sizes(compat.expression(size), compat.size_hints(tensor)))
+    return result
+
+
+def row_of(weight: Tensor) -> int:
+    """``weight_row`` at its example value."""
+    return number(weight, [contiguous_row(weight)])
+
+
+@lru_cache(maxsize=1024)
+def plan(head: CalledHead, device: torch.device, loss_memory: int | None) -> FusedCandidate:
+    """The fused candidate predicted to be fastest within the limit."""
+    # Not at the top: they import triton.
+    import structfly.lowering.linear_cross_entropy.flops
+    import structfly.lowering.linear_divergence.flops  # noqa: F401
+
+    profile = device_profile(device)
+    menu = head.menu(profile, SiteSettings(loss_memory=loss_memory))
+    (choice,) = choose([Order(head.sizes, menu, profile, always=True)])
+    assert isinstance(choice.candidate, FusedCandidate)
+    return choice.candidate
