@@ -170,6 +170,19 @@ def test_less_memory_makes_shorter_chunks(monkeypatch: pytest.MonkeyPatch) -> No
     assert workspaces == [3 * row, 5 * row, 12 * row]  # less 4 bytes a row for the scale's gradient
 
 
+@pytest.mark.parametrize(("reduction", "products"), [("mean", (3, 3)), ("none", (1, 4))], ids=["6NHV", "8NHV"])
+def test_operations_are_counted(reduction: str, products: tuple[int, int]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fused(*arguments())  # whose formulas a counter made from here on has
+    with FlopCounterMode(display=False) as counter:
+        loss = fused(*arguments(), reduction=reduction)
+        forward = counter.get_total_flops()
+        loss.sum().backward()
+    product = 2 * 12 * 8 * 37
+    assert (forward, counter.get_total_flops()) == (products[0] * product, products[1] * product)
+
+
 def test_differentiating_twice_is_refused() -> None:
     x, *rest = arguments()
     (gradient,) = torch.autograd.grad(fused(x, *rest), x, create_graph=True)
