@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from structfly.records import SiteReport
 from tests.compiling import Rewritten
@@ -69,7 +70,27 @@ def columns_alone_stored_the_other_way(a: Tensor, b: Tensor, scale: Tensor) -> T
     return diagonal((a @ b.t().contiguous() * scale).t())
 
 
-ONE_SITE = (scaled_first, scaled_last, hugging_face, scaled_in_each_direction, log_softmaxes, per_pair)
+def with_itself(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits = a @ a.t() * scale
+    return diagonal(logits) + diagonal(logits.t()) + 0 * b.sum()
+
+
+def scaled_in_place(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits = a @ b.t()
+    logits *= scale
+    columns = diagonal(logits.t())
+    return columns + diagonal(logits)
+
+
+def checkpointed(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    result: Tensor = checkpoint(scaled_last, a, b, scale, use_reentrant=False)
+    return result
+
+
+ONE_SITE = (
+    *(scaled_first, scaled_last, hugging_face, scaled_in_each_direction, log_softmaxes, per_pair),
+    *(with_itself, scaled_in_place, checkpointed),
+)
 
 
 def two_products(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -153,6 +174,15 @@ def logits_returned_too(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return diagonal(logits) + diagonal(logits.t()) + logits.square().mean() * scale
 
 
+def features_overwritten(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    with torch.no_grad():
+        copy = a * 1
+        logits = copy @ b.t()
+        rows = diagonal(logits)
+        copy.zero_()
+        return rows + diagonal(logits.t())
+
+
 def with_a_bias(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return diagonal(F.linear(a, b, b[:, 0]).t()) * scale
 
@@ -162,6 +192,7 @@ def with_a_bias(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     [
         (one_way_misses, ["used elsewhere too, by t (", "relu (relu"]),
         (logits_returned_too, ["used elsewhere too, by square"] * 2),
+        (features_overwritten, ["writes into a tensor that the nodes of this site read"]),
         (with_a_bias, ["the loss takes dimension 1 as classes, they are 0"]),
     ],
 )
