@@ -85,7 +85,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any], torch.dtype, Tens
     return [tensor(*shape, hidden), weight, target, bias, scale], options, dtype, upstream
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(call=calls())
 def test_as_accurate_as_torch(call: tuple[list[Any], dict[str, Any], torch.dtype, Tensor]) -> None:
     arguments, options, dtype, upstream = call
@@ -101,7 +101,7 @@ def arguments(rows: int = 12, dtype: torch.dtype = torch.float32) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor", "structfly"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "structfly"])
 def test_in_what_any_backend_compiles(backend: str) -> None:
     torch._dynamo.reset()
 

@@ -113,7 +113,7 @@ def calls(draw: st.DrawFn) -> Call:
     return [x, w, bias if draw(st.booleans()) else None], options, dtype, upstream
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(call=calls())
 def test_as_accurate_as_torch(call: Call) -> None:
     arguments, options, dtype, upstream = call
@@ -134,11 +134,10 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[list[Any], dict[str, 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["aot_eager", "structfly"])
-def test_in_what_any_backend_compiles(backend: str) -> None:
+def test_in_what_a_backend_compiles() -> None:
     tensors, options = arguments()
     torch._dynamo.reset()
-    fast = torch.compile(lambda x, *a: fused(torch.tanh(x), *a, **options), backend=backend, fullgraph=True)
+    fast = torch.compile(lambda x, *a: fused(torch.tanh(x), *a, **options), backend="aot_eager", fullgraph=True)
     assert_like_eager(fast, lambda x, *a: dense(torch.tanh(x), *a, **options), tensors, roundings=64)
     torch._dynamo.reset()
 

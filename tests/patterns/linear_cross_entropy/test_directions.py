@@ -104,8 +104,13 @@ def features(rows: int = 11, hidden: int = 5, dtype: torch.dtype = torch.float32
     return a, b, torch.tensor(1.3, dtype=dtype, requires_grad=True)
 
 
-@pytest.mark.parametrize("loss", ONE_SITE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    [
+        *((loss, torch.float32) for loss in ONE_SITE),
+        *((hugging_face, dtype) for dtype in (torch.float64, torch.bfloat16, torch.float16)),
+    ],
+)
 def test_both_directions_are_fused_together(loss: Loss, dtype: torch.dtype) -> None:
     fast = Rewritten(loss)
     arguments = features(dtype=dtype)
@@ -138,7 +143,7 @@ def test_both_directions_survive_aot_autograd_and_other_sizes() -> None:
     assert fast.statuses == ["rewritten"]
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_two_losses_over_rows_and_columns(data: st.DataObject) -> None:
     rows, columns, hidden = (data.draw(st.integers(2, size)) for size in (12, 12, 6))
@@ -153,7 +158,7 @@ def test_any_two_losses_over_rows_and_columns(data: st.DataObject) -> None:
     def loss(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         z = a @ b if stored_transposed else F.linear(a, b)
         first = F.cross_entropy(z * scale, targets[0], **options[0])
-        return first - 0.3 * F.cross_entropy(z.t() + a[:, 0], targets[1], **options[1])
+        return first + 0.3 * F.cross_entropy(z.t() + a[:, 0], targets[1], **options[1])
 
     shapes = ((rows, hidden), (hidden, columns) if stored_transposed else (columns, hidden), ())
     leaves = [torch.randn(shape, generator=generator) for shape in shapes]
