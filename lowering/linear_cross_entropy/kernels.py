@@ -14,6 +14,7 @@ from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.head.linear import DIFFERENTIABLE, Gradients, Wanted, allocate_gradients
 from structfly.lowering.head.reduction import finished, reduced, row_coefficients, upstream_coefficients
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.blocks import run_blocks
 from structfly.lowering.linear_cross_entropy.chunked import run_chunks
 from structfly.lowering.linear_cross_entropy.exponentials import run_exponentials
 from structfly.lowering.linear_cross_entropy.row_pass import Coefficients
@@ -28,9 +29,9 @@ def _row_step(x: Tensor) -> RowStep:
 
 
 def _run(call: Arguments, rows: _Weighing, wanted: Wanted | None) -> tuple[Tensor, Gradients | None]:
-    if call.scheme == "exponentials":
-        coefficients = Coefficients(rows.chosen, rows.coefficient)
-        return run_exponentials(call.head, coefficients, wanted, call.workspace)
+    if call.scheme != "logits":
+        run = {"exponentials": run_exponentials, "blocks": run_blocks}[call.scheme]
+        return run(call.head, Coefficients(rows.chosen, rows.coefficient), wanted, call.workspace)
     return run_chunks(call.head, rows.coefficients[0], wanted, call.workspace, _row_step(call.x))
 
 
@@ -40,8 +41,8 @@ def _check(call: Arguments) -> None:
         raise StructflyError(f"reduction is {call.reduction!r}; allowed: 'none', 'sum', 'mean'")
     if call.schedule not in ("forward", "backward"):
         raise StructflyError(f"schedule is {call.schedule!r}; allowed: 'forward', 'backward'")
-    if call.scheme not in ("logits", "exponentials"):
-        raise StructflyError(f"scheme is {call.scheme!r}; allowed: 'logits', 'exponentials'")
+    if call.scheme not in ("logits", "exponentials", "blocks"):
+        raise StructflyError(f"scheme is {call.scheme!r}; allowed: 'logits', 'exponentials', 'blocks'")
     unserved = "" if call.scheme == "logits" else _why_no_exponentials(call)
     if unserved:
         raise StructflyError(f"the scheme {call.scheme!r} does not serve this head: {unserved}; use 'logits'")
