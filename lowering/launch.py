@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class Launch:
     """A kernel with its grid, its compile-time constants, and the arguments that stay the same.
 
-    The first call goes through Triton's dispatch, which compiles the kernel or finds it compiled for arguments like
-    these.  Later calls go straight to what it found, which takes the host less time.  So they may differ from the
-    first only in arguments that the kernel's ``do_not_specialize`` names.
+    The first launch with arguments of some kinds goes through Triton's dispatch, which compiles the kernel or finds it
+    compiled.  Later ones go straight to what it found, which takes the host less time.  Within a launch, calls may
+    differ only in arguments that the kernel's ``do_not_specialize`` names.
 
     Args:
         kernel: a function of :func:`triton.jit`.
@@ -35,9 +39,38 @@ class Launch:
 
     def __call__(self, *arguments: Any) -> None:
         """Launch it on the current device and stream with the call's own arguments."""
-        if self._again is not None:
-            self._again(*arguments, *self._arguments, *self._constants.values())
-            return
-        compiled = self._kernel[self._grid](*arguments, *self._arguments, **self._constants, **self._options)
-        if compiled is not None:  # the interpreter compiles nothing
+        if self._again is None:
+            kinds = tuple(map(_kind, (*arguments, *self._arguments)))
+            options = tuple(self._options.items())
+            key = (self._kernel, tuple(self._constants.values()), options, kinds, _current_device())
+            compiled = _COMPILED.get(key)
+            if compiled is None:
+                launch = self._kernel[self._grid]
+                compiled = launch(*arguments, *self._arguments, **self._constants, **self._options)
+                if compiled is not None:  # the interpreter compiles nothing
+                    _COMPILED[key] = compiled
+                return
             self._again = compiled[(*self._grid, 1, 1)[:3]]
+        self._again(*arguments, *self._arguments, *self._constants.values())
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launches in this context are on ``device``."""
+    elsewhere = device.type == "cuda" and device.index not in (None, _current_device())
+    return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
+_COMPILED: dict[tuple[Any, ...], Any] = {}
+
+
+def _current_device() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+
+
+def _kind(argument: Any) -> tuple[Any, ...]:
+    """What of an argument Triton compiles a kernel anew for."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return argument.base.dtype, tuple(argument.block_shape)  # a tensor descriptor

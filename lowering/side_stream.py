@@ -14,12 +14,15 @@ class SideStream:
 
     def __init__(self, device: torch.device, *, used: bool) -> None:
         self._stream = _stream_of(device) if used and device.type == "cuda" else None
+        if self._stream is not None:
+            self._forked, self._joined = torch.cuda.Event(), torch.cuda.Event()
         self._context: AbstractContextManager[object] = nullcontext()
 
     def fork(self) -> None:
         """What has been launched so far comes before all work in this stream."""
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._forked.record(torch.cuda.current_stream())
+            self._stream.wait_event(self._forked)
 
     def __enter__(self) -> None:
         self._context = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -31,7 +34,8 @@ class SideStream:
     def join(self) -> None:
         """The current stream waits for that work."""
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            self._joined.record(self._stream)
+            torch.cuda.current_stream().wait_event(self._joined)
 
 
 @lru_cache(maxsize=16)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -55,6 +56,73 @@ def exponential_rows(rows: int, classes: int, workspace: int) -> int:
     """
     fit = workspace // (row_stride(classes) * torch.bfloat16.itemsize)
     return max(1, min(rows, fit - fit % TILE_ROWS if fit >= TILE_ROWS else fit))
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How the scheme "blocks" cuts the logits.
+
+    Attributes:
+        rows, classes: of a block, in whole tiles.
+        beside: classes of a block that shares its memory with the hidden states of its rows.
+        bytes: what it takes besides inputs and gradients.
+    """
+
+    rows: int
+    classes: int
+    beside: int
+    bytes: int
+
+
+# Steps along the inner dimension that a tile's end is worth, of a sum, which reads and writes its planes, and of a
+# block, which has the loss; and a launch.
+_SUM_STEPS, _BLOCK_STEPS, _LAUNCH_STEPS = 10, 5, 3
+# Vectors over all rows: what is kept of them, their index and order, and what sorting takes.
+_ROW_BYTES = 72
+
+
+@lru_cache(maxsize=256)
+def block_sizes(
+    rows: int, hidden: int, classes: int, limit: int, *, processors: int, tiles: Tiles = WEIGHT_TILES["cuda"]
+) -> BlockSizes:
+    """The fastest block that takes no more than ``limit`` bytes, or where none does, one of at most 8 by 8 tiles.
+
+    Many rows make few sums of dW, many classes few sums of dx, and the tiles of each product should fill the
+    processors.
+    """
+    low = low_stride(hidden, tiles)
+
+    def bytes_of(m: int, n: int) -> int:
+        statistics = m * (2 * hidden + 4 * -(-classes // tiles.n) + 24)
+        return rows * _ROW_BYTES + max(statistics, 2 * m * max(n, hidden + beside(n)) + (rows + n) * low)
+
+    def beside(n: int) -> int:
+        return max(tiles.n, (n - hidden) // tiles.n * tiles.n)
+
+    def steps_of(m: int, n: int) -> float:
+        in_hidden = -(-hidden // tiles.n)
+        products = (
+            (m // tiles.m * (n // tiles.n), hidden / tiles.k + _BLOCK_STEPS),
+            (m // tiles.m * in_hidden, n / tiles.k + _SUM_STEPS),
+            (-(-n // tiles.m) * in_hidden, m / tiles.k + _SUM_STEPS),
+        )
+        block = sum(-(-count // processors) * steps + _LAUNCH_STEPS for count, steps in products)
+        return rows / m * -(-classes // n) * block
+
+    fits = []
+    for m in range(tiles.m, min(_whole(rows, tiles.m), 64 * tiles.m) + 1, tiles.m):
+        most = (limit - rows * (_ROW_BYTES + low)) // (2 * m + low)
+        for n in range(tiles.n, min(most, _whole(classes, tiles.n)) + 1, tiles.n):
+            if bytes_of(m, n) <= limit:
+                fits.append((m, n))
+    small = min(8 * tiles.m, _whole(rows, tiles.m)), min(8 * tiles.n, _whole(classes, tiles.n))
+    m, n = min(fits, key=lambda fit: steps_of(*fit), default=small)
+    return BlockSizes(m, n, beside(n), bytes_of(m, n))
+
+
+def _whole(size: int, tile: int) -> int:
+    """The least multiple of ``tile`` that is no less."""
+    return -(-size // tile) * tile
 
 
 def gradient_scale(dtype: torch.dtype) -> float:

@@ -17,8 +17,7 @@ sum, after it, which is why the first product never rounds and there are always 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -27,26 +26,11 @@ from torch import Tensor
 from structfly.lowering.gemm import Blocks, Product
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
+from structfly.lowering.linear_cross_entropy.row_pass import ChunkRows
 from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, low_stride
 from structfly.lowering.template import load, render
 
 _BYTES, _ROWS = 128, 4  # of the lower plane and of a class, that a program takes at a time
-
-
-@dataclass(frozen=True)
-class ChunkRows:
-    """The buffers of a chunk's R rows.
-
-    Attributes:
-        exps: (R, C) exponentials with their target's entry put right, bfloat16.
-        factor_x: (R, H) factor x, bfloat16.
-        factor, entry: (R,) float32; entry is the target's before it was rounded.
-    """
-
-    exps: Tensor
-    factor_x: Tensor
-    factor: Tensor
-    entry: Tensor
 
 
 class WeightSum:
@@ -71,7 +55,7 @@ class WeightSum:
         beside: Product | None,
     ) -> None:
         self._rows = rows
-        self._length, hidden = chunk.factor_x.shape
+        self._length = len(chunk.factor_x)
         a, b, high = chunk.exps.t(), chunk.factor_x, dw.view(torch.uint16)
         transposed = dw.stride(1) != 1
         if transposed:  # so is what is made
@@ -82,34 +66,44 @@ class WeightSum:
         vectors: Sequence[Tensor] = () if outer is None else outer[::-1] if transposed else outer
         self._products = [
             Product(
-                "linear_cross_entropy_weight",
+                "linear_cross_entropy_sum",
                 a,
                 b,
                 [*planes, *((0, 0, 0) if beside is None else beside.rounds), *(vectors if first else ())],
-                {"first": first, "uniform": first and outer is not None},
+                {
+                    "rows": "K",
+                    "from_x_start": False,
+                    "begins": "zero" if first else "sums",
+                    "ends": "never" if first else "rows or second",
+                    "uniform": first and outer is not None,
+                },
                 tiles=tiles,
             )
             for first in (True, False)
         ]
-        self._add_targets: Launch | None = None
-        if not transposed:
-            keys, order = rows.by_target()
-            self._add_targets = Launch(
-                _module(not dw.is_cuda).add_targets,
-                (self._length, -(-low.shape[1] // _BYTES)),
-                {"CLASSES": dw.shape[0], "HIDDEN": hidden, "WIDTH": tiles.part, "BYTES": _BYTES, "ROWS": _ROWS},
-                [
-                    *(keys, order, rows.index, x, x.stride(0), chunk.factor_x, chunk.factor, chunk.entry),
-                    *(high, high.stride(0), low, low.stride(0)),
-                ],
-                num_warps=2,
-            )
+        self._transposed, self._planes, self._x, self._chunk = transposed, (high, low), x, chunk
 
     def add_targets(self, start: int) -> None:
         """Add what the product leaves out at the targets of the rows from ``start`` on: before the product of a chunk
         that is not the first, after that of the first."""
-        if self._add_targets is not None:
+        if not self._transposed:
             self._add_targets(self._rows.count, start)
+
+    @cached_property
+    def _add_targets(self) -> Launch:
+        (high, low), x, chunk, rows = self._planes, self._x, self._chunk, self._rows
+        (length, hidden), part = chunk.factor_x.shape, WEIGHT_TILES[x.device.type].part
+        keys, order = rows.by_target()
+        return Launch(
+            _module(not x.is_cuda).add_targets,
+            (length, -(-low.shape[1] // _BYTES)),
+            {"CLASSES": len(high), "HIDDEN": hidden, "WIDTH": part, "BYTES": _BYTES, "ROWS": _ROWS},
+            [
+                *(keys, order, rows.index, x, x.stride(0), chunk.factor_x, chunk.factor, chunk.entry),
+                *(high, high.stride(0), low, low.stride(0)),
+            ],
+            num_warps=2,
+        )
 
     def add_product(self, start: int) -> None:
         """Add the product of the rows from ``start`` on, chunk after chunk."""

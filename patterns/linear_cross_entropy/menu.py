@@ -1,4 +1,4 @@
-"""The loss head's candidates: left dense, or fused by one of two schemes, in chunks of some length."""
+"""The loss head's candidates: left dense, or fused by one of three schemes, in chunks or blocks of some size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import sympy
 
 from structfly.config import SiteSettings
 from structfly.lowering.gemm import busy, full_row_counts
-from structfly.lowering.linear_cross_entropy.schedule import exponential_rows, exponentials_bytes, why_no_exponentials
+from structfly.lowering.linear_cross_entropy.schedule import (
+    block_sizes,
+    exponential_rows,
+    exponentials_bytes,
+    why_no_exponentials,
+)
 from structfly.patterns.head.menu import (
     FusedCandidate,
     Head,
@@ -70,9 +75,12 @@ def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSett
         schemes["exponentials"] = ExponentialSizes(site)
     limit = peak_limit(list(schemes.values()), profile, settings)
     candidates: list[Candidate] = [_dense(site)]
+    schedules = schedules_of(site.gradients, site.recompute)
+    if "exponentials" in schemes and site.gradients.any:
+        candidates += [_blocks(site, schemes["logits"], limit, schedule, profile) for schedule in schedules]
     for scheme, sizes in schemes.items():
         for length in sizes.chunk_lengths(limit, profile):
-            for schedule in schedules_of(site.gradients, site.recompute):
+            for schedule in schedules:
                 candidates.append(_fused(site, sizes, length, schedule, scheme, profile))
     return menu_of(site, schemes["logits"], limit, candidates)
 
@@ -141,4 +149,32 @@ def _fused(
         schedule=schedule,
         scheme=scheme,
         workspace=length * sizes.row_bytes,
+    )
+
+
+def _blocks(
+    site: CrossEntropyHead, sizes: HeadSizes, limit: int, schedule: str, profile: DeviceProfile
+) -> FusedCandidate:
+    """Blocks as large as the limit lets them be."""
+    n, h, c, dtype, wanted = site.rows, site.hidden, site.classes, site.dtype, site.gradients
+    cut = block_sizes(sizes.rows, sizes.hidden, sizes.classes, limit, processors=profile.processors)
+    rows, classes = sympy.Integer(min(cut.rows, sizes.rows)), sympy.Integer(min(cut.classes, sizes.classes))
+    heights, widths = n / rows, c / classes
+    losses = matmul(rows, h, c, heights, dtype)
+    stages = [losses, matmul(rows, h, classes, heights * widths, dtype)]
+    sum_bytes = sympy.Rational(5)  # 20 bits of a sum are read, and written
+    if wanted.x:
+        stages += [matmul(rows, classes, h, heights * widths, dtype), Stage(0, n * h * sum_bytes * widths, 1)]
+    if wanted.weight:
+        stages += [matmul(classes, rows, h, heights * widths, dtype), Stage(0, c * h * sum_bytes * heights, 1)]
+    calls, saved = 1, sum(sizes.gradient_bytes)
+    if schedule == "backward":
+        calls, saved = 2, 0
+        stages.append(losses)
+    return FusedCandidate(
+        f"blocks of {rows} rows and {classes} classes, {passes(wanted, schedule)}",
+        Cost(tuple(stages), cut.bytes, saved, opaque_calls=calls),
+        schedule=schedule,
+        scheme="blocks",
+        workspace=limit,
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
+
 from structfly.lowering.launch import Launch
 
 
@@ -32,15 +35,35 @@ class Compiled:
         return lambda *arguments: self.calls.append(("straight", grid, arguments))
 
 
-def test_later_calls_go_straight_to_the_compiled_kernel() -> None:
+def test_later_launches_with_arguments_of_the_same_kinds_go_straight_to_the_compiled_kernel() -> None:
     kernel = Kernel(interpreted=False)
-    launch = Launch(kernel, (7, 2), {"A": 1, "B": 2}, ["kept"], num_warps=4)
-    launch("first")
-    launch("second")
+    tensor, other, half = torch.zeros(3), torch.zeros(4), torch.zeros(5).half()
+    for argument in (tensor, other):
+        launch = Launch(kernel, (7, 2), {"A": 1, "B": 2}, [argument], num_warps=4)
+        launch(16)
+        launch(32)
+    Launch(kernel, (7, 2), {"A": 1, "B": 2}, [half], num_warps=4)(16)
+    named = {"A": 1, "B": 2, "num_warps": 4}
     assert kernel.calls == [
-        ("dispatched", (7, 2), ("first", "kept"), {"A": 1, "B": 2, "num_warps": 4}),
-        ("straight", (7, 2, 1), ("second", "kept", 1, 2)),
+        ("dispatched", (7, 2), (16, tensor), named),
+        ("straight", (7, 2, 1), (32, tensor, 1, 2)),
+        ("straight", (7, 2, 1), (16, other, 1, 2)),
+        ("straight", (7, 2, 1), (32, other, 1, 2)),
+        ("dispatched", (7, 2), (16, half), named),
     ]
+
+
+@pytest.mark.parametrize("change", ["constant", "option", "alignment", "one", "multiple of 16", "64 bits", "kernel"])
+def test_what_triton_compiles_anew_is_dispatched(change: str) -> None:
+    buffer = torch.zeros(64)
+    kernel, other = Kernel(interpreted=False), Kernel(interpreted=False)
+    Launch(kernel, (1,), {"A": 1}, [buffer], num_warps=4)(3)
+    constant, option = (2 if change == "constant" else 1), (8 if change == "option" else 4)
+    tensor = buffer[1:] if change == "alignment" else buffer
+    number = {"one": 1, "multiple of 16": 32, "64 bits": 2**31 + 1}.get(change, 3)
+    used = other if change == "kernel" else kernel
+    Launch(used, (1,), {"A": constant}, [tensor], num_warps=option)(number)
+    assert used.calls[-1][0] == "dispatched"
 
 
 def test_where_nothing_is_compiled_every_call_is_dispatched() -> None:

@@ -111,7 +111,7 @@ def products() -> None:
     """Each product in each layout that a head can have."""
     window = {"live": "*i32", "start": "i32"}
     part = (HOPPER.m, HOPPER.n // HOPPER.parts)
-    for b_transposed, largest, gradient, steps in itertools.product(
+    for b_transposed, largest, stored, steps in itertools.product(
         (False, True), (False, True), (False, True), ((), STEPS)
     ):
         own = {
@@ -120,35 +120,62 @@ def products() -> None:
             "reference": "*fp32",
             "tile_sums": "*fp32",
             "tiles_stride": "i32",
-            "exps": blocks("bf16", HOPPER.m, HOPPER.n) if gradient else "*fp32",
+            "exps": blocks("bf16", HOPPER.m, HOPPER.n) if stored else "*fp32",
             "bias": "*bf16",
             "mask": "*u8",
         }
         chain = {"steps": steps, "nonlinear": bool(steps), "has_bias": bool(steps), "has_mask": not steps}
-        flags = {"largest": largest, "gradient": gradient}
+        flags = {"largest": largest, "stored": stored}
         product("linear_cross_entropy_exponentials", False, b_transposed, own, **flags, **chain)
+    for b_transposed, full, steps in itertools.product((False, True), (False, True), ((), STEPS)):
+        own = {
+            **window,
+            "x_start": "i32",
+            "dz": blocks("bf16", HOPPER.m, HOPPER.n),
+            **floats("lse", "factor", "entry", "uniform"),
+        }
+        own |= {"label": "*i32", "bias": "*bf16", "mask": "*u8", "class_weight": "*fp32", "first_class": "i32"}
+        chain = {"steps": steps, "nonlinear": bool(steps), "has_bias": full, "has_mask": full}
+        flags = {"smoothing": full and not steps, "class_weight": full}
+        product("linear_cross_entropy_block", False, b_transposed, own, **flags, **chain)
     for b_transposed, split in itertools.product((False, True), repeat=2):
         own = {**window, "c": blocks("fp32", *part)}
         product("linear_cross_entropy_hidden", False, b_transposed, own, split=split)
-    for first, uniform in ((True, True), (True, False), (False, False)):
-        tiles = WEIGHT_TILES["cuda"]
-        own = {**window, "high": blocks("u16", tiles.m, tiles.part), "low": blocks("u8", tiles.m, tiles.part)}
-        own |= dict.fromkeys(("beside_across", "beside_splits", "beside_steps"), "i32")
-        own |= {"along_m": "*fp32", "along_n": "*fp32"} if uniform else {}
-        product("linear_cross_entropy_weight", True, False, own, tiles=tiles, first=first, uniform=uniform)
+    tiles = WEIGHT_TILES["cuda"]
+    for rows, begins, ends, option in (
+        ("K", "zero", "never", "uniform"),
+        ("K", "zero", "never", ""),
+        ("K", "sums", "rows or second", ""),
+        ("K", "rounded", "rows", "from_x_start"),
+        ("K", "sums", "rows", "from_x_start"),
+        ("M", "rounded", "never", ""),
+        ("M", "rounded", "always", ""),
+        ("M", "sums", "never", ""),
+        ("M", "sums", "always", ""),
+    ):
+        flags = {name: option == name for name in ("uniform", "from_x_start")}
+        own = {**window, **({"x_start": "i32"} if flags["from_x_start"] else {})}
+        own |= {"high": blocks("u16", tiles.m, tiles.part), "low": blocks("u8", tiles.m, tiles.part)}
+        own |= dict.fromkeys(("beside_across", "beside_splits", "beside_steps"), "i32") if rows == "K" else {}
+        own |= {"along_m": "*fp32", "along_n": "*fp32"} if flags["uniform"] else {}
+        for b_transposed in {False, rows == "M"}:
+            parameters = {"rows": rows, "begins": begins, "ends": ends, **flags}
+            product("linear_cross_entropy_sum", rows == "K", b_transposed, own, tiles=tiles, **parameters)
 
 
 def rows_of_exponentials() -> None:
     """The row kernels, with all options and with none."""
     window = {"live": "*i32", "start": "i32", "index": "*i32", "target": "*i64"}
     hidden = {"HIDDEN": 2048, "BLOCK": 1024}
-    for capped, smoothed in ((False, False), (True, False), (False, True)):
-        options: dict[str, Parameter] = dict.fromkeys(
-            ("has_bias", "has_mask", "gradient", "class_weight", "coefficient", "clear"), capped or smoothed
-        )
+    weight = {"weight": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
+    for keeps, (capped, smoothed) in itertools.product(
+        ("", "exponentials", "rows"), ((False, False), (True, False), (False, True))
+    ):
+        options: dict[str, Parameter] = dict.fromkeys(("has_bias", "has_mask", "class_weight"), capped or smoothed)
         module = load(
             render(
                 "linear_cross_entropy_exponential_rows",
+                keeps=keeps,
                 steps=STEPS if capped else (),
                 nonlinear=capped,
                 constant_slope=1.0,
@@ -158,27 +185,47 @@ def rows_of_exponentials() -> None:
                 **options,
             )
         )
-        weight = {"weight": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
         types = {**window, "x": "*bf16", "x_stride": "i32", **weight, "bias": "*bf16", "mask": "*u8"}
         types |= {**floats("weighted_classes", "weighted_bias"), "x_chunk": "*bf16"}
         types |= floats("u_target", "slope_target", "u_sum", "reference")
         compile_one(module.gather, types, {"CLASSES": 50257, "SAMPLES": 8, **hidden}, warps=4)
         types = {**window, **floats("coefficient", "class_weight", "weight_sum", "tile_sums", "reference")}
         types |= {**floats("u_target", "slope_target", "u_sum", "losses"), "exps": "*bf16", "exps_stride": "i32"}
-        types |= {"x_chunk": "*bf16", **floats("factor", "entry", "hidden_sums")}
+        types |= {"x_chunk": "*bf16", **floats("factor", "entry", "lse_out", "uniform"), "label_out": "*i32"}
         compile_one(module.finish, types, {"TILES": 197, "TILE_BLOCK": 256, **hidden}, warps=4)
+    for uniform in (0.0, 1e-6):
+        module = load(render("linear_cross_entropy_scatter", uniform=uniform, interpreted=False))
         types = {**window, **weight, **floats("coefficient", "weighted_classes", "factor", "entry", "c")}
-        compile_one(module.scatter, {**types, "out": "*bf16", "out_stride": "i32"}, hidden, warps=4)
+        types |= {"out": "*bf16", "out_stride": "i32", "out_hidden_stride": "i32"}
+        compile_one(module.scatter, types, hidden, warps=4)
+
+
+def rows_of_blocks() -> None:
+    """What is done row by row around the blocks."""
+    module = load(render("linear_cross_entropy_block_rows", interpreted=False))
+    hidden = {"HIDDEN": 2048, "BLOCK": 1024}
+    x = {"x": "*bf16", "x_stride": "i32"}
+    weight = {"weight": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
+    window = {"live": "*i32", "start": "i32", "index": "*i32"}
+    compile_one(module.take, {**window, **x, "x_chunk": "*bf16"}, hidden, warps=4)
+    compile_one(module.spread, {**window, "rows": "*bf16", "out": "*bf16", "out_stride": "i32"}, hidden, warps=4)
+    types = {"live": "*i32", "label": "*i32", "entry": "*fp32", **weight, "dx": "*bf16", "dx_stride": "i32"}
+    compile_one(module.begin_hidden, types, hidden, warps=4)
+    types = {"live": "*i32", "first_class": "i32", "end_class": "i32", "keys": "*i32", "order": "*i64"}
+    types |= {"index": "*i32", "entry": "*fp32", **x}
+    types |= {"dw": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
+    compile_one(module.begin_weight, types, {"HIDDEN": 768, "COLUMNS": 256, "ROWS": 4}, warps=2)
 
 
 def live_rows() -> None:
     """The rows that count."""
     for number, kind in enumerate(("*i32", "*i64")):
         module = load(
-            render("linear_cross_entropy_live_rows", ignore_index=-100 if number else None, coefficient=bool(number))
+            render("linear_cross_entropy_live_rows", ignore_index=-100 if number else None, chosen=bool(number))
         )
-        types = {"target": "*i64", "coefficient": "*fp32", "rows": "i32", "length": "i32"}
+        types = {"target": "*i64", "chosen": "*fp32", "rows": "i32", "length": "i32"}
         types |= {"index": "*i32", "keys": kind, "count": "*i32", "wrong": "*i32"}
+        types |= {"zeros": "*i32", "chunks": "i32"}
         constants = {"LARGEST": 2**31 - 1 if number == 0 else 2**63 - 1, "CLASSES": 50257, "BLOCK": 4096}
         compile_one(module.live_rows, types, constants, warps=16)
 
@@ -202,6 +249,7 @@ if __name__ == "__main__":
     rows_of_logits()
     products()
     rows_of_exponentials()
+    rows_of_blocks()
     live_rows()
     targets_of_exponentials()
     print("compiled")

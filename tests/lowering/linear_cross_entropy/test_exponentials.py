@@ -11,63 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structfly.errors import StructflyError
-from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
-from tests.lowering.linear_cross_entropy.cases import EPILOGUES, leaves_of, make_call, run, run_reference
-from tests.oracle import assert_like_eager, errors, in_float64, value_and_gradients
+from tests.lowering.linear_cross_entropy.cases import leaves_of, run, run_reference
+from tests.lowering.linear_cross_entropy.served import DEVICE, calls, check, served
+from tests.oracle import errors, in_float64, value_and_gradients
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # numpy, which interprets the kernels, warns of the infinities and NaNs that are meant to be there.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|All-NaN).*:RuntimeWarning")
 
 
 def exponentials(**options: Any) -> Arguments:
-    return make_call(**{"dtype": torch.bfloat16, "device": DEVICE, "scheme": "exponentials", "hidden": 16, **options})
-
-
-def check(call: Arguments) -> None:
-    shape = call.target.shape if call.reduction == "none" else ()
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    assert_like_eager(
-        partial(run, call), partial(run_reference, call), leaves_of(call), torch.bfloat16, upstream, roundings=1
-    )
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> Arguments:
-    """Random shapes, options and chunk lengths of heads that the scheme serves."""
-    reduction = draw(st.sampled_from(("mean", "sum", "none")))
-    transposed = draw(st.booleans())
-    classes = draw(st.integers(1, 12)) * 8 if transposed else draw(st.integers(2, 100))
-    bias = draw(st.booleans())
-    frozen = draw(st.sets(st.sampled_from(("x", "weight")), max_size=1)) | {"bias"}
-    epilogue, mask = draw(st.sampled_from(EPILOGUES)), draw(st.booleans())
-    smoothing = draw(st.sampled_from((0.0, 0.1, 1.0))) if not mask and parse_epilogue(epilogue).linear else 0.0
-    return exponentials(
-        rows=draw(st.integers(0, 60)),
-        hidden=8 * draw(st.integers(1, 5)),
-        classes=classes,
-        cut=draw(st.integers(0, min(3, classes - 2))),
-        seed=draw(st.integers(0, 2**16)),
-        bias=bias,
-        class_weight=draw(st.booleans()),
-        row_weight=reduction == "sum" and draw(st.booleans()),
-        class_mask=mask,
-        label_smoothing=smoothing,
-        ignored=draw(st.sampled_from((0.0, 0.3, 1.0))),
-        frozen=frozenset(frozen),
-        transposed=transposed,
-        epilogue=epilogue,
-        reduction=reduction,
-        ignore_index=draw(st.sampled_from((-100, 0, None))),
-        schedule=draw(st.sampled_from(("forward", "backward"))),
-        workspace=draw(st.integers(1, 50)) * 112 * 2,
-    )
+    return served(scheme="exponentials", **options)
 
 
 @settings(max_examples=25)
-@given(call=calls())
+@given(call=calls("exponentials", st.integers(1, 50).map(lambda rows: rows * 112 * 2)))
 def test_as_accurate_as_the_reference(call: Arguments) -> None:
     check(call)
 
@@ -128,6 +87,11 @@ def test_all_rows_ignored() -> None:
     assert not any(gradient.any() for gradient in gradients)
 
 
+def test_hidden_states_that_lie_transposed() -> None:
+    call = exponentials(rows=40, classes=50, workspace=20 * 64 * 2)
+    check(call._replace(x=call.x.detach().t().contiguous().t().requires_grad_()))
+
+
 def test_a_weight_that_begins_anywhere_in_a_buffer() -> None:
     call = exponentials(rows=40, classes=50)
     buffer = torch.empty(call.weight.numel() + 3, dtype=torch.bfloat16, device=DEVICE)
@@ -178,6 +142,7 @@ def test_heads_it_does_not_serve_are_refused(options: dict[str, Any], reason: st
         {"label_smoothing": 0.1, "class_weight": True},
         {"schedule": "backward", "transposed": True, "classes": 4096},
         {"ignored": 0.9},
+        {"hidden": 2048},  # two programs share a sum of dx
     ],
 )
 def test_several_chunks_on_cuda(options: dict[str, Any]) -> None:

@@ -1,0 +1,267 @@
+"""The head in blocks of rows and classes: little memory for a product more, on GPUs in bfloat16.
+
+A first pass over the logits, which are not stored, gives every row's loss and log-sum-exp.  Then each block of the
+logits is made again, this time with dz = c f' (p - [v = t]) in the product's epilogue, and goes into two sums,
+
+    dx += dz W,    dW += dz^T x,
+
+8NHC operations in all.  Blocks of the same classes follow one another, so that what the sums hold beside the gradients
+themselves (:mod:`~structfly.lowering.linear_cross_entropy.weight_sum` says what) is of these classes alone for dW, and
+of all rows for dx.  The idea of making the logits twice and never storing a row of them is that of Cut Cross-Entropy
+(Wijmans et al. 2024); here nothing is filtered and no sum depends on an order.
+
+A target's entry can be far larger than the rest of its row.  What its rounding to bfloat16 leaves out is what both sums
+begin with.
+
+Rows that count are gathered one after another.  Their hidden states lie so in the part of dW whose classes come last,
+until those come; from then on they are taken a chunk at a time.  dx is summed in that order too: at the end its rows
+are spread to where they belong, from the last to the first, so that none is overwritten before it has moved.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.gemm import Blocks, Product, programs_on, tiles_for
+from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
+from structfly.lowering.launch import Launch, on_device
+from structfly.lowering.linear_cross_entropy.chunked import Head
+from structfly.lowering.linear_cross_entropy.row_pass import Coefficients, RowPass
+from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, BlockSizes, block_sizes, low_stride
+from structfly.lowering.side_stream import SideStream
+from structfly.lowering.template import Parameter, load, render
+
+_COLUMNS, _ROWS = 256, 4  # of a class, that a program takes at a time
+
+
+def run_blocks(
+    head: Head, coefficients: Coefficients, wanted: Wanted | None, workspace: int
+) -> tuple[Tensor, Gradients | None]:
+    """Fulfils the contract of :func:`~structfly.lowering.linear_cross_entropy.chunked.run_chunks`, for heads that
+    :func:`~structfly.lowering.linear_cross_entropy.schedule.why_no_exponentials` has nothing against; ``workspace`` are
+    the bytes of all that is taken besides inputs and gradients."""
+    gradients = None if wanted is None else allocate_gradients(head, wanted)
+    if gradients is not None:
+        gradients.x.zero_()
+        gradients.weight[head.num_classes if len(head.x) else 0 :].zero_()
+    rows, hidden = head.x.shape
+    if not rows:
+        return head.x.new_zeros(0, dtype=torch.float32), gradients
+    device = head.x.device
+    tiles = WEIGHT_TILES[device.type]
+    sizes = block_sizes(rows, hidden, head.num_classes, workspace, processors=programs_on(device), tiles=tiles)
+    with on_device(device):
+        each = RowPass(head, coefficients, sizes.rows, "" if wanted is None else "rows")
+        for start in each.starts:
+            each(start)
+        each.check_targets()
+        if wanted is not None and gradients is not None:
+            _Run(each, wanted, gradients, sizes).run()
+    return each.losses, gradients
+
+
+class _Run:
+    """The blocks' buffers and products, and the loops over them."""
+
+    def __init__(self, each: RowPass, wanted: Wanted, gradients: Gradients, sizes: BlockSizes) -> None:
+        self.each, self.wanted, self.sizes, self.device = each, wanted, sizes, each.x.device
+        self.rows, self.of_rows = each.rows, each.statistics
+        self.dx, self.dw, self.out = gradients.x, gradients.weight, gradients.x
+        if wanted.x and self.dx.stride(1) != 1:  # the products write whole rows
+            self.dx = torch.zeros_like(self.dx, memory_format=torch.contiguous_format)
+        self.tiles = WEIGHT_TILES[self.device.type]
+        self.hidden, self.classes = each.x.shape[1], each.head.num_classes
+        each.release()
+        chunk = sizes.rows * self.hidden
+        needed = max(self._needed(sizes.rows, sizes.classes), chunk + self._needed(sizes.rows, sizes.beside))
+        self.buffer = each.x.new_empty(needed)
+        self.chunk = self.buffer[:chunk].view(sizes.rows, self.hidden)
+
+    def run(self) -> None:
+        if self.wanted.x:
+            self.begin_hidden(self.rows.count)
+        done = 0
+        if self.wanted.weight and self.dw.stride(1) == 1:
+            done = self._add_beside_last_classes()
+        self._add(range(done, self.classes, self.sizes.beside), self.sizes.rows, self.chunk)
+        if self.wanted.x:
+            self._spread()
+
+    def _add_beside_last_classes(self) -> int:
+        """Add blocks of the first classes while the last ones' gradient is room for what they need: the hidden states,
+        and at first larger blocks.  Returns how many classes that were."""
+        done, rows, sizes = 0, len(self.each.x), self.sizes
+        free = self.classes - rows
+        if free < sizes.classes:
+            return 0
+        x = self.dw[free : self.classes]
+        self._take(x)(self.rows.count, 0)
+        for length, width in (
+            (2 * sizes.rows, 2 * sizes.classes),
+            (sizes.rows, 2 * sizes.classes),
+            (sizes.rows, sizes.classes),
+        ):
+            buffer, below = self.buffer, free
+            if width > sizes.classes:
+                below -= -(-self._needed(length, width) // self.hidden)
+                buffer = self.dw[max(below, 0) : free].view(-1)
+            last = done + max(below - done, 0) // width * width
+            if last > done:
+                self._add(range(done, last, width), length, x, buffer)
+            done = last
+        return done
+
+    def _needed(self, length: int, width: int) -> int:
+        """Elements of a buffer for a block and its classes' lower plane."""
+        return length * width + width * low_stride(self.hidden, self.tiles) // 2
+
+    def _add(self, classes: range, length: int, x: Tensor, buffer: Tensor | None = None) -> None:
+        """Add the blocks of these classes to both sums, ``length`` rows at a time.
+
+        ``x`` has all rows that count, or takes those of a chunk, whose buffer leaves room for the blocks.
+        """
+        live, width, of_chunk = self.rows.count, classes.step, buffer is None
+        buffer = self.buffer[self.chunk.numel() :] if buffer is None else buffer
+        block_of, low = buffer[: length * width].view(length, width), buffer[length * width :].view(torch.uint8)
+        take = self._take(x) if of_chunk else None
+        beside = SideStream(self.device, used=self.wanted.x and self.wanted.weight)
+        if self.wanted.weight:
+            self.dw[classes.start : classes.stop].zero_()
+            self.begin_weight(live, classes.start, classes.stop)
+        for first in classes:
+            part = slice(first, min(first + width, classes.stop))
+            dz = block_of[:, : part.stop - first]
+            block = self._block(part, x, dz)
+            add_hidden = self._hidden_product(part, dz) if self.wanted.x else None
+            add_weight = self._weight_products(part, x, dz, low, add_hidden) if self.wanted.weight else None
+            for start in range(0, len(self.each.x), length):
+                if take is not None:
+                    take(live, start)
+                x_start = 0 if of_chunk else start
+                block(live, start, x_start)
+                beside.fork()
+                if add_hidden is not None:
+                    add_hidden(live, start)
+                if add_weight is not None:
+                    with beside:
+                        add_weight[start > 0](live, start, x_start)
+                beside.join()
+
+    def _spread(self) -> None:
+        for start in reversed(self.each.starts):
+            moved = self.dx[start : start + self.sizes.rows]
+            self.chunk[: len(moved)].copy_(moved)
+            moved.zero_()
+            self.spread(self.rows.count, start)
+        if self.dx is not self.out:
+            self.out.copy_(self.dx)
+
+    # ------------------------------------------------------------------------------------------------- products
+
+    def _block(self, part: slice, x: Tensor, dz: Tensor) -> Product:
+        """Makes dz of the classes ``part``."""
+        each, of_rows, terms = self.each, self.of_rows, self.each.terms
+        return Product(
+            "linear_cross_entropy_block",
+            x,
+            each.weight[part].t(),
+            [
+                len(dz),
+                Blocks(dz, cut=False),
+                *(of_rows.lse, of_rows.factor, of_rows.entry, of_rows.uniform, of_rows.label),
+                each.bias if terms.bias is None else each.bias[part],
+                each.mask[part] if each.chain["has_mask"] else each.mask,
+                each.unused if terms.weight is None else terms.weight[part],
+                part.start,
+            ],
+            {**each.chain, "smoothing": each.share > 0, "class_weight": terms.weight is not None},
+            tiles=tiles_for(self.device),
+        )
+
+    def _hidden_product(self, part: slice, dz: Tensor) -> Product:
+        parameters: dict[str, Parameter] = {
+            "rows": "M",
+            "begins": "sums" if part.start else "rounded",
+            "ends": "always" if part.stop == self.classes else "never",
+        }
+        return self._sum(dz, self.each.weight[part], self.dx, self.dx_low, parameters)
+
+    def _weight_products(
+        self, part: slice, x: Tensor, dz: Tensor, low: Tensor, beside: Product | None
+    ) -> list[Product]:
+        """Of the first rows, and of later ones."""
+        a, b, out = dz.t(), x, self.dw[part]
+        if out.stride(1) != 1:  # it lies transposed, and so is what is made
+            a, b, out = x.t(), dz, out.t()
+        stride = low_stride(out.shape[1], self.tiles)
+        plane = low[: out.shape[0] * stride].view(-1, stride)
+        rounds = (0, 0, 0) if beside is None else beside.rounds
+        parameters: dict[str, Parameter] = {"rows": "K", "ends": "rows"}
+        return [self._sum(a, b, out, plane, {**parameters, "begins": each}, rounds) for each in ("rounded", "sums")]
+
+    def _sum(
+        self,
+        a: Tensor,
+        b: Tensor,
+        out: Tensor,
+        low: Tensor,
+        parameters: dict[str, Parameter],
+        rounds: tuple[int, ...] = (),
+    ) -> Product:
+        of_rows = {"from_x_start": parameters["rows"] == "K", "uniform": False}
+        planes = [Blocks(out.view(torch.uint16)), Blocks(low)]
+        name = "linear_cross_entropy_sum"
+        return Product(name, a, b, [*planes, *rounds], {**parameters, **of_rows}, tiles=self.tiles)
+
+    @cached_property
+    def dx_low(self) -> Tensor:
+        return self.dx.new_empty(len(self.dx), low_stride(self.hidden, self.tiles), dtype=torch.uint8)
+
+    # --------------------------------------------------------------------------------------------------- kernels
+
+    @property
+    def row_kernels(self) -> Any:
+        return _row_module(not self.each.x.is_cuda)
+
+    def _take(self, out: Tensor) -> Launch:
+        x = self.each.x
+        arguments = [self.rows.index, x, x.stride(0), out]
+        return Launch(self.row_kernels.take, (len(out),), self.each.per_row, arguments)
+
+    @cached_property
+    def spread(self) -> Launch:
+        arguments = [self.rows.index, self.chunk, self.dx, self.dx.stride(0)]
+        return Launch(self.row_kernels.spread, (self.sizes.rows,), self.each.per_row, arguments)
+
+    @cached_property
+    def begin_hidden(self) -> Launch:
+        each = self.each
+        arguments = [
+            *(self.of_rows.label, self.of_rows.entry, each.weight, *each.weight.stride()),
+            *(self.dx, self.dx.stride(0)),
+        ]
+        return Launch(self.row_kernels.begin_hidden, (len(each.x),), each.per_row, arguments)
+
+    @cached_property
+    def begin_weight(self) -> Launch:
+        each = self.each
+        keys, order = self.rows.by_target()
+        return Launch(
+            self.row_kernels.begin_weight,
+            (len(each.x), -(-self.hidden // _COLUMNS)),
+            {"HIDDEN": self.hidden, "COLUMNS": _COLUMNS, "ROWS": _ROWS},
+            [
+                *(keys, order, self.rows.index, self.of_rows.entry, each.x, each.x.stride(0)),
+                *(self.dw, *self.dw.stride()),
+            ],
+            num_warps=2,
+        )
+
+
+@lru_cache(maxsize=2)
+def _row_module(interpreted: bool) -> Any:
+    return load(render("linear_cross_entropy_block_rows", interpreted=interpreted))

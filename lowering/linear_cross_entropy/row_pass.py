@@ -1,0 +1,271 @@
+"""Chunks of exponentials: each row's loss, and what its gradient needs.
+
+bfloat16 has float32's exponents.  So a product's epilogue can turn its float32 sums into e = exp(u - r) and, where
+they are kept, store that at once, with any row reference r that keeps e in range; row sums s come out of the same
+epilogue.  r is the larger of the target's u and the largest of a few sampled classes': a lower bound of the row's
+maximum, so that s is no less than about 1.  A chunk in which e overflows all the same is done again with r = the
+largest u, which costs it two further products and no synchronisation with the host: the launches are always made and
+find nothing to do.
+
+Rows that do not count (ignored, or of coefficient 0) are left out: the rows that do are gathered one after another, and
+the kernels read on the device how many there are.
+
+The host is ahead of the device from the first product on, and only from there.  So what that product does not need is
+made after it is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from structfly.compat import assert_on_device
+from structfly.lowering.gemm import Blocks, Product, has_descriptor, tiles_for
+from structfly.lowering.head.chunks import row_stride
+from structfly.lowering.launch import Launch
+from structfly.lowering.linear_cross_entropy.chunked import Head, class_terms
+from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
+from structfly.lowering.linear_cross_entropy.rows import ClassTerms
+from structfly.lowering.linear_cross_entropy.smoothing import weighted_classes
+from structfly.lowering.template import Parameter, load, render
+
+_SAMPLED_CLASSES = 8
+_HIDDEN_BLOCK = 1024
+_GROUP = 32  # rows of tiles of the logits that are taken together: most often all of a chunk's
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What the rows' losses are multiplied with in the sum whose gradients are made.
+
+    Attributes:
+        chosen: (N,) numbers, 0 for rows that do not count, or None where all may.
+        make: makes them, (N,) float32, of the number () of rows that count.
+    """
+
+    chosen: Tensor | None
+    make: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """The buffers of a chunk's R rows.
+
+    Attributes:
+        exps: (R, C) exponentials with their target's entry put right, bfloat16.
+        factor_x: (R, H) factor x, bfloat16.
+        factor, entry: (R,) float32; entry is the target's before it was rounded.
+    """
+
+    exps: Tensor
+    factor_x: Tensor
+    factor: Tensor
+    entry: Tensor
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What the gradients of the rows that count need of their logits, one after another.
+
+    Attributes:
+        lse, factor, entry, uniform: (N,) float32; of classes v but the target, dz_v = factor f'_v exp(u_v - lse) -
+            uniform w_v with w the classes' weights; entry is the target's.
+        label: (N,) int32 targets.
+    """
+
+    lse: Tensor
+    factor: Tensor
+    entry: Tensor
+    uniform: Tensor
+    label: Tensor
+
+
+class RowPass:
+    """Buffers that every chunk fills anew, and the kernels over them.
+
+    Args:
+        coefficients: of the rows.
+        length: rows of a chunk.
+        keeps: "" for the losses alone, "exponentials" for :class:`ChunkRows`, "rows" for :class:`RowStatistics`.
+
+    Attributes:
+        rows: the rows that count.
+        losses: (N,) float32, 0 where a row does not count.
+    """
+
+    def __init__(
+        self, head: Head, coefficients: Coefficients, length: int, keeps: Literal["", "exponentials", "rows"]
+    ) -> None:
+        self.head, self.length, self.keeps = head, length, keeps
+        self._coefficients = coefficients
+        self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
+        self.weight = head.weight[: head.num_classes]
+        if not has_descriptor(self.weight):  # a view of a larger buffer that begins anywhere
+            self.weight = self.weight.clone(memory_format=torch.contiguous_format)
+        self.terms, live_classes = _apart(class_terms(head))
+        self.share = head.label_smoothing / head.num_classes
+        self.starts = range(0, head.x.shape[0], length)
+        self._make_buffers(live_classes)
+
+    def __call__(self, start: int) -> None:
+        """Do the rows from ``start`` on."""
+        live, overflowed = self.rows.count, self.rows.zeros[start // self.length]
+        self.gather(live, start)
+        self.exponentials(live, start, overflowed)
+        # Once more with the largest logits, if some were too large; else these launches find no rows.
+        self.largest(overflowed, start, overflowed)
+        self.exponentials(overflowed, start, overflowed)
+        self.finish(live, start)
+
+    def check_targets(self) -> None:
+        """Fail the CUDA program if a target that is not ignored was no class."""
+        if self.x.is_cuda:
+            message = f"a target is out of bounds for {self.head.num_classes} classes"
+            assert_on_device(self.rows.wrong == 0, message)
+
+    def release(self) -> None:
+        """Let go of what only the pass itself needs."""
+        for name in ("gather", "exponentials", "largest", "finish", "tile_sums", "chunk"):
+            self.__dict__.pop(name, None)
+
+    def _make_buffers(self, live_classes: Tensor | None) -> None:
+        classes, hidden, device = self.head.num_classes, self.x.shape[1], self.x.device
+        self.rows = LiveRows(self.head, self._coefficients.chosen, self.length, apart=self.keeps == "exponentials")
+        self.tiles = -(-classes // tiles_for(device).n)
+        self.tile_sums = torch.empty(self.length, self.tiles, device=device)
+        vectors = torch.empty(6, self.length, device=device).unbind()
+        self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors
+        stored = (self.length, row_stride(classes)) if self.keeps == "exponentials" else (1, 16)
+        exps = self.x.new_empty(stored)[:, :classes]
+        self.chunk = ChunkRows(exps, self.x.new_empty(self.length, hidden), factor, entry)
+        self.unused = factor
+        self.weighted_classes = self.weighted_bias = self.class_weight_sum = self.unused
+        if self.share:
+            class_weight = self.terms.weight
+            self.weighted_classes, self.weighted_bias = weighted_classes(self.weight, self.terms.bias, class_weight)
+            sum_of_ones = factor.new_full((), float(classes))
+            self.class_weight_sum = sum_of_ones if self.terms.weight_sum is None else self.terms.weight_sum
+        self.bias = self.given(self.terms.bias)
+        self.mask = self.unused if live_classes is None else live_classes.contiguous().view(torch.uint8)
+        self.chain: dict[str, Parameter] = {
+            "steps": self.terms.epilogue.source(),
+            "nonlinear": not self.terms.epilogue.linear,
+            "has_bias": self.terms.bias is not None,
+            "has_mask": live_classes is not None,
+        }
+        self.per_row = {"HIDDEN": hidden, "BLOCK": min(_HIDDEN_BLOCK, power_of_two(hidden))}
+
+    def given(self, tensor: Tensor | None) -> Tensor:
+        """The tensor, or for None one that the kernel does not read."""
+        return self.unused if tensor is None else tensor.contiguous()
+
+    @cached_property
+    def coefficient(self) -> Tensor:
+        return self._coefficients.make(self.rows.count)
+
+    @cached_property
+    def losses(self) -> Tensor:
+        return self.x.new_zeros(len(self.x), dtype=torch.float32)
+
+    @cached_property
+    def statistics(self) -> RowStatistics:
+        """Filled where ``keeps`` is "rows"."""
+        rows = len(self.x)
+        lse, factor, entry, uniform = torch.empty(4, rows, device=self.x.device).unbind()
+        return RowStatistics(lse, factor, entry, uniform, self.rows.index.new_empty(rows))
+
+    @property
+    def constant_slope(self) -> float:
+        """f' where it is a number; where it is not, it stands beside the exponentials."""
+        return self.terms.epilogue.scale if self.terms.epilogue.linear else 1.0
+
+    # --------------------------------------------------------------------------------------------------- kernels
+
+    @cached_property
+    def row_kernels(self) -> Any:
+        rows: dict[str, Parameter] = {
+            "keeps": self.keeps,
+            "constant_slope": self.constant_slope,
+            "class_weight": self.terms.weight is not None,
+            "smoothing": self.head.label_smoothing,
+            "share": self.share,
+            "interpreted": not self.x.is_cuda,
+        }
+        return _row_module(tuple({**self.chain, **rows}.items()))
+
+    @cached_property
+    def gather(self) -> Launch:
+        return Launch(
+            self.row_kernels.gather,
+            (self.length,),
+            {"CLASSES": self.head.num_classes, "SAMPLES": _SAMPLED_CLASSES, **self.per_row},
+            [
+                *(self.rows.index, self.head.target, self.x, self.x.stride(0), self.weight, *self.weight.stride()),
+                *(self.bias, self.mask, self.weighted_classes, self.weighted_bias),
+                *(self.chunk.factor_x, self.u_target, self.slope_target, self.u_sum, self.reference),
+            ],
+        )
+
+    @cached_property
+    def exponentials(self) -> Product:
+        return self._logits_product(largest=False)
+
+    @cached_property
+    def largest(self) -> Product:
+        return self._logits_product(largest=True)
+
+    def _logits_product(self, *, largest: bool) -> Product:
+        stored = self.keeps == "exponentials"
+        exps = Blocks(self.chunk.exps, cut=False) if stored else self.unused
+        return Product(
+            "linear_cross_entropy_exponentials",
+            self.chunk.factor_x,
+            self.weight.t(),
+            [self.reference, self.tile_sums, self.tiles, exps, self.bias, self.mask],
+            {**self.chain, "stored": stored, "largest": largest},
+            tiles=replace(tiles_for(self.x.device), group=_GROUP),
+        )
+
+    @cached_property
+    def finish(self) -> Launch:
+        chunk, kept = self.chunk, self.statistics if self.keeps == "rows" else None
+        factor, entry = (chunk.factor, chunk.entry) if kept is None else (kept.factor, kept.entry)
+        others = (self.unused, self.unused, self.rows.index) if kept is None else (kept.lse, kept.uniform, kept.label)
+        return Launch(
+            self.row_kernels.finish,
+            (self.length,),
+            {"TILES": self.tiles, "TILE_BLOCK": power_of_two(self.tiles), **self.per_row},
+            [
+                *(self.rows.index, self.head.target, self.coefficient, self.given(self.terms.weight)),
+                *(self.class_weight_sum, self.tile_sums, self.reference),
+                *(self.u_target, self.slope_target, self.u_sum, self.losses),
+                *(chunk.exps, chunk.exps.stride(0), chunk.factor_x, factor, entry, *others),
+            ],
+        )
+
+
+@lru_cache(maxsize=256)
+def _row_module(parameters: tuple[tuple[str, Parameter], ...]) -> Any:
+    return load(render("linear_cross_entropy_exponential_rows", **dict(parameters)))
+
+
+def _apart(terms: ClassTerms) -> tuple[ClassTerms, Tensor | None]:
+    """The terms without the steps that set classes to -inf at the end, and which classes those leave, None for all."""
+    epilogue, steps = terms.epilogue.without_dead_classes()
+    mask: Tensor | None = None
+    for step in steps:
+        ((condition, _),) = step.tensors()
+        flags = terms.operands[condition.index]
+        flags = ~flags if step.name == "masked_fill" else flags
+        mask = flags if mask is None else mask & flags
+    return replace(terms, epilogue=epilogue, operands=(), operand_gradients=()), mask
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is no less, at least 2."""
+    return 1 << max(size - 1, 1).bit_length()

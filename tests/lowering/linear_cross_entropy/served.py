@@ -1,0 +1,63 @@
+"""Random calls of heads that the schemes of generated products serve, and what they are held against."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from structfly.lowering.head.epilogue import parse_epilogue
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from tests.lowering.linear_cross_entropy.cases import EPILOGUES, leaves_of, make_call, run, run_reference
+from tests.oracle import assert_like_eager
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def served(**options: Any) -> Arguments:
+    """A call in bfloat16; ``scheme`` and what is not as in make_call's defaults are named."""
+    return make_call(**{"dtype": torch.bfloat16, "device": DEVICE, "hidden": 16, **options})
+
+
+def check(call: Arguments) -> None:
+    """It is as accurate as eager."""
+    shape = call.target.shape if call.reduction == "none" else ()
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert_like_eager(
+        partial(run, call), partial(run_reference, call), leaves_of(call), torch.bfloat16, upstream, roundings=1
+    )
+
+
+@st.composite
+def calls(draw: st.DrawFn, scheme: str, workspaces: st.SearchStrategy[int], classes: int = 100) -> Arguments:
+    """Random shapes, options and workspaces, with up to so many classes."""
+    reduction = draw(st.sampled_from(("mean", "sum", "none")))
+    transposed = draw(st.booleans())
+    count = draw(st.integers(1, classes // 8)) * 8 if transposed else draw(st.integers(2, classes))
+    bias = draw(st.booleans())
+    frozen = draw(st.sets(st.sampled_from(("x", "weight")), max_size=1)) | {"bias"}
+    epilogue, mask = draw(st.sampled_from(EPILOGUES)), draw(st.booleans())
+    smoothing = draw(st.sampled_from((0.0, 0.1, 1.0))) if not mask and parse_epilogue(epilogue).linear else 0.0
+    return served(
+        scheme=scheme,
+        rows=draw(st.integers(0, 60)),
+        hidden=8 * draw(st.integers(1, 5)),
+        classes=count,
+        cut=draw(st.integers(0, min(3, count - 2))),
+        seed=draw(st.integers(0, 2**16)),
+        bias=bias,
+        class_weight=draw(st.booleans()),
+        row_weight=reduction == "sum" and draw(st.booleans()),
+        class_mask=mask,
+        label_smoothing=smoothing,
+        ignored=draw(st.sampled_from((0.0, 0.3, 1.0))),
+        frozen=frozenset(frozen),
+        transposed=transposed,
+        epilogue=epilogue,
+        reduction=reduction,
+        ignore_index=draw(st.sampled_from((-100, 0, None))),
+        schedule=draw(st.sampled_from(("forward", "backward"))),
+        workspace=draw(workspaces),
+    )

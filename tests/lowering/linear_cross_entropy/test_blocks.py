@@ -1,0 +1,141 @@
+"""The scheme "blocks", interpreted: as accurate as eager, in as little memory as it is given."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from structfly import measure
+from structfly.lowering.linear_cross_entropy import blocks
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
+from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, block_sizes
+from tests.lowering.linear_cross_entropy.cases import leaves_of, run, run_reference
+from tests.lowering.linear_cross_entropy.served import DEVICE, calls, check, served
+from tests.oracle import errors, in_float64, value_and_gradients
+
+# numpy, which interprets the kernels, warns of the infinities and NaNs that are meant to be there.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|All-NaN).*:RuntimeWarning")
+
+
+def block_call(**options: Any) -> Arguments:
+    return served(**{"scheme": "blocks", "workspace": 9400, **options})
+
+
+@settings(max_examples=20)
+@given(call=calls("blocks", st.integers(4000, 30000), classes=400))
+def test_as_accurate_as_the_reference(call: Arguments) -> None:
+    check(call)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"classes": 400},
+        {"classes": 700, "class_weight": True, "label_smoothing": 0.1},
+        {"classes": 700, "cut": 5, "ignored": 0.7},
+        {"classes": 700, "epilogue": "div:3.0,tanh,mul:3.0", "class_mask": True},
+    ],
+)
+def test_while_the_last_classes_gradient_is_room(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of three sizes beside the hidden states in dW, and then those whose memory holds a chunk of them."""
+    kinds = set()
+    add = blocks._Run._add
+
+    def noted(run: Any, classes: range, length: int, x: torch.Tensor, buffer: torch.Tensor | None = None) -> None:
+        if classes:
+            kinds.add((length, classes.step, buffer is None))
+        add(run, classes, length, x, buffer)
+
+    monkeypatch.setattr(blocks._Run, "_add", noted)
+    check(block_call(rows=50, hidden=24, **options))
+    assert len(kinds) == 4
+
+
+def test_gradients_are_little_more_than_rounded() -> None:
+    """Many rows share a target, as frequent tokens do; the targets' terms make up most of both gradients."""
+    call = block_call(rows=120, hidden=32, classes=160, epilogue="mul:0.1", workspace=20000)
+    call.target.copy_(torch.where(call.target >= 0, call.target % 40, call.target))
+    exact = value_and_gradients(partial(run_reference, call), [in_float64(leaf) for leaf in leaves_of(call)])[1]
+    for made, wanted in zip(value_and_gradients(partial(run, call), leaves_of(call))[1], exact, strict=True):
+        assert made is not None
+        assert wanted is not None
+        assert errors(made, wanted)[0] <= 1.05 * errors(wanted.bfloat16(), wanted)[0]
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e3, 1e30])
+def test_rows_whose_exponentials_overflow(scale: float) -> None:
+    call = block_call(rows=50, classes=300)
+    with torch.no_grad():
+        call.x[10:13] *= scale
+    check(call)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_special_values_as_eager(value: float) -> None:
+    call = block_call(rows=20, classes=40, ignored=0.0)
+    with torch.no_grad():
+        call.x[3, 2] = value
+    made, eager = (torch.autograd.grad(f(call, *leaves_of(call)), leaves_of(call)) for f in (run, run_reference))
+    assert torch.equal(made[0].isnan(), eager[0].isnan())
+    assert made[1].isnan().any()
+
+
+def test_hidden_states_that_lie_transposed() -> None:
+    call = block_call(rows=40, classes=50)
+    check(call._replace(x=call.x.detach().t().contiguous().t().requires_grad_()))
+
+
+def test_same_bits_every_time() -> None:
+    call = block_call(rows=60, classes=300)
+    for first, second in zip(linear_cross_entropy(*call)[:-1], linear_cross_entropy(*call)[:-1], strict=True):
+        assert torch.equal(first, second)
+
+
+@given(
+    rows=st.integers(1, 70000),
+    hidden=st.integers(1, 1000).map(lambda eights: 8 * eights),
+    classes=st.integers(1, 300000),
+    limit=st.integers(0, 2**31),
+)
+def test_sizes_are_whole_tiles_within_the_limit(rows: int, hidden: int, classes: int, limit: int) -> None:
+    sizes = block_sizes(rows, hidden, classes, limit, processors=132)
+    tiles = WEIGHT_TILES["cuda"]
+    for size, tile, whole in ((sizes.rows, tiles.m, rows), (sizes.classes, tiles.n, classes)):
+        assert size % tile == 0
+        assert 0 < size < whole + tile
+    if sizes.bytes > limit:  # nothing fits: neither does a single tile
+        assert (sizes.rows, sizes.classes) <= (8 * tiles.m, 8 * tiles.n)
+    roomier = block_sizes(rows, hidden, classes, 2 * sizes.bytes, processors=132)
+    assert roomier.bytes <= 2 * sizes.bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epilogue": "div:3.0,tanh,mul:3.0", "class_mask": True},
+        {"class_weight": True, "reduction": "none"},
+        {"row_weight": True, "cut": 3},
+        {"label_smoothing": 0.1, "class_weight": True},
+        {"schedule": "backward", "transposed": True, "classes": 16384},
+        {"ignored": 0.9},
+    ],
+)
+def test_all_kinds_of_blocks_on_cuda(options: dict[str, Any]) -> None:
+    check(block_call(**{"rows": 3000, "hidden": 320, "classes": 20011, "workspace": 5 * 2**20, **options}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mebibytes", [12, 24, 48])
+def test_memory_stays_within_the_limit_on_cuda(mebibytes: int) -> None:
+    call = block_call(rows=8192, hidden=512, classes=50257, workspace=mebibytes * 2**20)
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves_of(call))
+    peak = measure.peak_extra_memory(lambda: linear_cross_entropy(*call), DEVICE)
+    assert peak <= gradients + call.workspace
