@@ -647,7 +647,7 @@ def no_linear(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> T
     return F.cross_entropy(x.view(-1, x.shape[-1]), ids.view(-1) % x.shape[-1]) + 0 * w.sum()
 
 
-@near_miss("relu (relu) stands where a linear")
+@near_miss("relu (relu) of the logits is not an operation")
 def relu_before(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.relu(_rows(F.linear(x, w, b))), labels.view(-1))
 
@@ -804,7 +804,7 @@ def clamped_between_tensors(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels
     return F.cross_entropy(_rows(F.linear(x, w)).clamp(-b.abs(), b.abs()), labels.view(-1))
 
 
-@near_miss("maximum (maximum) stands where")
+@near_miss("maximum (maximum) of the logits is not an operation")
 def maximum_of_two(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(torch.maximum(_rows(F.linear(x, w)), b), labels.view(-1))
 

@@ -401,7 +401,7 @@ def both_directions(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Te
     return (log_q.exp() * (log_q - log_p) + log_p.exp() * (log_p - log_q)).sum()
 
 
-@near_miss("relu (relu) stands where a linear")
+@near_miss("relu (relu) of the logits is not an operation")
 def relu_before(x: Tensor, w: Tensor, b: Tensor, y: Tensor, u: Tensor, q: Tensor, mask: Tensor) -> Tensor:
     return F.kl_div(F.relu(F.linear(x, w)).log_softmax(-1), q, reduction="sum")
 
