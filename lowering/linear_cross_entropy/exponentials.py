@@ -54,8 +54,16 @@ _GROUP = 32  # rows of tiles of the logits that are taken together: most often a
 def run_exponentials(
     head: Head, coefficient: Tensor | None, wanted: Wanted | None, workspace: int
 ) -> tuple[Tensor, Gradients | None]:
-    """Fulfils the contract of :func:`~structfly.lowering.linear_cross_entropy.chunked.run_chunks`, for heads that
-    :func:`~structfly.lowering.linear_cross_entropy.schedule.why_no_exponentials` has nothing against."""
+    """Losses of all rows and, where ``wanted`` is given, gradients of ``sum_n coefficient_n loss_n``, for heads that
+    :func:`~structfly.lowering.linear_cross_entropy.schedule.why_no_exponentials` has nothing against.
+
+    Args:
+        coefficient: (N,) float32, or None for ones.
+        workspace: bytes that the exponentials of one chunk may take.
+
+    Returns:
+        (N,) float32 losses, and the gradients.
+    """
     losses = head.x.new_zeros(head.x.shape[0], dtype=torch.float32)
     gradients = None if wanted is None else allocate_gradients(head, wanted)
     if len(losses):

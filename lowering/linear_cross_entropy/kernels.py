@@ -1,4 +1,4 @@
-"""What the op does at run time: check, weigh the rows, run the chunks, reduce."""
+"""What the op does at run time: weigh the rows, run the chunks, reduce."""
 
 from __future__ import annotations
 
@@ -7,96 +7,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.compat import assert_on_device
-from structfly.errors import StructflyError
-from structfly.lowering.head.epilogue import parse_epilogue
-from structfly.lowering.head.linear import DIFFERENTIABLE, Gradients, Wanted, allocate_gradients
-from structfly.lowering.head.reduction import finished, reduced, row_coefficients, upstream_coefficients
-from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.lowering.linear_cross_entropy.chunked import run_chunks
+from structfly.lowering.head.linear import Wanted, allocate_gradients
+from structfly.lowering.head.reduction import (
+    finished,
+    reduced,
+    row_coefficients,
+    statistic_coefficients,
+    upstream_coefficients,
+)
+from structfly.lowering.linear_cross_entropy.arguments import Arguments, Outputs
+from structfly.lowering.linear_cross_entropy.checks import check
+from structfly.lowering.linear_cross_entropy.chunked import Made, run_chunks
 from structfly.lowering.linear_cross_entropy.exponentials import run_exponentials
-from structfly.lowering.linear_cross_entropy.rows import RowStep
+from structfly.lowering.linear_cross_entropy.row_program import RowLoss, parse_row_program
+from structfly.lowering.linear_cross_entropy.rows import Coefficients, RowStatistics, RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten
 from structfly.lowering.linear_cross_entropy.rows_triton import row_step_triton
-from structfly.lowering.linear_cross_entropy.schedule import why_no_exponentials
 
 
 def _row_step(x: Tensor) -> RowStep:
     return row_step_triton if x.is_cuda and x.dtype != torch.float64 else row_step_aten
 
 
-def _run(call: Arguments, coefficient: Tensor | None, wanted: Wanted | None) -> tuple[Tensor, Gradients | None]:
-    if call.scheme == "exponentials":
-        return run_exponentials(call.head, coefficient, wanted, call.workspace)
-    return run_chunks(call.head, coefficient, wanted, call.workspace, _row_step(call.x))
-
-
-def _check(call: Arguments) -> None:
-    """Refuse what the schema cannot: a target out of range as torch refuses it, combinations with no meaning."""
-    if call.reduction not in ("none", "sum", "mean"):
-        raise StructflyError(f"reduction is {call.reduction!r}; allowed: 'none', 'sum', 'mean'")
-    if call.schedule not in ("forward", "backward"):
-        raise StructflyError(f"schedule is {call.schedule!r}; allowed: 'forward', 'backward'")
-    if call.scheme not in ("logits", "exponentials"):
-        raise StructflyError(f"scheme is {call.scheme!r}; allowed: 'logits', 'exponentials'")
-    unserved = "" if call.scheme == "logits" else _why_no_exponentials(call)
-    if unserved:
-        raise StructflyError(f"the scheme 'exponentials' does not serve this head: {unserved}; use 'logits'")
-    if call.schedule == "forward" and call.reduction == "none" and call.wanted.any:
-        raise StructflyError("reduction='none' has no scalar upstream gradient; use schedule='backward'")
-    _check_operands(call)
-    if call.row_weight is not None and call.reduction != "sum":
-        raise StructflyError(f"row_weight goes with reduction='sum', not {call.reduction!r}")
-    target = call.target
-    if target.is_cuda and call.scheme == "exponentials":
-        return  # which looks at every target anyway
-    wrong = (target < 0) | (target >= call.num_classes)
-    if call.ignore_index is not None:
-        wrong &= target != call.ignore_index
-    if target.is_cuda:
-        assert_on_device(~wrong.any(), f"a target is out of bounds for {call.num_classes} classes")
-    elif bool(wrong.any()):
-        raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
-
-
-def _check_operands(call: Arguments) -> None:
-    """Refuse operands that are not what the epilogue says, or gradients that are not one each."""
-    epilogue, operands = parse_epilogue(call.epilogue), call.operands
-    if len(operands) != len(epilogue.operands) or len(call.gradients) != len(call.differentiable):
-        raise StructflyError(
-            f"{len(operands)} operands and {len(call.gradients)} flags of gradients; the epilogue {call.epilogue!r} "
-            f"takes {len(epilogue.operands)} operands, which with {', '.join(DIFFERENTIABLE)} have a flag each"
-        )
-    if call.x.dtype == torch.float16 and call.wanted.any and not epilogue.has_steepest:
-        raise StructflyError(
-            f"the slope of epilogue {call.epilogue!r} has no bound, and float16 no room for it; use another dtype"
-        )
-    shapes = {"scalar": (), "row": call.target.shape, "class": (call.num_classes,)}
-    for operand, tensor in zip(epilogue.operands, operands, strict=True):
-        condition = operand.index in epilogue.conditions
-        fits = tensor.dtype == torch.bool if condition else tensor.is_floating_point()
-        if tensor.shape != shapes[operand.kind] or not fits:
-            raise StructflyError(
-                f"operand {operand} of epilogue {call.epilogue!r} has shape {tuple(tensor.shape)} and {tensor.dtype}; "
-                f"it takes {tuple(shapes[operand.kind])} and {'torch.bool' if condition else 'a floating-point dtype'}"
-            )
-
-
-def _why_no_exponentials(call: Arguments) -> str:
-    return why_no_exponentials(
-        call.x.dtype,
-        call.x.shape[1],
-        parse_epilogue(call.epilogue),
-        label_smoothing=call.label_smoothing,
-        adapter=call.adapter_x is not None,
-        bias_gradient=call.wanted.bias,
-    )
+def _run(call: Arguments, coefficients: Coefficients | RowLoss, wanted: Wanted | None) -> Made:
+    if call.scheme == "exponentials" and isinstance(coefficients, Coefficients):
+        losses, gradients = run_exponentials(call.head, coefficients.loss_rows, wanted, call.workspace)
+        return Made(RowStatistics(loss=losses), gradients)
+    return run_chunks(call.head, coefficients, wanted, call.workspace, _row_step(call.x))
 
 
 def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
     """What makes the reduction: ``loss = sum_n weight_n loss_n / count``; None means ones, the count is float64."""
     dtype = call.head.accumulation
-    if call.reduction == "mean":
+    if call.reduction == "mean" and call.target is not None:
         if call.ignore_index is None and call.class_weight is None:
             return None, torch.full((), len(call.target), dtype=torch.float64, device=call.x.device)
         live = torch.ones_like(call.target) if call.ignore_index is None else call.target != call.ignore_index
@@ -112,26 +55,70 @@ def _largest_gradient(call: Arguments) -> Tensor | float:
     return 1.0 if call.class_weight is None else call.class_weight.to(call.head.accumulation).amax()
 
 
-def forward(*arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
+def _row_loss(call: Arguments) -> RowLoss:
+    dtype = call.head.accumulation
+    operands = (each if each.dtype == torch.bool else each.to(dtype) for each in call.row_operands)
+    return RowLoss(parse_row_program(call.row_loss), tuple(operands))
+
+
+def _of_loss(coefficient: Tensor | None) -> Coefficients:
+    return Coefficients(1.0 if coefficient is None else coefficient)
+
+
+def forward(*arguments: Any) -> Outputs:
     call = Arguments(*arguments)
-    _check(call)
+    check(call)
+    coefficients: Coefficients | RowLoss
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
-        coefficient, rest = row_coefficients(call.head, weight, count, largest=_largest_gradient(call))
-        losses, gradients = _run(call, coefficient, call.wanted_in_forward)
-        loss = reduced(losses, call.reduction, weight, count)
+        rest = torch.ones((), dtype=call.head.accumulation, device=call.x.device)
+        if call.row_loss:
+            coefficients = _row_loss(call)
+        elif call.target is None:
+            coefficients = Coefficients()
+        else:
+            coefficient, rest = row_coefficients(call.head, weight, count, largest=_largest_gradient(call))
+            coefficients = _of_loss(coefficient)
+        found, gradients, row_losses = _run(call, coefficients, call.wanted_in_forward)
+        losses = found.loss if row_losses is None else row_losses
+        loss = call.x.new_empty(0) if losses is None else reduced(losses, call.reduction, weight, count)
     if gradients is None:
         gradients = allocate_gradients(call.head, Wanted())
-    return loss.to(call.loss_dtype), rest, *gradients
+    return Outputs._make((loss.to(call.loss_dtype), *_statistics(call, found), rest, *gradients))
 
 
-def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor | list[Tensor], ...]:
-    call = Arguments(*arguments)
+def _statistics(call: Arguments, found: RowStatistics) -> list[Tensor]:
+    """What is returned of the rows, empty where it was not asked for."""
+    given = {"losses": found.loss, **found._asdict()}
+    results = []
+    for name in ("losses", *RowStatistics._fields[1:]):
+        value = given[name] if name in call.named_statistics else None
+        dtype = torch.int64 if name == "argmax" else call.head.accumulation
+        results.append(call.x.new_empty(0, dtype=dtype) if value is None else value)
+    return results
+
+
+def backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_chosen: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor | list[Tensor], ...]:
+    call = Arguments(*arguments)._replace(statistics="")  # nothing but what the gradients need is made again
+    others = (grad_lse, grad_entropy, grad_chosen)
+    largest = _largest_gradient(call)
     with torch.autocast(call.x.device.type, enabled=False):
         weight, count = _weights(call)
-        largest = _largest_gradient(call)
-        coefficient, rest = upstream_coefficients(call.head, call.reduction, weight, count, grad_loss, largest)
-        _, gradients = _run(call, coefficient, call.wanted)
+        if grad_loss is not None and not any(each is not None for each in others):
+            coefficient, rest = upstream_coefficients(call.head, call.reduction, weight, count, grad_loss, largest)
+            coefficients = _of_loss(coefficient)
+        else:
+            loss, given, rest = statistic_coefficients(
+                call.head, call.reduction, weight, count, grad_loss, others, largest
+            )
+            coefficients = Coefficients(loss, *given)
+        gradients = _run(call, coefficients, call.wanted).gradients
         assert gradients is not None
         made = finished(gradients, rest, call.differentiable, call.x.dtype)
         return *made[:5], made[5:]

@@ -12,9 +12,17 @@ from structfly.lowering.head.epilogue import Epilogue
 
 
 def why_no_exponentials(
-    dtype: torch.dtype, hidden: int, epilogue: Epilogue, *, label_smoothing: float, adapter: bool, bias_gradient: bool
+    dtype: torch.dtype,
+    hidden: int,
+    epilogue: Epilogue,
+    *,
+    label_smoothing: float,
+    adapter: bool,
+    bias_gradient: bool,
+    statistics: bool,
 ) -> str:
-    """Why the scheme "exponentials" does not serve a head, or ""."""
+    """Why the scheme "exponentials" does not serve a head, or ""; ``statistics``: something else than a loss is wanted
+    of its rows."""
     if dtype != torch.bfloat16:
         return f"its logits are {dtype}; only bfloat16 has the range for exponentials"
     if hidden % 8:
@@ -23,6 +31,8 @@ def why_no_exponentials(
         return "its pointwise chain takes a tensor, other than masks of classes at its end"
     if label_smoothing and not epilogue.linear:
         return "label smoothing of logits that are capped or masked"
+    if statistics:
+        return "statistics of the rows are wanted beside their loss, or instead of it"
     if adapter:
         return "the logits are a sum of two products"
     return "the bias needs a gradient" if bias_gradient else ""

@@ -79,6 +79,7 @@ def _why_no_exponentials(site: CrossEntropySite) -> str:
         label_smoothing=site.form.label_smoothing,
         adapter=linear.adapter is not None,
         bias_gradient=site.gradients.bias,
+        statistics=False,
     )
     weight = example_of(linear.weight)
     rows, columns = (1, 0) if linear.transposed else (0, 1)  # classes, hidden units

@@ -88,6 +88,7 @@ def _op(
         weight=weight,  # type: ignore[arg-type]
         bias=class_bias(path, site.dtype, editor),  # type: ignore[arg-type]
         target=cast(target, torch.int64, editor),  # type: ignore[arg-type]
+        choices=None,
         class_weight=site.form.class_weight,  # type: ignore[arg-type]
         row_weight=row_weight,  # type: ignore[arg-type]
         adapter_x=adapter_x,  # type: ignore[arg-type]
@@ -99,6 +100,9 @@ def _op(
         ignore_index=site.form.ignore_index,
         label_smoothing=site.form.label_smoothing,
         reduction=site.reduction,
+        statistics="",
+        row_loss="",
+        row_operands=[],
         loss_dtype=site.loss_dtype,
         gradients=list(site.gradients.flags),
         schedule=candidate.schedule,
@@ -106,4 +110,4 @@ def _op(
         workspace=candidate.workspace,
         autocast=False,
     )
-    return editor.getitem(editor.call(torch.ops.structfly.linear_cross_entropy_v2.default, *arguments), 0)
+    return editor.getitem(editor.call(torch.ops.structfly.linear_cross_entropy_v3.default, *arguments), 0)

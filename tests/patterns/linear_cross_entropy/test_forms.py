@@ -29,7 +29,7 @@ def test_form_is_rewritten_and_exact(name: str) -> None:
     fast = Rewritten(form.function)
     assert_like_eager(fast, form.function, inputs())
     assert fast.statuses == ["rewritten"] * len(form.schedules), fast.sites
-    assert tuple(call.args[17] for call in fast.calls) == form.schedules
+    assert tuple(call.schedule for call in fast.arguments) == form.schedules
 
 
 @pytest.mark.parametrize("name", FORMS)
