@@ -60,7 +60,8 @@ def learned_chains(x: Tensor, w: Tensor, labels: Tensor, scale: Tensor, shift: T
     temperature = x[:, :1].square() + 1.0
     mean = F.cross_entropy(4.0 * torch.sigmoid(z * scale.exp()) / temperature + shift, labels)
     losses = F.cross_entropy(torch.where(shift > 0, F.linear(x, w) * scale, shift), labels, reduction="none")
-    return mean + losses.square().mean()
+    z = F.linear(x * 0.5, w) * scale + shift
+    return mean + (losses * losses.mean()).mean() + (z.logsumexp(-1) - 1).square().mean()
 
 
 def test_inductor_gives_learned_operands_their_gradients() -> None:
@@ -68,7 +69,24 @@ def test_inductor_gives_learned_operands_their_gradients() -> None:
     scale, shift = (torch.randn(shape, generator=generator).requires_grad_() for shape in ((), (30,)))
     fast = Rewritten(learned_chains, then="inductor")
     assert_like_eager(fast, learned_chains, (*inputs(), scale, shift))
-    assert [call.schedule for call in fast.arguments] == ["forward", "backward"]
+    assert [call.schedule for call in fast.arguments] == ["forward", "backward", "forward"]
+
+
+def ratio_head(x: Tensor, w: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    z = F.linear(torch.tanh(x), w)
+    log_p = z.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    ratio = torch.exp(log_p - log_p.detach()) * (labels - 12.0)
+    entropy = z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1)
+    return (-torch.min(ratio, ratio.clamp(-5.0, 5.0)) - 0.1 * entropy).mean(), entropy.detach().mean()
+
+
+def test_inductor_runs_a_loss_of_single_rows() -> None:
+    report = structfly.explain(ratio_head, options=ALWAYS)(*inputs())
+    assert "loss and entropy, gradients in forward (class B)" in report.sites[0].candidate
+    torch._dynamo.reset()
+    fast = torch.compile(ratio_head, backend="structfly", options=ALWAYS)
+    assert_like_eager(lambda *arguments: fast(*arguments)[0], lambda *arguments: ratio_head(*arguments)[0], inputs())
+    torch.testing.assert_close(fast(*inputs())[1], ratio_head(*inputs())[1])
 
 
 def test_an_unknown_option_is_refused_before_anything_is_compiled() -> None:

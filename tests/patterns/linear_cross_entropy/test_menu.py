@@ -66,6 +66,16 @@ def stored_transposed(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy((x @ w).float(), t)
 
 
+def with_z_loss(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(x, w).float()
+    return F.cross_entropy(z, t) + 1e-4 * z.logsumexp(-1).square().mean()
+
+
+def with_accuracy(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(x, w).float()
+    return F.cross_entropy(z, t) * (z.argmax(-1) == t).sum()
+
+
 def choose(
     shape: tuple[int, int, int],
     *,
@@ -119,6 +129,19 @@ def test_heads_that_exponentials_do_not_serve_keep_the_logits(
 @pytest.mark.parametrize("function", [smoothed, capped, sigmoid_capped, stored_transposed])
 def test_variants_that_exponentials_serve(function: Callable[..., Tensor]) -> None:
     assert choose(SEED, function=function).candidate.startswith("exponentials, ")
+
+
+@pytest.mark.parametrize("function", [with_z_loss, with_accuracy])
+def test_further_consumers_keep_the_logits_and_one_pass(function: Callable[..., Tensor]) -> None:
+    site, plain = choose(SEED, function=function), choose(SEED, profile=replace(H100, generated_products=False))
+    assert site.candidate.startswith("logits, ")
+    assert "gradients in forward" in site.candidate
+    assert site.seconds is not None
+    assert plain.seconds is not None
+    assert plain.seconds <= site.seconds <= 1.1 * plain.seconds
+    assert site.seconds_kept is not None
+    assert plain.seconds_kept is not None
+    assert site.seconds_kept > plain.seconds_kept
 
 
 @pytest.mark.parametrize("shape", [SEED, (8192, 4096, 128256), ODD])
