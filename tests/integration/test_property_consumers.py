@@ -1,4 +1,4 @@
-"""Random consumers of one head's logits, joined in random ways: values and gradients stay eager's."""
+"""Random consumers of one head's logits, after random chains and joined in random ways: values and gradients stay."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ CONSUMERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "chosen logit": lambda z, t, u: z.gather(2, t.unsqueeze(2)).squeeze(2),
     "hits": lambda z, t, u: (z.argmax(-1) == t).to(z.dtype),
 }
+# From the linear's value to the logits, with a learned number, one a token (B, T, 1), and one a class.
+CHAINS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "none": lambda z, one, row, each: z,
+    "capped": lambda z, one, row, each: torch.tanh(z / 3.0) * 3.0,
+    "scaled": lambda z, one, row, each: z * torch.sigmoid(one),
+    "temperatures": lambda z, one, row, each: z / (row.square() + 1.0),
+    "shifted and capped": lambda z, one, row, each: 4.0 * torch.sigmoid(z * row + each) - one,
+    "bounded by class": lambda z, one, row, each: torch.where(each > -0.5, z.clamp(-2.5, 2.5), one) * 0.8,
+}
 POINTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "as it is": lambda v, m: v,
     "halved": lambda v, m: -v / 2,
@@ -71,12 +80,15 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
     early = [draw(st.booleans()) for _ in names]
     reductions = [draw(st.sampled_from(sorted(REDUCTIONS))) for _ in names]
     joins = [draw(st.sampled_from(sorted(JOINS))) for _ in names]
+    chain = draw(st.sampled_from(sorted(CHAINS)))
     last = draw(st.sampled_from(("mean", "masked mean", "none")))
     logged = draw(st.booleans())
 
-    def program(x: Tensor, w: Tensor, b: Tensor, m: Tensor, t: Tensor) -> Tensor:
+    def program(
+        x: Tensor, w: Tensor, b: Tensor, one: Tensor, row: Tensor, each: Tensor, m: Tensor, t: Tensor
+    ) -> Tensor:
         u = (t + 1) % CLASSES
-        z = torch.tanh(F.linear(x, w, b) / 3.0) * 3.0
+        z = CHAINS[chain](F.linear(x, w, b), one, row, each)
         total: Tensor | None = None
         for name, change, first, reduction, join in zip(names, pointwise, early, reductions, joins, strict=True):
             value = POINTWISE[change](CONSUMERS[name](z, t, u), m)
@@ -100,14 +112,12 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
 @given(program=programs(), seed=st.integers(0, 99))
 def test_any_consumers_keep_their_values(program: Callable[..., Tensor], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x, w, b = (
-        torch.randn(*shape, generator=generator).requires_grad_()
-        for shape in ((BATCH, LENGTH, HIDDEN), (CLASSES, HIDDEN), (CLASSES,))
-    )
+    shapes = ((BATCH, LENGTH, HIDDEN), (CLASSES, HIDDEN), (CLASSES,), (), (BATCH, LENGTH, 1), (CLASSES,))
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     m = torch.rand(BATCH, LENGTH, generator=generator)
     t = torch.randint(0, CLASSES, (BATCH, LENGTH), generator=generator)
     fast = Rewritten(program)
-    arguments: tuple[Any, ...] = (x, w, b, m, t)
+    arguments: tuple[Any, ...] = (*leaves, m, t)
     assert_like_eager(fast, program, arguments)
     twice = all("more than one with class weights or label smoothing" in site.reason for site in fast.sites)
     assert twice or fast.statuses == ["rewritten"], fast.sites
