@@ -186,6 +186,7 @@ def _placed(same: SameRows, inputs: Iterable[fx.Node], region: Region) -> SameRo
     """With its place, or what is made too late to be an input, and the node that needs it."""
     ends = [same.end(form) for _, form in same.consumers]
     kept = [same.end(form) for _, form in same.kept]
+    kept += [] if same.row_loss is None else [same.row_loss.root]
     last = max([*ends, *same.scalar[-1:]], key=region.order.__getitem__)
     own = same.own
     gone = own if same.row_loss is None else own.difference(same.row_loss.nodes)

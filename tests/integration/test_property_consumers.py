@@ -100,8 +100,10 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
         if logged:
             with torch.no_grad():
                 total = total + CONSUMERS[names[0]](z, t, u).mean()
-        # A number may be as small as its rounding; beside a 1 it is held to that.
-        return total if total.ndim else torch.stack([total, torch.ones(())])
+        # Terms of both signs may all but cancel: the rounding of a partial sum s, half an ulp of s in each addition,
+        # whatever made its terms, has no bound relative to what is left.  Beside ones, the values are held to the
+        # terms' own order of size.
+        return torch.cat([total.flatten(), torch.ones_like(total).flatten()])
 
     return program
 
@@ -109,16 +111,20 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
 # Dynamo evaluates some of torch's deprecated helpers.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @settings(max_examples=20)
-@given(program=programs(), seed=st.integers(0, 99))
-def test_any_consumers_keep_their_values(program: Callable[..., Tensor], seed: int) -> None:
+@given(
+    program=programs(),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from((torch.float32, torch.float32, torch.float16, torch.bfloat16)),
+)
+def test_any_consumers_keep_their_values(program: Callable[..., Tensor], seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((BATCH, LENGTH, HIDDEN), (CLASSES, HIDDEN), (CLASSES,), (), (BATCH, LENGTH, 1), (CLASSES,))
-    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    m = torch.rand(BATCH, LENGTH, generator=generator)
+    leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    m = torch.rand(BATCH, LENGTH, generator=generator).to(dtype)
     t = torch.randint(0, CLASSES, (BATCH, LENGTH), generator=generator)
     fast = Rewritten(program)
     arguments: tuple[Any, ...] = (*leaves, m, t)
-    assert_like_eager(fast, program, arguments)
+    assert_like_eager(fast, program, arguments, dtype)
     twice = all("more than one with class weights or label smoothing" in site.reason for site in fast.sites)
     assert twice or fast.statuses == ["rewritten"], fast.sites
     for gm in fast.graphs:  # a second run finds nothing more to do

@@ -791,6 +791,13 @@ def stacked_logsumexps(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Ten
     return -(torch.exp(log_p - log_p.detach()) * _advantages(ids, x)).mean()
 
 
+@form()
+def logged_after_the_scalar_was_used(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    loss = _log_p(z, ids).square().sum() / 7
+    return loss * (1 + _log_p(z, ids.roll(1, 1)).detach().mean())
+
+
 @form("backward")
 def dpo(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     log_p = (_log_p(F.linear(x, w, b), ids) * (ids > 2)).sum(-1)
