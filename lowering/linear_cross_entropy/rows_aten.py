@@ -87,14 +87,16 @@ class _Block:
             self._read_target(indices.target, known)
 
     def _read_target(self, target: Tensor, known: Coefficients | None) -> None:
-        """``counts`` (R,): the rows with a loss, where nothing else is asked those whose coefficient is not 0;
+        """``counts`` (R,): the rows with a loss, ``narrowed`` to those with a coefficient if losses are all;
         ``index`` (R, 1): their targets; ``a`` (R,): the target term's factor."""
         terms = self.terms
         self.counts = torch.ones_like(target, dtype=torch.bool)
         if terms.ignore_index is not None:
             self.counts &= target != terms.ignore_index
+        self.narrowed = False
         if known is not None and known.loss_rows is not None and tuple(self.asked) == ("loss",):
             self.counts &= known.loss_rows != 0
+            self.narrowed = True
         self.index = torch.where(self.counts, target, 0).unsqueeze(1)
         keep = 1 - terms.label_smoothing
         if terms.weight is None:
@@ -164,13 +166,24 @@ class _Block:
     def _live(self, coefficients: Coefficients) -> Tensor:
         """(R,): the rows with a coefficient that is not 0."""
         loss, lse, entropy, chosen = coefficients
-        live = torch.zeros(self.p.shape[0], dtype=torch.bool, device=self.p.device)
+        live = []
         if loss is not None:
-            live |= self.counts if isinstance(loss, float) else self.counts & (loss != 0)
-        for each in (lse, entropy):
-            if each is not None:
-                live |= each != 0
-        return live if chosen is None else live | (chosen != 0).any(1)
+            live.append(self.counts if isinstance(loss, float) or self.narrowed else self.counts & (loss != 0))
+        live += [each != 0 for each in (lse, entropy) if each is not None]
+        live += [] if chosen is None else [(chosen != 0).any(1)]
+        if not live:
+            return torch.zeros(self.p.shape[0], dtype=torch.bool, device=self.p.device)
+        return live[0] if len(live) == 1 else torch.stack(live).any(0)
+
+    def _loss_term(self) -> Tensor:
+        """The loss's derivative in place of p."""
+        p = self.p
+        if self.terms.weight is not None:
+            p.mul_((self.a + self.share * self.weight_sum).unsqueeze(1))
+        p.scatter_add_(1, self.index, -self.a.unsqueeze(1))
+        if self.share:
+            p.sub_(self.share if self.terms.weight is None else self.terms.weight * self.share)
+        return p
 
     def _terms(self, coefficients: Coefficients) -> Tensor:
         """du in place of p: what multiplies p_v is one factor a row, the rest is added to single classes or to all."""
@@ -183,29 +196,24 @@ class _Block:
         if loss is None:
             p.mul_(rows.unsqueeze(1))
         else:
-            self._loss_term(torch.where(self.counts, loss, torch.zeros_like(rows)), rows)
+            self._add_loss(torch.where(self.counts, loss, torch.zeros_like(rows)), rows)
         if entropy is not None and self.p_log_p is not None:
             p.addcmul_(self.p_log_p, entropy.unsqueeze(1), value=-1)
         if chosen is not None and self.indices.choices is not None:
             p.scatter_add_(1, self.indices.choices, chosen)
         return p
 
-    def _loss_term(self, c: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """``c`` times the loss's derivative, plus ``rows`` times p, in place of p; (R,) each, None for 1 and 0.
+    def _add_loss(self, c: Tensor, rows: Tensor) -> None:
+        """``c`` times the loss's derivative, plus ``rows`` times p, in place of p; (R,) each.
 
         The target's entry is made by itself, where p - a is exact: near 1, c p - c a is not.
         """
         p, weight = self.p, self.terms.weight
-        factor = None if weight is None else self.a + self.share * self.weight_sum  # of p, 1 without class weights
+        total: Tensor | float = 1.0 if weight is None else self.a + self.share * self.weight_sum
         p_target = p.gather(1, self.index).squeeze(1)
-        at_target = (p_target if factor is None else factor * p_target) - self.a
-        if c is not None and rows is not None:
-            at_target = c * at_target + rows * p_target
-            factor = (c if factor is None else c * factor) + rows
-        if factor is not None:
-            p.mul_(factor.unsqueeze(1))
+        at_target = c * (total * p_target - self.a) + rows * p_target
+        p.mul_((c * total + rows).unsqueeze(1))
         p.scatter_(1, self.index, at_target.unsqueeze(1))
         if self.share:
-            taken = self.share if c is None else (c * self.share).unsqueeze(1)
+            taken = (c * self.share).unsqueeze(1)
             p.sub_(taken if weight is None else weight * taken)
-        return p

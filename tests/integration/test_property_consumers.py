@@ -66,6 +66,8 @@ REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "of groups": lambda v, m: F.softplus(v.sum(-1) * 0.1).sum() if v.ndim else v,
     "none": lambda v, m: v,
 }
+# What jumps, or has a slope that does: in 16 bits values round across the jump in one computation and not in the other.
+JUMPS = {"hits", "clipped", "bounded by class"}
 JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda a, b: a + b,
     "difference": lambda a, b: a - 0.3 * b,
@@ -74,13 +76,14 @@ JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @st.composite
-def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
-    names = draw(st.lists(st.sampled_from(sorted(CONSUMERS)), min_size=1, max_size=4))
-    pointwise = [draw(st.sampled_from(sorted(POINTWISE))) for _ in names]
+def programs(draw: st.DrawFn, dtype: torch.dtype) -> Callable[..., Tensor]:
+    left_out = JUMPS if dtype.itemsize == 2 else set()
+    names = draw(st.lists(st.sampled_from(sorted(CONSUMERS.keys() - left_out)), min_size=1, max_size=4))
+    pointwise = [draw(st.sampled_from(sorted(POINTWISE.keys() - left_out))) for _ in names]
     early = [draw(st.booleans()) for _ in names]
     reductions = [draw(st.sampled_from(sorted(REDUCTIONS))) for _ in names]
     joins = [draw(st.sampled_from(sorted(JOINS))) for _ in names]
-    chain = draw(st.sampled_from(sorted(CHAINS)))
+    chain = draw(st.sampled_from(sorted(CHAINS.keys() - left_out)))
     last = draw(st.sampled_from(("mean", "masked mean", "none")))
     logged = draw(st.booleans())
 
@@ -111,12 +114,9 @@ def programs(draw: st.DrawFn) -> Callable[..., Tensor]:
 # Dynamo evaluates some of torch's deprecated helpers.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @settings(max_examples=20)
-@given(
-    program=programs(),
-    seed=st.integers(0, 99),
-    dtype=st.sampled_from((torch.float32, torch.float32, torch.float16, torch.bfloat16)),
-)
-def test_any_consumers_keep_their_values(program: Callable[..., Tensor], seed: int, dtype: torch.dtype) -> None:
+@given(data=st.data(), dtype=st.sampled_from((torch.float32, torch.float32, torch.float16, torch.bfloat16)))
+def test_any_consumers_keep_their_values(data: st.DataObject, dtype: torch.dtype) -> None:
+    program, seed = data.draw(programs(dtype)), data.draw(st.integers(0, 99))
     generator = torch.Generator().manual_seed(seed)
     shapes = ((BATCH, LENGTH, HIDDEN), (CLASSES, HIDDEN), (CLASSES,), (), (BATCH, LENGTH, 1), (CLASSES,))
     leaves = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]

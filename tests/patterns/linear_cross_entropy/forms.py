@@ -633,6 +633,16 @@ def filled_with_the_lowest_and_chosen(x: Tensor, w: Tensor, b: Tensor, ids: Tens
     return F.cross_entropy(_rows(z), ids.view(-1) % 30) + chosen.mean()
 
 
+@form()
+def learned_scale_and_shift_with_accuracy_and_entropy(
+    x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor
+) -> Tensor:
+    z = F.linear(x, w) * b[0].exp() / (x[..., :1].square() + 1.0)
+    z = torch.tanh(z + torch.sigmoid(b))
+    hits = (z.argmax(-1) == ids).sum()
+    return F.cross_entropy(_rows(z), labels.view(-1)) * (1 + hits) + _Distribution(z.detach()).entropy().mean()
+
+
 # ------------------------------------------------------------ (8), (11) one scalar of several statistics, row by row
 
 
@@ -660,6 +670,12 @@ def z_loss_of_live_rows_weighted(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, l
     live = t != -100
     auxiliary = torch.where(live, torch.logsumexp(z, 1) ** 2, 0.0).sum() / live.sum()
     return F.cross_entropy(z, t, weight=weight, label_smoothing=0.1) + 0.01 * auxiliary
+
+
+@form()
+def z_loss_of_scaled_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w) * torch.sigmoid(b[:1]) + b)
+    return F.cross_entropy(z, labels.view(-1)) + 1e-2 * z.logsumexp(-1).pow(2).mean()
 
 
 @form()
@@ -864,6 +880,14 @@ def entropy_per_token(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tens
     z = F.linear(x, w, b)
     log_p = F.log_softmax(z, dim=-1)
     return -(log_p.exp() * log_p).sum(-1)
+
+
+@form("backward")
+def entropy_and_log_probability_at_learned_temperatures(
+    x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor
+) -> Tensor:
+    z = (F.linear(x, w) / (x[..., :1].square() + 1.0) + b).clamp(-2.0, 2.5)
+    return _Distribution(z).entropy() * 0.1 - _log_p(z, ids)
 
 
 @form("backward")
@@ -1075,6 +1099,15 @@ def two_smoothed_losses(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Te
 def targets_from_the_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     z = _rows(F.linear(x, w, b))
     return F.cross_entropy(z, torch.where(z.argmax(-1) > 9, ids.view(-1), 0))
+
+
+@near_miss("is made after another value of these logits was used")
+def scale_made_beside_the_accuracy(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)
+    with torch.no_grad():
+        scale = b[0].exp()
+        hits = ((z * scale).argmax(-1) == ids).sum()
+    return F.cross_entropy(_rows(z * scale), labels.view(-1)) * (1 + hits)
 
 
 @near_miss("used elsewhere too, by max")
