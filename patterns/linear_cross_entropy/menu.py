@@ -110,7 +110,8 @@ def _fused(
     chunk = rows * c * dtype.itemsize
     logits = [matmul(rows, h, c, launches, dtype)]
     if scheme == "logits":
-        sweeps = 2 if site.row_loss is None else 3  # with a program two steps read, and the second writes
+        # On a GPU a program runs between two launches: both read, and the second writes.
+        sweeps = 3 if site.row_loss is not None and site.device.type == "cuda" else 2
         logits.append(Stage(0, sweeps * chunk, launches))  # the row step
     if site.row_loss is not None:  # each instruction, and two for its derivative
         logits.append(Stage(0, 3 * rows * 4, 3 * len(site.row_loss.program.split(";")) * launches))
