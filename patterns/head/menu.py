@@ -56,11 +56,14 @@ def schedules_of(gradients: Wanted, recompute: str) -> list[str]:
     return ["backward"] if recompute else ["forward", "backward"]
 
 
-def passes(gradients: Wanted, schedule: str) -> str:
-    """What a schedule does, for a candidate's name."""
-    if not gradients.any:
-        return "loss only"
-    return {"forward": "gradients in forward", "backward": "recompute"}[schedule]
+def passes(site: HeadSite, schedule: str) -> str:
+    """What the op gives, when its gradients are made, and why, for a candidate's name."""
+    outputs = " and ".join(site.outputs)
+    if not site.gradients.any:
+        return f"{outputs} only"
+    if schedule == "forward":
+        return f"{outputs}, gradients in forward (class {site.coefficient_class})"
+    return f"{outputs}, recompute (class {site.coefficient_class}{site.recompute and ': '}{site.recompute})"
 
 
 class HeadSizes:

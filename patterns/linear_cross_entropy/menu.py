@@ -67,8 +67,9 @@ def head_menu(site: CrossEntropySite, profile: DeviceProfile, settings: SiteSett
     if profile.generated_products and not _why_no_exponentials(site):
         schemes["exponentials"] = ExponentialSizes(site)
     limit = peak_limit(list(schemes.values()), profile, settings)
+    # A program makes its coefficients, and with them the gradients, in the forward pass.
+    schedules = schedules_of(site.gradients, site.recompute) if site.row_loss is None else ["forward"]
     candidates: list[Candidate] = [_dense(site)]
-    schedules = schedules_of(site.gradients, site.recompute)
     if "exponentials" in schemes and site.gradients.any:
         candidates += [_blocks(site, schemes["logits"], limit, schedule, profile) for schedule in schedules]
     for scheme, sizes in schemes.items():
@@ -84,9 +85,10 @@ def _why_no_exponentials(site: CrossEntropySite) -> str:
         site.dtype,
         int(at_sizes(site.hidden, site.sizes)),
         site.path.chain.epilogue,
-        label_smoothing=site.form.label_smoothing,
+        label_smoothing=site.label_smoothing,
         adapter=linear.adapter is not None,
         bias_gradient=site.gradients.bias,
+        statistics=site.form is None or bool(site.statistics) or site.row_loss is not None,
     )
     weight = example_of(linear.weight)
     rows, columns = (1, 0) if linear.transposed else (0, 1)  # classes, hidden units
@@ -99,7 +101,8 @@ def _why_no_exponentials(site: CrossEntropySite) -> str:
 def _dense(site: CrossEntropySite) -> Candidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     logits = n * c * dtype.itemsize
-    stages = [matmul(n, h, c, 1, dtype), Stage(0, 2 * logits, 1)]
+    consumers = 1 if site.same is None else len(site.same.consumers)
+    stages = [matmul(n, h, c, 1, dtype), Stage(0, 2 * logits, consumers)]
     if site.gradients.any:
         stages.append(Stage(0, 2 * logits, 1))
         stages.extend(dense_gradients(site))
@@ -114,7 +117,11 @@ def _fused(
     chunk = rows * c * dtype.itemsize
     logits = [matmul(rows, h, c, launches, dtype)]
     if scheme == "logits":
-        logits.append(Stage(0, 2 * chunk, launches))  # the row step
+        # On a GPU a program runs between two launches: both read, and the second writes.
+        sweeps = 3 if site.row_loss is not None and site.device.type == "cuda" else 2
+        logits.append(Stage(0, sweeps * chunk, launches))  # the row step
+    if site.row_loss is not None:  # each instruction, and two for its derivative
+        logits.append(Stage(0, 3 * rows * 4, 3 * len(site.row_loss.program.split(";")) * launches))
     stages = list(logits)
     operands = site.path.chain.operands
     calls = 1
@@ -140,7 +147,7 @@ def _fused(
                 stages.append(weight_product(site, rows, launches, weight_sum_bytes(site, sizes, length)))
     cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
     return FusedCandidate(
-        f"{scheme}, {length} rows a chunk, {passes(site.gradients, schedule)}",
+        f"{scheme}, {length} rows a chunk, {passes(site, schedule)}",
         cost,
         schedule=schedule,
         scheme=scheme,
@@ -168,7 +175,7 @@ def _blocks(
         calls, saved = 2, 0
         stages.append(losses)
     return FusedCandidate(
-        f"blocks of {rows} rows and {classes} classes, {passes(wanted, schedule)}",
+        f"blocks of {rows} rows and {classes} classes, {passes(site, schedule)}",
         Cost(tuple(stages), cut.bytes, saved, opaque_calls=calls),
         schedule=schedule,
         scheme="blocks",

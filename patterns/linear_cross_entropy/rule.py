@@ -1,10 +1,10 @@
-"""The rule: linear -> cross-entropy heads become one op that never holds all logits."""
+"""The rule: a linear with the losses and statistics of its rows becomes one op that never holds all logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import sympy
 import torch
 from torch import fx
 
@@ -13,25 +13,27 @@ from structfly.config import SiteSettings
 from structfly.lowering.head.linear import Wanted
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the op
 from structfly.patterns.head.checks import AFTER_TRACE, stranger, why_too_steep, why_unsupported
-from structfly.patterns.head.gradients import wanted_gradients
+from structfly.patterns.head.gradients import carries_gradient, no_gradients, wanted_gradients
 from structfly.patterns.head.logits import LogitsPath, Obstacle, example_of, foreign_users, trace
 from structfly.patterns.head.menu import FusedCandidate
 from structfly.patterns.head.site import adapter_rank, class_count, row_count
-from structfly.patterns.head.weighted_sum import WeightedSum, read_weighted_sum
+from structfly.patterns.linear_cross_entropy.consumers import statistic_forms
 from structfly.patterns.linear_cross_entropy.loss import LossForm, loss_forms
 from structfly.patterns.linear_cross_entropy.menu import head_menu
 from structfly.patterns.linear_cross_entropy.pieces import Pieces, read_pieces
 from structfly.patterns.linear_cross_entropy.rewrite import rewrite_head
+from structfly.patterns.linear_cross_entropy.row_loss import NoRowLoss
+from structfly.patterns.linear_cross_entropy.same_rows import (
+    SameRows,
+    Traced,
+    read_same_rows,
+    read_scalar,
+    without_served,
+)
 from structfly.patterns.linear_cross_entropy.site import CrossEntropySite
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example, qualified_name
-
-
-@dataclass(frozen=True)
-class _Traced:
-    form: LossForm
-    path: LogitsPath
 
 
 class LinearCrossEntropy:
@@ -41,19 +43,21 @@ class LinearCrossEntropy:
 
     def find(self, region: Region) -> Sequence[CrossEntropySite | Miss]:
         results: list[CrossEntropySite | Miss] = []
-        groups: dict[fx.Node, list[_Traced]] = {}
-        for form in loss_forms(region):
-            if not isinstance(form, LossForm):
+        groups: dict[fx.Node, list[Traced]] = {}
+        reported: set[fx.Node] = set()
+        for form in (*loss_forms(region), *statistic_forms(region)):
+            if isinstance(form, tuple):
                 anchor, reason = form
                 results.append(Miss(self.name, anchor, reason, 0, anchor))
                 continue
             path = trace(form, region)
-            if isinstance(path, Obstacle):
+            if not isinstance(path, Obstacle):
+                groups.setdefault(path.linear.node, []).append((path, form))
+            elif isinstance(form, LossForm):  # a statistic alone may be of anything
                 results.append(Miss(self.name, path.node, path.reason, path.progress, form.anchor))
-            else:
-                groups.setdefault(path.linear.node, []).append(_Traced(form, path))
+                reported.update(form.inner)
         for group in groups.values():
-            results.extend(self._group(group, region))
+            results.extend(self._group(without_served(group), region, reported))
         return results
 
     def menu(self, site: CrossEntropySite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
@@ -65,78 +69,140 @@ class LinearCrossEntropy:
 
     # ------------------------------------------------------------------------------------------------ one linear
 
-    def _group(self, group: list[_Traced], region: Region) -> list[CrossEntropySite | Miss]:
-        """The losses that share one linear: one site, or a miss for each."""
+    def _group(self, group: list[Traced], region: Region, reported: set[fx.Node]) -> list[CrossEntropySite | Miss]:
+        """What consumes one linear's logits: one site, or a miss for each loss, or else for each statistic that is not
+        part of a loss whose miss is ``reported``."""
         found = self._site(group, region)
         if isinstance(found, CrossEntropySite):
             return [found]
         node, reason = found
-        name = qualified_name(group[0].path.linear.node, group[0].path.linear.weight)
-        return [Miss(self.name, node, reason, AFTER_TRACE, traced.form.anchor, name) for traced in group]
+        linear = group[0][0].linear
+        name = qualified_name(linear.node, linear.weight)
+        anchors = [form.anchor for _, form in group if isinstance(form, LossForm)]
+        anchors = anchors or [form.anchor for _, form in group if form.anchor not in reported]
+        return [Miss(self.name, node, reason, AFTER_TRACE, anchor, name) for anchor in anchors]
 
-    def _site(self, group: list[_Traced], region: Region) -> CrossEntropySite | tuple[fx.Node, str]:
-        first = group[0]
-        form, path = first.form, first.path
-        strangers = foreign_users([t.path for t in group], [t.form for t in group])
+    def _site(self, group: list[Traced], region: Region) -> CrossEntropySite | tuple[fx.Node, str]:
+        strangers = foreign_users([path for path, _ in group], [form for _, form in group])
         if strangers:
             user = min(strangers, key=region.order.__getitem__)
             return user, stranger(user)
-        pieces: Pieces | None = None
-        if len(group) > 1:
-            read = read_pieces([(t.path, t.form) for t in group], region)
-            if isinstance(read, str):
-                return form.anchor, read
-            pieces = read
-        unsupported = why_unsupported([t.path for t in group])
+        unsupported = why_unsupported([path for path, _ in group])
         if unsupported is not None:
             return unsupported
-        total = read_weighted_sum(form.anchor) if pieces is None and form.reduction == "none" else None
-        ends = [t.form.anchor for t in group] if total is None else [total.root]
-        gradients = wanted_gradients([t.path for t in group], ends)
+        losses = [(path, form) for path, form in group if isinstance(form, LossForm)]
+        if len(losses) == len(group) > 1 and any(path.rows != losses[0][0].rows for path, _ in losses):
+            pieces = read_pieces(losses, region)
+            return (losses[0][1].anchor, pieces) if isinstance(pieces, str) else self._pieces(pieces, region)
+        same = read_same_rows(group, region)
+        return same if isinstance(same, tuple) else self._same_rows(same, region)
+
+    def _pieces(self, pieces: Pieces, region: Region) -> CrossEntropySite | tuple[fx.Node, str]:
+        first = pieces.members[0]
+        anchors = [member.form.anchor for member in pieces.members]
+        carrying = [anchor for anchor in anchors if carries_gradient(anchor, region)]
+        gradients: Wanted | tuple[fx.Node, str] = no_gradients(first.path)
+        if carrying:
+            if len(carrying) < len(anchors):
+                constant = next(anchor for anchor in anchors if anchor not in carrying)
+                return constant, "one of several losses on this linear is computed without gradient, another with"
+            between = (node for member in pieces.members for node in (*member.path.nodes, *member.form.inner))
+            gradients = wanted_gradients(first.path, between)
         if not isinstance(gradients, Wanted):
             return gradients
-        return why_too_steep(path, gradients) or self._bind(first, pieces, total, gradients, region)
+        recompute = "inside a checkpointed region" if region.checkpointed else "each part has a loss of its own"
+        source = example_of(first.path.linear.node)
+        return self._bind(
+            first.path,
+            first.form,
+            gradients,
+            "D",
+            recompute,
+            node=min(anchors, key=region.order.__getitem__),
+            rows=row_count(first.path.linear.node, source.ndim - 1),
+            loss_dtype=_wide(source.dtype),  # until each part's losses have been summed
+            pieces=pieces,
+        )
 
-    def _bind(
-        self, traced: _Traced, pieces: Pieces | None, total: WeightedSum | None, gradients: Wanted, region: Region
-    ) -> CrossEntropySite:
-        form, path = traced.form, traced.path
-        linear = path.linear
-        anchors = [form.anchor] if pieces is None else [member.form.anchor for member in pieces.members]
-        loss = example_of(form.anchor if total is None else total.root)
-        logits = example_of(linear.node)
-        recompute = ""
+    def _same_rows(self, same: SameRows, region: Region) -> CrossEntropySite | tuple[fx.Node, str]:
+        form = None if same.loss is None else same.loss[1]
+        carrying = [(path, each) for path, each in same.consumers if same.end(each) in same.carrying]
+        gradients: Wanted | tuple[fx.Node, str] = no_gradients(same.path)
+        if carrying:
+            between = (node for path, each in carrying for node in (*path.nodes, *each.inner))
+            gradients = wanted_gradients(carrying[0][0], between)
+        if not isinstance(gradients, Wanted):
+            return gradients
+        path, first = same.consumers[0]
+        dtype = example_of(path.linear.node).dtype
+        coefficient_class, recompute = "A", ""
+        if carrying and not (len(carrying) == 1 and carrying[0][1] is form and same.reduction != "none"):
+            scalar = read_scalar(same, region)
+            if isinstance(scalar, NoRowLoss):
+                coefficient_class, recompute = scalar.coefficient_class, scalar.reason
+            elif dtype == torch.float16:
+                coefficient_class, recompute = "B", "float16 has not the range for coefficients that are not yet known"
+            else:
+                coefficient_class = "B"
+                same = same if region.checkpointed else scalar
         if region.checkpointed:
             recompute = "inside a checkpointed region"
-        elif pieces is not None or (form.reduction == "none" and total is None):
-            recompute = "per-token losses have no common upstream factor"
-        values = [
-            value for value in map(example, (linear.node, linear.x, linear.weight, form.logits)) if value is not None
-        ]
-        where = form.anchor if total is None else total.root
+        end = same.end(first) if same.row_loss is None else same.row_loss.root
+        return self._bind(
+            same.path,
+            form,
+            gradients,
+            coefficient_class,
+            recompute,
+            node=end,
+            rows=row_count(first.logits, path.class_dim),
+            # A sum over rows stays wide until the user's other terms have been added.
+            loss_dtype=_wide(dtype) if form is None or same.row_loss is not None else example_of(end).dtype,
+            same=same,
+        )
+
+    def _bind(
+        self,
+        path: LogitsPath,
+        form: LossForm | None,
+        gradients: Wanted,
+        coefficient_class: str,
+        recompute: str,
+        *,
+        node: fx.Node,
+        rows: sympy.Expr,
+        loss_dtype: torch.dtype,
+        pieces: Pieces | None = None,
+        same: SameRows | None = None,
+    ) -> CrossEntropySite | tuple[fx.Node, str]:
+        steep = why_too_steep(path, gradients)
+        if steep is not None:
+            return steep
+        linear = path.linear
+        logits = example_of(linear.node)
+        tensors = [linear.node, linear.x, linear.weight, *([] if form is None else [form.logits])]
+        values = [value for value in map(example, tensors) if value is not None]
         return CrossEntropySite(
             rule=self.name,
             name=qualified_name(linear.node, linear.weight),
-            node=min(anchors, key=region.order.__getitem__) if pieces is not None else where,
+            node=node,
             device=logits.device,
             sizes={symbol: hint for value in values for symbol, hint in size_hints(value).items()},
             path=path,
             form=form,
             pieces=pieces,
-            total=total,
+            same=same,
             gradients=gradients,
+            coefficient_class=coefficient_class,
             recompute=recompute,
-            rows=row_count(linear.node, logits.ndim - 1) if pieces else row_count(form.logits, path.class_dim),
+            rows=rows,
             hidden=expression(example_of(linear.x).shape[-1]),
             classes=class_count(path),
             rank=adapter_rank(path),
             dtype=logits.dtype,
-            loss_dtype=_loss_dtype(loss.dtype, pieces, logits.dtype),
+            loss_dtype=loss_dtype,
         )
 
 
-def _loss_dtype(dtype: torch.dtype, pieces: Pieces | None, logits: torch.dtype) -> torch.dtype:
-    """Per-token losses of pieces stay wide until each part has been summed."""
-    if pieces is None:
-        return dtype
-    return torch.float64 if logits == torch.float64 else torch.float32
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

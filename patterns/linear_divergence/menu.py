@@ -86,7 +86,7 @@ def _fused(site: DivergenceSite, sizes: HeadSizes, length: int, schedule: str) -
     cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
     of = "teacher given" if isinstance(site.teacher, GivenTeacher) else "teacher's head within"
     return FusedCandidate(
-        f"{site.kind.kind}, {of}, {length} rows a chunk, {passes(site.gradients, schedule)}",
+        f"{site.kind.kind}, {of}, {length} rows a chunk, {passes(site, schedule)}",
         cost,
         schedule=schedule,
         workspace=length * sizes.row_bytes,
