@@ -59,6 +59,7 @@ class Case:
         ignored: share of rows whose target is -100.
         loss: a key of ``LOSSES``.
         training: forward and backward, or the loss alone, without gradients.
+        transposed: whether w is stored (H, V).
     """
 
     rows: int
@@ -70,6 +71,7 @@ class Case:
     ignored: float
     loss: str = "plain"
     training: bool = True
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         if self.loss == "distilled" and self.ignored:
@@ -80,7 +82,8 @@ class Case:
         """The conditions in one line."""
         passes = "forward+backward" if self.training else "forward"
         kind = "" if self.loss == "plain" else f"{self.loss}, "
-        return f"{self.shape} {self.dtype} {self.logits} logits, {kind}{self.ignored:.0%} ignored, {passes}"
+        stored = "weight stored (H, V), " if self.transposed else ""
+        return f"{self.shape} {self.dtype} {stored}{self.logits} logits, {kind}{self.ignored:.0%} ignored, {passes}"
 
     @property
     def shape(self) -> str:
@@ -129,7 +132,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     else:
         t = torch.randint(v, (n,), device=case.device, generator=generator)
     t[torch.rand(n, device=case.device, generator=generator) < case.ignored] = IGNORED
-    return Inputs(x.to(case.torch_dtype).requires_grad_(), w.to(case.torch_dtype).requires_grad_(), t)
+    x, w = x.to(case.torch_dtype), w.to(case.torch_dtype)
+    w = w.t().contiguous().t() if case.transposed else w
+    return Inputs(x.requires_grad_(), w.requires_grad_(), t)
 
 
 def truth(inputs: Inputs, loss: str = "plain") -> Truth:

@@ -175,6 +175,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", metavar="NxHxV", help="rows x features x classes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--transposed", action="store_true", help="store the weight (features, classes)")
     parser.add_argument("--ignored", type=float, help="share of rows with target -100")
     parser.add_argument("--logits", nargs="+", choices=("random", "trained"), default=["random"])
     parser.add_argument("--loss", nargs="+", choices=LOSSES, default=["plain"])
@@ -220,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ignored=chosen.ignored,
                 loss=loss,
                 training=passes == "training",
+                transposed=chosen.transposed,
             )
             measured = measure_case(case, chosen.providers, chosen.options, chosen.repeats)
             console.print(case_table(measured[0].mode, measured))

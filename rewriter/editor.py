@@ -30,9 +30,10 @@ class Editor:
         self.inputs: list[ExtraInput] = []
         self._mode = compat.fake_mode_of(node.meta.get("example_value") for node in graph.nodes)
 
-    def before(self, node: fx.Node) -> None:
-        """Put what follows before ``node``."""
-        self._anchor = node
+    def before(self, *nodes: fx.Node) -> None:
+        """Put what follows before the last of ``nodes``."""
+        places = {node: index for index, node in enumerate(self._graph.nodes)} if len(nodes) > 1 else {}
+        self._anchor = max(nodes, key=lambda node: places.get(node, 0))
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new call_function node, with an example value."""

@@ -101,22 +101,28 @@ class _Run:
 
     def _find(self, number: int, region: Region) -> list[_Found]:
         found: list[_Found] = []
-        for rule in self.rules:
-            try:
-                results = [_checked(result, region) for result in furthest(rule.find(region))]
-            except Exception as error:
-                self._failed(rule.name, None, (number, -1), error)
-                continue
-            for result in results:
+        results = [(rule, self._results(rule, number, region)) for rule in self.rules]
+        taken = {node for _, each in results for site in each if isinstance(site, Site) for node in site.dead_nodes}
+        for rule, each in results:
+            for result in each:
                 place = (number, region.order[result.node])
                 if isinstance(result, Miss):
-                    self._missed(result, place)
+                    if result.anchor not in taken:  # else it is part of what another attempt found
+                        self._missed(result, place)
                 elif not self.config.for_site(result.name).rule_enabled(rule.name):
                     reason = f"the rule {rule.name} is switched off here by the configuration"
                     self._say(result, place, "kept", reason)
                 else:
                     found.append(_Found(rule, result, region, place))
         return found
+
+    def _results(self, rule: Rule[Any], number: int, region: Region) -> list[Site | Miss]:
+        """What a rule finds in a region, or nothing if it raises."""
+        try:
+            return [_checked(result, region) for result in furthest(rule.find(region))]
+        except Exception as error:
+            self._failed(rule.name, None, (number, -1), error)
+            return []
 
     def _choose(self, found: Sequence[_Found]) -> list[tuple[_Found, Choice]]:
         items: list[_Found] = []

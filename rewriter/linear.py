@@ -80,10 +80,15 @@ def turned(linear: LinearLike) -> LinearLike | None:
 
 def is_cast(call: Call) -> bool:
     """True for a change between floating-point dtypes of at least 16 bits and nothing else."""
+    tensors = (example(call.node), example(call.get("input")))
+    wide = all(each is not None and each.is_floating_point() and each.dtype.itemsize >= 2 for each in tensors)
+    return wide and changes_dtype(call)
+
+
+def changes_dtype(call: Call) -> bool:
+    """True for a change of the dtype, to any other, and nothing else."""
     result, source = example(call.node), example(call.get("input"))
-    if call.op not in _CASTS or result is None or source is None or result.device != source.device:
-        return False
-    return all(tensor.is_floating_point() and tensor.dtype.itemsize >= 2 for tensor in (result, source))
+    return call.op in _CASTS and result is not None and source is not None and result.device == source.device
 
 
 def _product(node: fx.Node, x: object, matrix: object) -> LinearLike | None:

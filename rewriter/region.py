@@ -56,15 +56,32 @@ class Region:
         return frozenset(inside)
 
     @cached_property
+    def modes(self) -> dict[fx.Node, tuple[object, ...]]:
+        """What a node runs under: the node that switched the recording of gradients off, if one did, and the autocast
+        regions around it."""
+        modes: dict[fx.Node, tuple[object, ...]] = {}
+        off: fx.Node | None = None
+        autocasts: list[fx.Node] = []
+        for node in self.graph.nodes:
+            modes[node] = (off, *autocasts)
+            recorded = compat.sets_grad_mode(node)
+            if recorded is not None:
+                off = None if recorded else off or node
+            if compat.autocast_change(node) > 0:
+                autocasts.append(node)
+            elif compat.autocast_change(node) < 0 and autocasts:
+                autocasts.pop()
+        return modes
+
+    @cached_property
     def undifferentiated(self) -> frozenset[fx.Node]:
         """The nodes under a no_grad of this graph."""
-        enabled, inside = True, []
-        for node in self.graph.nodes:
-            mode = compat.sets_grad_mode(node)
-            enabled = enabled if mode is None else mode
-            if not enabled:
-                inside.append(node)
-        return frozenset(inside)
+        return frozenset(node for node, (off, *_) in self.modes.items() if off is not None)
+
+    def last_with_gradients(self, node: fx.Node) -> fx.Node:
+        """``node``, or if gradients are not recorded there the node that switched them off: before it they are."""
+        off = self.modes[node][0]
+        return off if isinstance(off, fx.Node) else node
 
     def why_closed(self, node: fx.Node) -> str:
         """Why ``node`` may not be rewritten, or ""."""

@@ -44,7 +44,7 @@ class RowView:
         arguments: positional arguments after the tensor, with :class:`ClassSize` where the class size stood.
         element: which element of the split's tuple, or None.
         num_classes: the view also cut the classes to the first so many, or None.
-        ordered: True if rows keep their row-major order (a plain reshape).
+        ordered: True if all rows stay, in their row-major order: what is done to the class dimension does not count.
     """
 
     call: Call
@@ -111,7 +111,7 @@ def _swap(call: Call, class_dim: int) -> RowView | str:
     tensor = example(call["input"])
     if tensor is None or tensor.ndim != 2:
         return "a transpose without dimensions is read for matrices only"
-    return RowView(replace(call, op="t"), 1 - class_dim, call.node.args[1:])
+    return RowView(replace(call, op="t"), 1 - class_dim, call.node.args[1:], ordered=True)
 
 
 def _reshape(call: Call, class_dim: int, shape: tuple[Any, ...]) -> RowView | str:
@@ -151,7 +151,7 @@ def _getitem(call: Call, class_dim: int, ndim: int) -> RowView | str:
         at = entries.index(Ellipsis)
         entries[at : at + 1] = [slice(None)] * (ndim - used)
     dim = out = 0
-    position, num_classes = None, None
+    position, num_classes, ordered = None, None, True
     for place, entry in enumerate(entries):
         if entry is None:
             out += 1
@@ -164,10 +164,12 @@ def _getitem(call: Call, class_dim: int, ndim: int) -> RowView | str:
             num_classes = entry.stop
             entries[place] = slice(None)
             position = out
+        elif entry != slice(None) and entry != slice(0, None):
+            ordered = False
         dim += 1
         out += isinstance(entry, slice)
     position = out + class_dim - dim if position is None else position
-    return RowView(call, position, (tuple(entries),), num_classes=num_classes)
+    return RowView(call, position, (tuple(entries),), num_classes=num_classes, ordered=ordered)
 
 
 def _advanced(call: Call, class_dim: int, ndim: int, entries: list[Any], tensors: list[bool]) -> RowView | str:
@@ -204,7 +206,8 @@ def _by_dimension(call: Call, class_dim: int, ndim: int) -> RowView | str:
             if not isinstance(source, int) or not isinstance(destination, int):
                 return "movedim of several dimensions at once"
             order.insert(destination % ndim, order.pop(source % ndim))
-        return RowView(call, order.index(class_dim), arguments)
+        rows = [dim for dim in order if dim != class_dim]
+        return RowView(call, order.index(class_dim), arguments, ordered=rows == sorted(rows))
     if call.op == "unsqueeze":
         dim = call["dim"] % (ndim + 1)
         return RowView(call, class_dim + (dim <= class_dim), arguments, ordered=True)
@@ -219,8 +222,7 @@ def _by_dimension(call: Call, class_dim: int, ndim: int) -> RowView | str:
     dim %= ndim
     if dim == class_dim:
         if call.op == "narrow" and call["start"] == 0 and isinstance(call["length"], int):
-            full = RowView(call, class_dim, (dim, 0, _CLASSES), num_classes=call["length"])
-            return full
+            return RowView(call, class_dim, (dim, 0, _CLASSES), num_classes=call["length"], ordered=True)
         return f"{call.op} along the class dimension"
     if call.op == "unflatten":
         return RowView(call, class_dim + (result.ndim - ndim) * (dim < class_dim), arguments, ordered=True)

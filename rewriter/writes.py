@@ -16,7 +16,9 @@ from typing import Any
 from torch import fx
 
 from structfly import compat
+from structfly.rewriter.calls import read
 from structfly.rewriter.region import Region, bodies, example, example_tensors
+from structfly.rewriter.views import VIEWS
 
 _INPLACE_OPERATORS = {
     operator.setitem,
@@ -100,7 +102,7 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
     read = {operand for node in nodes for operand in node.all_input_nodes} - set(nodes)
     storages = {key for operand in read for key in _storages(operand)}
     found: dict[int, int] = {}
-    for place, node, target in _writes(region):
+    for place, node, target in writes_in(region):
         for key in _storages(target):
             found[key] = found.get(key, 0) + 1
         if not first <= place <= last:
@@ -126,7 +128,7 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
 def overwritten(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str] | None:
     """A node that writes into the value of one of ``nodes``, and that as a reason; None if there is none."""
     owners = {key: node for node in nodes for key in _storages(node)}
-    for _, writer, target in _writes(region):
+    for _, writer, target in writes_in(region):
         for key in _storages(target):
             if key in owners:
                 name = owners[key].name
@@ -134,13 +136,36 @@ def overwritten(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, st
     return None
 
 
-def _writes(region: Region) -> Iterator[tuple[int, fx.Node, fx.Node]]:
+def why_late(
+    region: Region, node: fx.Node, place: fx.Node, unavailable: Collection[fx.Node], moved: set[fx.Node]
+) -> fx.Node | None:
+    """The node that keeps ``node`` from being computed before ``place``, or None; ``moved`` takes what has to move.
+
+    What stands before ``place`` is there, but for ``unavailable`` nodes.  What stands later can move if it is known to
+    compute a value and nothing else, and computes the same under the modes of ``place``.
+    """
+    if node in unavailable:
+        return node
+    if region.order[node] < region.order[place] or node in moved:
+        return None
+    call = read(node)
+    if call is None or written(node) or (call.op not in VIEWS and region.modes[node] != region.modes[place]):
+        return node
+    for operand in node.all_input_nodes:
+        late = why_late(region, operand, place, unavailable, moved)
+        if late is not None:
+            return late
+    moved.add(node)
+    return None
+
+
+def writes_in(region: Region) -> Iterator[tuple[int, fx.Node, fx.Node]]:
     """Every write: its place in the graph, its node there, and what is written, perhaps inside a body of that node."""
     for place, node in enumerate(region.graph.nodes):
         for target in written(node):
             yield place, node, target
         for body in bodies(region.owner, node):
-            for _, _, target in _writes(Region(body)):
+            for _, _, target in writes_in(Region(body)):
                 yield place, node, target
 
 

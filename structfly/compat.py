@@ -28,15 +28,21 @@ def functorch_nesting(node: fx.Node) -> int:
     return -1 if name.endswith("_decrement_nesting") else 0
 
 
+_CHECKPOINT_BODIES = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
+_PLAIN_BODIES = ("invoke_subgraph",)
+
+
 def sets_grad_mode(node: fx.Node) -> bool | None:
-    """The mode that a node switches differentiation to, for a node that does, else None."""
+    """What a node switches the recording of gradients to, or None if it does not."""
     if node.op != "call_function" or node.target is not torch._C._set_grad_enabled:
         return None
     return bool(node.args[0])
 
 
-_CHECKPOINT_BODIES = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
-_PLAIN_BODIES = ("invoke_subgraph",)
+def autocast_change(node: fx.Node) -> int:
+    """+1 where an autocast region opens in the graph, -1 where one closes, else 0."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return {"_enter_autocast": 1, "_exit_autocast": -1}.get(name, 0)
 
 
 def subgraph_kind(node: fx.Node) -> str | None:
@@ -167,6 +173,18 @@ def example_mode(mode: Any) -> Iterator[None]:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Fail the running CUDA program if ``condition`` () is False, without waiting for the device."""
     torch._assert_async(condition, message)
+
+
+@contextmanager
+def recording_gradients() -> Iterator[None]:
+    """Record gradients inside an op's kernel, which runs below autograd."""
+    keys = torch._C.DispatchKey
+    recorded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+        recorded = recorded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch.inference_mode(False), torch._C._ForceDispatchKeyGuard(included, recorded), torch.enable_grad():
+        yield
 
 
 # ------------------------------------------------------------------------------------------------ compiling

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import fx
 
 from structfly.backend import read_config, rewrite, with_inputs
+from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.records import SiteReport
 
 ALWAYS: Mapping[str, object] = {"rewrite": "always", "strict": True}
@@ -51,9 +52,14 @@ class Rewritten:
         return [site.status for site in self.sites]
 
     @property
+    def arguments(self) -> list[Arguments]:
+        """The arguments of these calls, tensors as nodes."""
+        return [Arguments._make(cast(Iterable[Any], call.args)) for call in self.calls]
+
+    @property
     def calls(self) -> list[fx.Node]:
         """Calls of structfly's head op in all graphs and their bodies."""
-        return self.calls_of(torch.ops.structfly.linear_cross_entropy_v2.default)
+        return self.calls_of(torch.ops.structfly.linear_cross_entropy_v3.default)
 
     def calls_of(self, op: Any) -> list[fx.Node]:
         """Calls of an op in all graphs and their bodies."""

@@ -30,17 +30,13 @@ def row_coefficients(
         the coefficients for the row step, None for ones, and the factor left over for the float32 gradients.
     """
     rows = linear.x.shape[0]
-    factor = count.reciprocal() if upstream is None else upstream / count
-    factor = factor.masked_fill_(count == 0, 0.0)  # no live row: the loss is NaN, the gradients are 0
-    factor = factor.to(linear.accumulation)
+    factor = _factor(linear, count, upstream)
     one = torch.ones_like(factor)
     if saved_dtype(linear.x.dtype) == linear.x.dtype:
-        scaled = factor.expand(rows) if weight is None else weight * factor
-        return scaled.contiguous(), one
+        return _over_rows(linear, weight, factor), one
     if rows == 0:
         return None, factor
-    if linear.epilogue.has_steepest:  # of a chain without a bound float16 wants no gradient
-        largest = largest * linear.epilogue.steepest([operand.to(linear.accumulation) for operand in linear.operands])
+    largest = largest * _steepest(linear)
     if weight is not None:
         largest = largest * weight.abs().amax()
     if isinstance(largest, float) and largest in (0.0, 1.0):
@@ -63,6 +59,59 @@ def upstream_coefficients(
     if reduction == "none":
         return row_coefficients(linear, grad_loss, count, largest=largest)
     return row_coefficients(linear, weight, count, grad_loss, largest)
+
+
+def statistic_coefficients(
+    linear: Linear,
+    reduction: str,
+    weight: Tensor | None,
+    count: Tensor,
+    grad_loss: Tensor | None,
+    others: Sequence[Tensor | None],
+    largest: Tensor | float = 1.0,
+) -> tuple[Tensor | None, list[Tensor | None], Tensor]:
+    """:func:`upstream_coefficients` where other statistics of the rows have gradients ``others`` of their own.
+
+    Returns:
+        the loss's coefficients, those of the other statistics, None for none, and the factor left over for all.
+    """
+    loss = None
+    if grad_loss is not None:
+        grad_loss = grad_loss.to(linear.accumulation)
+        each = reduction == "none"
+        factor = _factor(linear, count, None if each else grad_loss)
+        loss = _over_rows(linear, grad_loss if each else weight, factor)
+    rest = [None if other is None else other.to(linear.accumulation) for other in others]
+    bounds = [] if loss is None else [loss.abs().amax() * largest] if len(loss) else []
+    bounds += [other.abs().amax() for other in rest if other is not None and len(other)]
+    one = torch.ones((), dtype=linear.accumulation, device=linear.x.device)
+    if saved_dtype(linear.x.dtype) == linear.x.dtype or not bounds:
+        return loss, rest, one
+    bound = torch.stack(bounds).amax() * _steepest(linear)
+    bound = torch.where(bound > 0, bound, one)
+    return (
+        None if loss is None else loss / bound,
+        [None if other is None else other / bound for other in rest],
+        bound,
+    )
+
+
+def _factor(linear: Linear, count: Tensor, upstream: Tensor | None) -> Tensor:
+    """() ``upstream / count``, and 0 where no row counts: the loss is NaN then, the gradients are 0."""
+    factor = count.reciprocal() if upstream is None else upstream / count
+    return factor.masked_fill_(count == 0, 0.0).to(linear.accumulation)
+
+
+def _over_rows(linear: Linear, weight: Tensor | None, factor: Tensor) -> Tensor:
+    """(N,) ``weight * factor``."""
+    return (factor.expand(linear.x.shape[0]) if weight is None else weight * factor).contiguous()
+
+
+def _steepest(linear: Linear) -> Tensor | float:
+    """How much the chain multiplies a gradient by at most; of a chain without a bound float16 wants none."""
+    if not linear.epilogue.has_steepest:
+        return 1.0
+    return linear.epilogue.steepest([operand.to(linear.accumulation) for operand in linear.operands])
 
 
 def reduced(losses: Tensor, reduction: str, weight: Tensor | None, count: Tensor) -> Tensor:

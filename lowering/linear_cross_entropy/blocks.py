@@ -30,27 +30,22 @@ from structfly.lowering.gemm import Blocks, Product, programs_on, tiles_for
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
-from structfly.lowering.linear_cross_entropy.row_pass import Coefficients, RowPass
+from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass, power_of_two
 from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, BlockSizes, block_sizes, low_stride
 from structfly.lowering.side_stream import SideStream
 from structfly.lowering.template import Parameter, load, render
 
-_COLUMNS, _ROWS = 256, 4  # of a class, that a program takes at a time
+_COLUMNS, _ROWS = 1024, 4  # of a class, that a program takes at a time
 
 
 def run_blocks(
-    head: Head, coefficients: Coefficients, wanted: Wanted | None, workspace: int
+    head: Head, coefficients: LateCoefficients, wanted: Wanted | None, workspace: int
 ) -> tuple[Tensor, Gradients | None]:
-    """Fulfils the contract of :func:`~structfly.lowering.linear_cross_entropy.chunked.run_chunks`, for heads that
-    :func:`~structfly.lowering.linear_cross_entropy.schedule.why_no_exponentials` has nothing against; ``workspace`` are
-    the bytes of all that is taken besides inputs and gradients."""
-    gradients = None if wanted is None else allocate_gradients(head, wanted)
-    if gradients is not None:
-        gradients.x.zero_()
-        gradients.weight[head.num_classes if len(head.x) else 0 :].zero_()
+    """Fulfils the contract of :func:`~structfly.lowering.linear_cross_entropy.exponentials.run_exponentials`;
+    ``workspace`` are the bytes of all that is taken besides inputs and gradients."""
     rows, hidden = head.x.shape
     if not rows:
-        return head.x.new_zeros(0, dtype=torch.float32), gradients
+        return head.x.new_zeros(0, dtype=torch.float32), None if wanted is None else _zeros(head, wanted)
     device = head.x.device
     tiles = WEIGHT_TILES[device.type]
     sizes = block_sizes(rows, hidden, head.num_classes, workspace, processors=programs_on(device), tiles=tiles)
@@ -59,9 +54,19 @@ def run_blocks(
         for start in each.starts:
             each(start)
         each.check_targets()
-        if wanted is not None and gradients is not None:
+        gradients = None
+        if wanted is not None:
+            gradients = _zeros(head, wanted)
             _Run(each, wanted, gradients, sizes).run()
     return each.losses, gradients
+
+
+def _zeros(head: Head, wanted: Wanted) -> Gradients:
+    """Gradients that are zero, but for the weight's where there are blocks."""
+    gradients = allocate_gradients(head, wanted)
+    gradients.x.zero_()
+    gradients.weight[head.num_classes if len(head.x) else 0 :].zero_()
+    return gradients
 
 
 class _Run:
@@ -253,12 +258,11 @@ class _Run:
         return Launch(
             self.row_kernels.begin_weight,
             (len(each.x), -(-self.hidden // _COLUMNS)),
-            {"HIDDEN": self.hidden, "COLUMNS": _COLUMNS, "ROWS": _ROWS},
+            {"HIDDEN": self.hidden, "COLUMNS": min(_COLUMNS, power_of_two(self.hidden)), "ROWS": _ROWS},
             [
                 *(keys, order, self.rows.index, self.of_rows.entry, each.x, each.x.stride(0)),
                 *(self.dw, *self.dw.stride()),
             ],
-            num_warps=2,
         )
 
 

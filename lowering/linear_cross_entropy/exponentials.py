@@ -27,7 +27,7 @@ from structfly.lowering.gemm import Blocks, Product, best_split, programs_on, ti
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
-from structfly.lowering.linear_cross_entropy.row_pass import Coefficients, RowPass
+from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass
 from structfly.lowering.linear_cross_entropy.schedule import exponential_rows
 from structfly.lowering.linear_cross_entropy.smoothing import weighted_rows
 from structfly.lowering.linear_cross_entropy.weight_sum import WeightSum
@@ -36,10 +36,17 @@ from structfly.lowering.template import load, render
 
 
 def run_exponentials(
-    head: Head, coefficients: Coefficients, wanted: Wanted | None, workspace: int
+    head: Head, coefficients: LateCoefficients, wanted: Wanted | None, workspace: int
 ) -> tuple[Tensor, Gradients | None]:
-    """Fulfils the contract of :func:`~structfly.lowering.linear_cross_entropy.chunked.run_chunks`, for heads that
-    :func:`~structfly.lowering.linear_cross_entropy.schedule.why_no_exponentials` has nothing against."""
+    """Losses of all rows and, where ``wanted`` is given, gradients of ``sum_n coefficient_n loss_n``, for heads that
+    :func:`~structfly.lowering.linear_cross_entropy.schedule.why_no_exponentials` has nothing against.
+
+    Args:
+        workspace: bytes that the exponentials of one chunk may take.
+
+    Returns:
+        (N,) float32 losses, and the gradients.
+    """
     rows = len(head.x)
     if not rows:
         gradients = None if wanted is None else allocate_gradients(head, wanted)

@@ -16,13 +16,13 @@ from structfly.lowering.linear_cross_entropy import op as _op  # noqa: F401  def
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 
 
-@register_flop_formula(torch.ops.structfly.linear_cross_entropy_v2)
+@register_flop_formula(torch.ops.structfly.linear_cross_entropy_v3)
 def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
     call = Arguments(*shapes)
     return products(call.x, call.adapter_x, call.num_classes, call.wanted_in_forward)
 
 
-@register_flop_formula(torch.ops.structfly.linear_cross_entropy_backward_v2)
-def _backward_flops(grad_loss: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    call = Arguments(*shapes)
+@register_flop_formula(torch.ops.structfly.linear_cross_entropy_backward_v3)
+def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    call = Arguments(*shapes[-len(Arguments._fields) :])
     return products(call.x, call.adapter_x, call.num_classes, call.wanted)

@@ -40,8 +40,8 @@ _GROUP = 32  # rows of tiles of the logits that are taken together: most often a
 
 
 @dataclass(frozen=True)
-class Coefficients:
-    """What the rows' losses are multiplied with in the sum whose gradients are made.
+class LateCoefficients:
+    """What the rows' losses are multiplied with in the sum whose gradients are made, known when it is needed.
 
     Attributes:
         chosen: (N,) numbers, 0 for rows that do not count, or None where all may.
@@ -69,7 +69,7 @@ class ChunkRows:
 
 
 @dataclass(frozen=True)
-class RowStatistics:
+class KeptRows:
     """What the gradients of the rows that count need of their logits, one after another.
 
     Attributes:
@@ -91,7 +91,7 @@ class RowPass:
     Args:
         coefficients: of the rows.
         length: rows of a chunk.
-        keeps: "" for the losses alone, "exponentials" for :class:`ChunkRows`, "rows" for :class:`RowStatistics`.
+        keeps: "" for the losses alone, "exponentials" for :class:`ChunkRows`, "rows" for :class:`KeptRows`.
 
     Attributes:
         rows: the rows that count.
@@ -99,7 +99,7 @@ class RowPass:
     """
 
     def __init__(
-        self, head: Head, coefficients: Coefficients, length: int, keeps: Literal["", "exponentials", "rows"]
+        self, head: Head, coefficients: LateCoefficients, length: int, keeps: Literal["", "exponentials", "rows"]
     ) -> None:
         self.head, self.length, self.keeps = head, length, keeps
         self._coefficients = coefficients
@@ -173,11 +173,11 @@ class RowPass:
         return self.x.new_zeros(len(self.x), dtype=torch.float32)
 
     @cached_property
-    def statistics(self) -> RowStatistics:
+    def statistics(self) -> KeptRows:
         """Filled where ``keeps`` is "rows"."""
         rows = len(self.x)
         lse, factor, entry, uniform = torch.empty(4, rows, device=self.x.device).unbind()
-        return RowStatistics(lse, factor, entry, uniform, self.rows.index.new_empty(rows))
+        return KeptRows(lse, factor, entry, uniform, self.rows.index.new_empty(rows))
 
     @property
     def constant_slope(self) -> float:

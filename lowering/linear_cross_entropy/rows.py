@@ -1,28 +1,39 @@
-"""The row step of the chunked loss head: from a chunk of logits to its losses and, in place, to their gradient.
+"""The row step of the chunked loss head: from a chunk of logits to what is asked of its rows and, in place, to dz.
 
-For one row with raw logits z (float32), bias b, chain f, target t, class weights w, smoothing s and row coefficient c,
-over C classes:
+For one row with raw logits z (float32), bias b, chain f, target t, class weights w and smoothing s, over C classes:
 
-    u_v  = f(z_v + b_v)
-    lse  = log sum_v exp(u_v),   p_v = exp(u_v - lse)
-    loss = (1 - s) w_t (lse - u_t)  +  s/C sum_v w_v (lse - u_v)
-    du_v = c [ (a + s/C sum_v w_v) p_v - a [v = t] - s/C w_v ],   a = (1 - s) w_t
-    dz_v = f'(z_v + b_v) du_v
+    u_v     = f(z_v + b_v)
+    lse     = log sum_v exp(u_v),   p_v = exp(u_v - lse)
+    loss    = (1 - s) w_t (lse - u_t)  +  s/C sum_v w_v (lse - u_v)
+    entropy = -sum_v p_v log p_v,  where a dead class (u_v = -inf) adds 0
+    argmax  = the first v of largest u_v, or of NaN where there is one, as :func:`torch.argmax` on CPUs
+    chosen  = u at further classes j_1, ..., j_K of the row
 
-The chain is f = f_k(...f_1), each f_i with operands of its own.  Going backwards from g_k = du, g_{i-1} = f_i' g_i ends
-in dz, and on the way an operand o of f_i has the gradient sum_v g_i df_i/do: over one row if it is the row's, over all
-rows too if it is one number, and over the rows alone, v by v, if it is the classes'.
+With coefficients c, g, h and k_1, ..., k_K, du is the derivative by u of
+c loss + g lse + h entropy + sum_i k_i chosen_i, in which, with a = (1 - s) w_t,
 
-An ignored row (t equal to ignore_index) and a row with c = 0 have loss 0 and gradients 0.  The returned losses do not
-carry c.  dz, and nothing else, is multiplied by ``gradient_scale``, a power of two that keeps float16 normal, before it
-is rounded to the logits' dtype.
+    d loss / du_v     = (a + s/C sum_v w_v) p_v - a [v = t] - s/C w_v
+    d lse / du_v      = p_v
+    d entropy / du_v  = -sum_w dp_w/du_v (log p_w + 1) = -p_v (log p_v + entropy),   dp_w/du_v = p_w ([v = w] - p_v)
+    d chosen_i / du_v = [v = j_i]
+
+and dz_v = f'(z_v + b_v) du_v.  The chain is f = f_k(...f_1), each f_i with operands of its own.  Going backwards from
+g_k = du, g_{i-1} = f_i' g_i ends in dz, and on the way an operand o of f_i has the gradient sum_v g_i df_i/do: over one
+row if it is the row's, over all rows too if it is one number, and over the rows alone, v by v, if it is the classes'.
+
+An ignored row (t equal to ignore_index) has loss 0, without gradient; its other statistics are made like any row's.
+A row whose coefficients are all 0 has dz 0, whatever its logits, and loss 0 where nothing but losses is asked: it is
+left out.  The returned statistics do not carry coefficients.  dz, and nothing else, is multiplied by
+``gradient_scale``, a power of two that keeps float16 normal, before it is rounded to the logits' dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.head.epilogue import Epilogue
@@ -66,30 +77,112 @@ class ClassTerms:
         return replace(self, operands=tuple(operands))
 
 
+class Indices(NamedTuple):
+    """Classes that the rows name: ``target`` (R,) int64, in range or equal to the ignore index, or None without a loss,
+    and ``choices`` (R, K) int64, in range, or None."""
+
+    target: Tensor | None
+    choices: Tensor | None = None
+
+    def rows(self, part: slice) -> Indices:
+        """Those of some rows."""
+        return Indices(*(None if each is None else each[part] for each in self))
+
+
+class RowStatistics(NamedTuple):
+    """What was asked of R rows, else None; in the accumulation dtype: float32, float64 for float64 logits.
+
+    ``loss``, ``lse`` and ``entropy`` (R,), ``argmax`` (R,) int64, ``chosen`` (R, K).
+    """
+
+    loss: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None
+    chosen: Tensor | None = None
+
+
+class Coefficients(NamedTuple):
+    """The factors of the statistics in what is differentiated, in the accumulation dtype; None for 0.
+
+    ``loss``, ``lse`` and ``entropy`` (R,), ``chosen`` (R, K).  ``loss`` may also be 1.0, for ones.
+    """
+
+    loss: Tensor | float | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    chosen: Tensor | None = None
+
+    @property
+    def loss_rows(self) -> Tensor | None:
+        """The loss's coefficients where they are a tensor."""
+        return self.loss if isinstance(self.loss, Tensor) else None
+
+    @property
+    def others(self) -> bool:
+        """Whether something else than the loss has coefficients."""
+        return any(each is not None for each in self[1:])
+
+    def rows(self, part: slice) -> Coefficients:
+        """Those of some rows."""
+        lse, entropy, chosen = (None if each is None else each[part] for each in self[1:])
+        return Coefficients(self.loss[part] if isinstance(self.loss, Tensor) else self.loss, lse, entropy, chosen)
+
+
+class RowFunction(Protocol):
+    """A loss of each row as a function of the row's statistics, from which the coefficients follow."""
+
+    def rows(self, part: slice) -> RowFunction:
+        """That of some rows."""
+        ...
+
+    def differentiate(self, found: RowStatistics) -> tuple[Tensor, Coefficients]:
+        """The losses (R,), and their derivatives by the statistics."""
+        ...
+
+
 class RowResults(NamedTuple):
-    """What the row step makes of R rows, in the accumulation dtype: float32, float64 for float64 logits.
+    """What the row step makes of R rows, in the accumulation dtype.
 
     Attributes:
-        losses: (R,).
+        statistics: what was asked for.
+        losses: (R,) those of a :class:`RowFunction`, else None.
         operand_sums: for each operand whose gradient is wanted, in order, the rows' share of it: (C,) for one that is
             the classes', else (R,), each row's part of the sum.  Empty without gradients.
     """
 
-    losses: Tensor
+    statistics: RowStatistics
+    losses: Tensor | None = None
     operand_sums: tuple[Tensor, ...] = ()
 
 
+def joined(parts: Sequence[RowStatistics]) -> RowStatistics:
+    """The statistics of rows one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return RowStatistics(*(None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True)))
+
+
 class RowStep(Protocol):
-    """Turns logits into losses and, where asked, into dz in place.
+    """Makes statistics of a chunk's rows and, where asked, dz in place.
 
     Args:
-        logits: (R, C), unit column stride, any row stride, overwritten: by dz if ``gradient``, else by scratch values.
-        target: (R,) int64, in range or equal to the ignore index.
-        coefficient: (R,) c in the accumulation dtype, or None for ones; only read if ``gradient``.
+        logits: (R, C), unit column stride, any row stride, overwritten: by dz where it is wanted, else by scratch
+            values.
+        indices: the target, which a loss needs, and the choices, which ``chosen`` needs.
+        coefficients: of the statistics, or the function that gives them once the statistics are known, or None.
         terms: what all rows share, and the operands of these rows.
-        gradient: whether dz, and the operands' gradients, are wanted.
+        asked: names of :class:`RowStatistics`' fields; where ``coefficients`` are a function, lse and those it reads.
+        gradient: whether dz, and the operands' gradients, are wanted, which takes coefficients.
     """
 
     def __call__(
-        self, logits: Tensor, target: Tensor, coefficient: Tensor | None, terms: ClassTerms, *, gradient: bool
+        self,
+        logits: Tensor,
+        indices: Indices,
+        coefficients: Coefficients | RowFunction | None,
+        terms: ClassTerms,
+        asked: Sequence[str] = ("loss",),
+        *,
+        gradient: bool,
     ) -> RowResults: ...

@@ -13,9 +13,17 @@ from structfly.lowering.head.epilogue import Epilogue
 
 
 def why_no_exponentials(
-    dtype: torch.dtype, hidden: int, epilogue: Epilogue, *, label_smoothing: float, adapter: bool, bias_gradient: bool
+    dtype: torch.dtype,
+    hidden: int,
+    epilogue: Epilogue,
+    *,
+    label_smoothing: float,
+    adapter: bool,
+    bias_gradient: bool,
+    statistics: bool,
 ) -> str:
-    """Why the scheme "exponentials" does not serve a head, or ""."""
+    """Why the scheme "exponentials" does not serve a head, or ""; ``statistics``: something else than a loss is wanted
+    of its rows."""
     if dtype != torch.bfloat16:
         return f"its logits are {dtype}; only bfloat16 has the range for exponentials"
     if hidden % 8:
@@ -24,6 +32,8 @@ def why_no_exponentials(
         return "its pointwise chain takes a tensor, other than masks of classes at its end"
     if label_smoothing and not epilogue.linear:
         return "label smoothing of logits that are capped or masked"
+    if statistics:
+        return "statistics of the rows are wanted beside their loss, or instead of it"
     if adapter:
         return "the logits are a sum of two products"
     return "the bias needs a gradient" if bias_gradient else ""
@@ -76,7 +86,7 @@ class BlockSizes:
 
 # Steps along the inner dimension that a tile's end is worth, of a sum, which reads and writes its planes, and of a
 # block, which has the loss; and a launch.
-_SUM_STEPS, _BLOCK_STEPS, _LAUNCH_STEPS = 10, 5, 3
+_SUM_STEPS, _BLOCK_STEPS, _LAUNCH_STEPS = 13, 8, 13
 # Vectors over all rows: what is kept of them, their index and order, and what sorting takes.
 _ROW_BYTES = 72
 

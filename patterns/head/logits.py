@@ -55,6 +55,25 @@ class LogitsPath:
     class_dim: int
     nodes: frozenset[fx.Node]
 
+    @property
+    def transform(self) -> tuple[object, ...]:
+        """What happens to the values on the way: paths that agree make the same numbers of a row."""
+        return self.chain, self.bias, self.num_classes
+
+    @property
+    def rows(self) -> tuple[object, ...]:
+        """Which rows arrive, and in which order: paths that agree bring the same ones."""
+        return tuple(
+            (view.call.op, view.arguments, view.element, view.class_dim, _sizes(view.call["input"]))
+            for view in self.views
+            if not view.ordered
+        )
+
+
+def _sizes(node: fx.Node) -> tuple[object, ...]:
+    value = example(node)
+    return () if value is None else tuple(map(expression, value.shape))
+
 
 @dataclass(frozen=True)
 class Obstacle:

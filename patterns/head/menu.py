@@ -28,7 +28,10 @@ class Head(Protocol):
         sizes: example values of the symbols in those.
         dtype: of the logits: what the matrix products run in.
         gradients: which are wanted.
+        coefficient_class: how a row's coefficient depends on logits, as of a
+            :class:`~structfly.patterns.head.site.HeadSite`.
         recompute: why gradients cannot or should not be made in the forward pass, or "".
+        outputs: what the op gives beside gradients.
         epilogue: the pointwise chain.
         adapter: whether there is a low-rank update.
         weight_row: entries of the rows that the weight lies in, of classes or of hidden units; 0 if they are spread.
@@ -50,7 +53,11 @@ class Head(Protocol):
     @property
     def gradients(self) -> Wanted: ...
     @property
+    def coefficient_class(self) -> str: ...
+    @property
     def recompute(self) -> str: ...
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
     @property
     def epilogue(self) -> Epilogue: ...
     @property
@@ -105,11 +112,14 @@ def schedules_of(gradients: Wanted, recompute: str) -> list[str]:
     return ["backward"] if recompute else ["forward", "backward"]
 
 
-def passes(gradients: Wanted, schedule: str) -> str:
-    """What a schedule does, for a candidate's name."""
-    if not gradients.any:
-        return "loss only"
-    return {"forward": "gradients in forward", "backward": "recompute"}[schedule]
+def passes(site: Head, schedule: str) -> str:
+    """What the op gives, when its gradients are made, and why, for a candidate's name."""
+    outputs = " and ".join(site.outputs)
+    if not site.gradients.any:
+        return f"{outputs} only"
+    if schedule == "forward":
+        return f"{outputs}, gradients in forward (class {site.coefficient_class})"
+    return f"{outputs}, recompute (class {site.coefficient_class}{site.recompute and ': '}{site.recompute})"
 
 
 class HeadSizes:

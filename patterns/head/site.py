@@ -14,7 +14,6 @@ from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.linear import Wanted
 from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.patterns.head.menu import contiguous_row
-from structfly.patterns.head.weighted_sum import WeightedSum
 from structfly.records import Site
 from structfly.rewriter.linear import LinearLike
 
@@ -25,8 +24,9 @@ class HeadSite(Site):
 
     Attributes:
         path: from the linear to the (first) reader of its logits.
-        total: set if what there is for each row ends in a weighted sum.
         gradients: which of the operands of the linear and of the chain need one.
+        coefficient_class: how a row's coefficient, the factor of what is differentiated of it, depends on logits: "A"
+            not at all, "B" on those of the row, "C" on those of a group of rows, "D" in another way or not known.
         recompute: why gradients cannot or should not be made in the forward pass, or "".
         rows, hidden, classes, rank: N, H, C and the adapter's R (0 without one).
         dtype: of the logits: what the matrix products run in.
@@ -34,8 +34,8 @@ class HeadSite(Site):
     """
 
     path: LogitsPath
-    total: WeightedSum | None
     gradients: Wanted
+    coefficient_class: str
     recompute: str
     rows: sympy.Expr = field(repr=False)
     hidden: sympy.Expr = field(repr=False)
@@ -43,6 +43,11 @@ class HeadSite(Site):
     rank: sympy.Expr = field(repr=False)
     dtype: torch.dtype
     loss_dtype: torch.dtype
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What the op gives beside gradients."""
+        return ("loss",)
 
     @property
     def epilogue(self) -> Epilogue:

@@ -56,6 +56,11 @@ class WeightedSum:
         """The nodes that a rewrite makes superfluous."""
         return (*(step.call.node for step in self.steps), *self.checks)
 
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        """What the steps take besides the losses."""
+        return tuple(node for step in self.steps for node in step.call.node.all_input_nodes if node is not step.losses)
+
 
 @dataclass(frozen=True)
 class Weights:

@@ -1,9 +1,12 @@
-"""Losses over both dimensions of one product, as contrastive training has them (CLIP: images to texts and back).
+"""Losses and statistics over both dimensions of one product, as contrastive training has them (CLIP: images to texts
+and back).
 
 With z = s A B^T the rows of z are logits over B, and its columns are logits over A: a head with hidden states A and
 weight B, and one with hidden states B and weight A.  Each makes its own product in chunks, so that z is computed twice,
 12NHV operations against the 6NHV of a z that is stored, and never stored.  Where no budget asks for less memory, time
 alone decides.
+
+Each is written where its own values are first used, so that neither may need what the other gives.
 """
 
 from __future__ import annotations
@@ -41,8 +44,22 @@ class TwoWayCandidate(Candidate):
     heads: tuple[FusedCandidate, ...] = ()
 
 
-def two_way_site(one: CrossEntropySite, other: CrossEntropySite) -> TwoWaySite:
-    """The site of both, where the first of them stands."""
+def share_a_sum(one: CrossEntropySite, other: CrossEntropySite) -> bool:
+    """Whether the scalars that two heads make have nodes in common, of which only one can take the place."""
+    sums = [set() if head.row_loss is None else set(head.row_loss.nodes) for head in (one, other)]
+    return not sums[0].isdisjoint(sums[1])
+
+
+def two_way_site(one: CrossEntropySite, other: CrossEntropySite) -> TwoWaySite | tuple[fx.Node, str]:
+    """The site of both, where the first of them stands; or what one needs of the other, as the reason why not."""
+    for head, giver in ((one, other), (other, one)):
+        needed = head.inputs & _made_of(giver.ends)
+        if needed:
+            node = min(needed, key=str)
+            return node, (
+                f"{node.name} is made of the logits along one dimension, and what is made along the other needs it, so "
+                "they must exist"
+            )
     return TwoWaySite(one.rule, one.name, one.node, one.device, {**one.sizes, **other.sizes}, (one, other))
 
 
@@ -66,10 +83,20 @@ def two_way_menu(site: TwoWaySite, profile: DeviceProfile, settings: SiteSetting
 
 
 def rewrite_both(site: TwoWaySite, candidate: TwoWayCandidate, editor: Editor) -> None:
-    """Write each head before its own loss."""
+    """Write each head where its own values are first used."""
     for head, chosen in zip(site.heads, candidate.heads, strict=True):
         editor.before(head.node)
         rewrite_head(head, chosen, editor)
+
+
+def _made_of(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """These and all that depends on them."""
+    found, pending = set(nodes), list(nodes)
+    while pending:
+        fresh = [user for user in pending.pop().users if user not in found]
+        found.update(fresh)
+        pending.extend(fresh)
+    return found
 
 
 def _like(one: Candidate, others: Sequence[Candidate]) -> Candidate:

@@ -68,13 +68,13 @@ def loss_forms(region: Region) -> Iterator[LossForm | tuple[fx.Node, str]]:
                 continue  # the rule linear_divergence
             form = _index_loss(call)
             yield form if isinstance(form, LossForm) else (node, form)
-        elif call.op in ("gather", "take_along_dim") and _is_log_softmax(call["input"]):
+        elif call.op in ("gather", "take_along_dim") and is_log_softmax(call["input"]):
             form = _gathered(call)
             yield form if isinstance(form, LossForm) else (node, form)
         elif call.op == "sub":
             difference = _difference(call)
             if difference is not None:
-                yield difference if isinstance(difference, LossForm) else (node, difference)
+                yield difference
 
 
 def has_soft_targets(call: Call) -> bool:
@@ -110,7 +110,8 @@ def _index_loss(call: Call) -> LossForm | str:
     )
 
 
-def _gathered(call: Call) -> LossForm | str:
+def one_class_a_row(call: Call) -> int | str:
+    """The class dimension of a gather of one class a row, or why it is none."""
     values, index = example(call["input"]), example(call["index"])
     dim = call.get("dim")
     if values is None or index is None or not isinstance(dim, int) or index.ndim != values.ndim:
@@ -119,27 +120,33 @@ def _gathered(call: Call) -> LossForm | str:
     for place, (have, want) in enumerate(zip(index.shape, values.shape, strict=True)):
         if expression(have) != (1 if place == dim else expression(want)):
             return "a gather that is not known to take exactly one class from every row"
-    return LossForm(call.node, call["input"], True, call["index"], dim, negated=True)
+    return dim
 
 
-def _difference(call: Call) -> LossForm | str | None:
-    """``z.gather(-1, t) - z.logsumexp(-1)``, or the other way round; None for a difference of anything else."""
+def _gathered(call: Call) -> LossForm | str:
+    dim = one_class_a_row(call)
+    return dim if isinstance(dim, str) else LossForm(call.node, call["input"], True, call["index"], dim, negated=True)
+
+
+def _difference(call: Call) -> LossForm | None:
+    """``z.gather(-1, t) - z.logsumexp(-1)``, or the other way round.
+
+    None for a difference of anything else: what gathers and logsumexps it has are consumers of their own.
+    """
     sides = _sides(call, "logsumexp")
     if sides is None or any(factor != 1.0 for _, factor, _ in sides):
         return None
     (gather, _, gather_nodes), (logsumexp, _, logsumexp_nodes) = sides
     form, value = _gathered(gather), example(call.node)
     if isinstance(form, str):
-        return form
-    logits, dim = example(form.logits), logsumexp.get("dim")
-    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+        return None
+    logits, dims = example(form.logits), flat(logsumexp.get("dim"))
     if gather["input"] is not logsumexp["input"] or logits is None or value is None:
-        return "a gather and a logsumexp of different logits"
-    if len(dims) != 1 or not isinstance(dims[0], int) or dims[0] % logits.ndim != form.class_dim:
-        return "a gather and a logsumexp over different dimensions"
+        return None
     kept = value.ndim == logits.ndim
-    if not _row_by_row(call, logits, form.class_dim, kept):
-        return "a gather and a logsumexp that are not subtracted row by row"
+    over_classes = len(dims) == 1 and isinstance(dims[0], int) and dims[0] % logits.ndim == form.class_dim
+    if not over_classes or not _row_by_row(call, logits, form.class_dim, kept):
+        return None
     return replace(
         form,
         anchor=call.node,
@@ -156,7 +163,7 @@ def _smoothed(call: Call) -> LossForm | None:
     if sides is None:
         return None
     (gather, confidence, nodes), (mean, smoothing, others) = sides
-    if gather["input"] is not mean["input"] or not _is_log_softmax(gather["input"]):
+    if gather["input"] is not mean["input"] or not is_log_softmax(gather["input"]):
         return None
     form, logits, value = _gathered(gather), example(gather["input"]), example(call.node)
     if isinstance(form, str) or logits is None or value is None or smoothing > 0.0 or confidence > 0.0:
@@ -228,7 +235,8 @@ def _shapes(call: Call) -> Iterator[torch.Size]:
             yield value.shape
 
 
-def _is_log_softmax(node: object) -> bool:
+def is_log_softmax(node: object) -> bool:
+    """Whether a log-softmax lies beneath views and casts."""
     while isinstance(node, fx.Node):
         call = read(node)
         if call is None:

@@ -37,10 +37,20 @@ _STATISTICS = 8 * 2**20
 
 
 class CrossEntropyHead(Head, Protocol):
-    """A head and its loss's label smoothing."""
+    """A head and what its logits feed.
+
+    Attributes:
+        label_smoothing: the loss's.
+        consumers: how many read the logits where they are left dense.
+        row_program: what makes a row's loss of its statistics, or "".
+    """
 
     @property
     def label_smoothing(self) -> float: ...
+    @property
+    def consumers(self) -> int: ...
+    @property
+    def row_program(self) -> str: ...
 
 
 class ExponentialSizes(HeadSizes):
@@ -74,8 +84,9 @@ def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSett
     if profile.generated_products and not _why_no_exponentials(site):
         schemes["exponentials"] = ExponentialSizes(site)
     limit = peak_limit(list(schemes.values()), profile, settings)
+    # A program makes its coefficients, and with them the gradients, in the forward pass.
+    schedules = ["forward"] if site.row_program else schedules_of(site.gradients, site.recompute)
     candidates: list[Candidate] = [_dense(site)]
-    schedules = schedules_of(site.gradients, site.recompute)
     if "exponentials" in schemes and site.gradients.any:
         candidates += [_blocks(site, schemes["logits"], limit, schedule, profile) for schedule in schedules]
     for scheme, sizes in schemes.items():
@@ -93,6 +104,7 @@ def _why_no_exponentials(site: CrossEntropyHead) -> str:
         label_smoothing=site.label_smoothing,
         adapter=site.adapter,
         bias_gradient=site.gradients.bias,
+        statistics=site.outputs != ("loss",) or bool(site.row_program),
     )
     row = site.weight_row
     if reason or (row and row % 8 == 0):
@@ -103,7 +115,7 @@ def _why_no_exponentials(site: CrossEntropyHead) -> str:
 def _dense(site: CrossEntropyHead) -> Candidate:
     n, h, c, dtype = site.rows, site.hidden + site.rank, site.classes, site.dtype
     logits = n * c * dtype.itemsize
-    stages = [matmul(n, h, c, 1, dtype), Stage(0, 2 * logits, 1)]
+    stages = [matmul(n, h, c, 1, dtype), Stage(0, 2 * logits, site.consumers)]
     if site.gradients.any:
         stages.append(Stage(0, 2 * logits, 1))
         stages.extend(dense_gradients(site))
@@ -118,7 +130,11 @@ def _fused(
     chunk = rows * c * dtype.itemsize
     logits = [matmul(rows, h, c, launches, dtype)]
     if scheme == "logits":
-        logits.append(Stage(0, 2 * chunk, launches))  # the row step
+        # On a GPU a program runs between two launches: both read, and the second writes.
+        sweeps = 3 if site.row_program and profile.kind == "cuda" else 2
+        logits.append(Stage(0, sweeps * chunk, launches))  # the row step
+    if site.row_program:  # each instruction, and two for its derivative
+        logits.append(Stage(0, 3 * rows * 4, 3 * len(site.row_program.split(";")) * launches))
     stages = list(logits)
     operands = site.epilogue.operands
     calls = 1
@@ -144,7 +160,7 @@ def _fused(
                 stages.append(weight_product(site, rows, launches, weight_sum_bytes(site, sizes, length)))
     cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
     return FusedCandidate(
-        f"{scheme}, {length} rows a chunk, {passes(site.gradients, schedule)}",
+        f"{scheme}, {length} rows a chunk, {passes(site, schedule)}",
         cost,
         schedule=schedule,
         scheme=scheme,
@@ -172,7 +188,7 @@ def _blocks(
         calls, saved = 2, 0
         stages.append(losses)
     return FusedCandidate(
-        f"blocks of {rows} rows and {classes} classes, {passes(wanted, schedule)}",
+        f"blocks of {rows} rows and {classes} classes, {passes(site, schedule)}",
         Cost(tuple(stages), cut.bytes, saved, opaque_calls=calls),
         schedule=schedule,
         scheme="blocks",

@@ -15,10 +15,11 @@ from torch import fx
 from structfly.patterns.head.chain import TensorOperand
 from structfly.patterns.head.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import LossForm
-from structfly.rewriter.calls import read
+from structfly.patterns.linear_cross_entropy.mean import mean_divisor
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example
-from structfly.rewriter.views import VIEWS, Piece, piece_of
+from structfly.rewriter.views import Piece, piece_of
+from structfly.rewriter.writes import why_late
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Pieces:
         members: in the order of their rows.
         shared_views: how many of the paths' views lie before the split.
         dim: the row dimension that is split, among the shared views' result without its class dimension.
+        moved: nodes that have to be computed before the first loss, and stand after it.
     """
 
     members: tuple[Member, ...]
     shared_views: int
     dim: int
+    moved: tuple[fx.Node, ...]
 
 
 def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) -> Pieces | str:
@@ -55,7 +58,7 @@ def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) ->
             return "one of several losses on these logits is a gather less a logsumexp, which is read alone"
         if other.options != form.options:
             return "losses of parts of the logits differ in their options"
-        if (path.chain, path.bias, path.num_classes) != (first.chain, first.bias, first.num_classes):
+        if path.transform != first.transform:
             return "parts of the logits are scaled or masked differently"
         places = [o.place.views for o in path.chain.operands if isinstance(o, TensorOperand) and o.place is not None]
         if any(views > shared for views in places):
@@ -81,21 +84,14 @@ def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) ->
     dim = members[0].piece.dim
     if dim == class_dim:
         return "the logits are split along the classes"
-    anchors = [member.form.anchor for member in members]
-    if any(not _ready(region, member.form.target, anchors) for member in members):
-        return "a part's targets are computed from more than views after another part's loss"
-    return Pieces(tuple(members), shared, dim - (dim > class_dim))
-
-
-def _ready(region: Region, target: fx.Node, anchors: Sequence[fx.Node]) -> bool:
-    """Whether ``target`` exists before the first loss, or is only a view of what does."""
-    first = min(anchors, key=region.order.__getitem__)
-    while region.order[target] > region.order[first]:
-        call = read(target)
-        if call is None or call.op not in VIEWS or not isinstance(call["input"], fx.Node):
-            return False
-        target = call["input"]
-    return True
+    first_loss = min((member.form.anchor for member in members), key=region.order.__getitem__)
+    own = {node for m in members for node in (*m.path.nodes, m.form.anchor)}
+    moved: set[fx.Node] = set()
+    for member in members:
+        late = why_late(region, member.form.target, first_loss, own, moved)
+        if late is not None:
+            return f"a part's targets need {late.name}, which is computed after another part's loss"
+    return Pieces(tuple(members), shared, dim - (dim > class_dim), tuple(sorted(moved, key=region.order.__getitem__)))
 
 
 def _rank(node: fx.Node) -> int:
@@ -132,15 +128,7 @@ def part_losses(pieces: Pieces, member: Member, losses: fx.Node, editor: Editor)
     if form.reduction == "none":
         return editor.method("reshape_as", part, form.target)
     total = editor.call(torch.sum, part)
-    if form.reduction == "sum":
-        return total
-    target = editor.call(torch.reshape, form.target, (-1,))
-    live = editor.call(torch.ne, target, form.ignore_index)
-    if form.class_weight is None:
-        return editor.call(torch.div, total, editor.call(torch.sum, live))
-    index = editor.call(torch.where, live, target, 0)
-    weights = editor.call(torch.where, live, editor.call(torch.index_select, form.class_weight, 0, index), 0)
-    return editor.call(torch.div, total, editor.call(torch.sum, weights))
+    return total if form.reduction == "sum" else editor.call(torch.div, total, mean_divisor(form, editor))
 
 
 def _part(source: fx.Node, dim: int, piece: Piece, editor: Editor) -> fx.Node:

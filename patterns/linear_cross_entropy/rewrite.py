@@ -2,44 +2,121 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
-from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.patterns.head.logits import example_of
+from structfly.compat import storage_key
+from structfly.lowering.linear_cross_entropy.arguments import Arguments, Outputs
+from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.patterns.head.menu import FusedCandidate
 from structfly.patterns.head.operands import cast, chain_operand, class_bias, class_rows, matrix, moved_rows
 from structfly.patterns.head.weighted_sum import Weights, write_weights
-from structfly.patterns.linear_cross_entropy.pieces import part_losses, whole_target
+from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
+from structfly.patterns.linear_cross_entropy.loss import LossForm
+from structfly.patterns.linear_cross_entropy.pieces import Pieces, part_losses, whole_target
+from structfly.patterns.linear_cross_entropy.row_operands import add_terms, write_operands
+from structfly.patterns.linear_cross_entropy.same_rows import SameRows, choices, values
 from structfly.patterns.linear_cross_entropy.site import CrossEntropySite
 from structfly.rewriter.editor import Editor
+from structfly.rewriter.region import example_tensors
 from structfly.rewriter.views import RowView
+from structfly.rewriter.writes import written
 
 
 def rewrite_head(site: CrossEntropySite, candidate: FusedCandidate, editor: Editor) -> None:
-    """Insert the op before the loss, let the loss's users use it, and remove the logits."""
-    if site.form.target_dim is not None:
-        rows = editor.call(torch.squeeze, site.form.target, site.form.target_dim)
-        site = replace(site, form=replace(site.form, target=rows))
+    """Insert the op, let the users of what it replaces use its values, and remove the logits."""
     if site.pieces is not None:
-        _rewrite_pieces(site, candidate, editor)
-    elif site.total is not None:
-        editor.before(site.total.root)
-        weights = write_weights(site.total, site.form.target, editor)
-        loss = _op(site, candidate, editor, _hidden(site, site.path.views, editor), site.form.target, weights.rows)
-        editor.replace(site.total.root, _finish(site, loss, weights, editor))
-    else:
-        loss = _op(site, candidate, editor, _hidden(site, site.path.views, editor), site.form.target, None)
-        if site.reduction == "none":
-            loss = editor.method("reshape_as", loss, site.form.target)
-        editor.replace(site.form.anchor, editor.call(torch.neg, loss) if site.form.negated else loss)
+        _rewrite_pieces(site, site.pieces, candidate, editor)
+    elif site.same is not None:
+        _rewrite_same_rows(site, site.same, candidate, editor)
     editor.erase(site.dead_nodes)
 
 
-def _finish(site: CrossEntropySite, loss: fx.Node, weights: Weights, editor: Editor) -> fx.Node:
-    constant = -weights.constant if site.form.negated else weights.constant
+def _rewrite_same_rows(site: CrossEntropySite, same: SameRows, candidate: FusedCandidate, editor: Editor) -> None:
+    assert same.place is not None
+    editor.before(same.place)
+    for node in same.moved:
+        editor.hoist(node)
+    form = None if same.loss is None else same.loss[1]
+    target = None if form is None else _row_targets(form, editor)
+    weights = None if same.total is None or target is None else write_weights(same.total, target, editor)
+    operands: list[fx.Node] = []
+    if same.row_loss is not None:
+        shapes = {each.anchor: (path, each) for path, each in same.consumers}
+        operands = write_operands(same.row_loss, lambda anchor: _ones(*shapes[anchor], site, editor), editor)
+    rows = _hidden(site, site.path.views, editor)
+    row_weight = None if weights is None else weights.rows
+    made = _op(site, candidate, editor, rows, target, row_weight, choices(same, editor), operands)
+    if same.row_loss is not None:
+        editor.before(same.row_loss.root, same.place)
+        scalar = add_terms(same.row_loss, made["loss"], editor)
+        editor.replace(same.row_loss.root, cast(scalar, example_of(same.row_loss.root).dtype, editor))
+    kept = same.kept
+    for number, (path, consumer) in enumerate(same.consumers):
+        if not any(consumer is each for _, each in kept):
+            continue
+        end = same.end(consumer)
+        editor.before(end, same.place)
+        if consumer is form and form is not None and same.row_loss is None:
+            value = made["loss"]
+            if weights is not None:
+                value = _finish(value, weights, form.negated, editor)
+            else:
+                value = editor.method("reshape_as", value, target) if form.reduction == "none" else value
+                value = editor.call(torch.neg, value) if form.negated else value
+        else:
+            value = _shaped(values(same, made, number, editor), path, consumer, site, editor)
+        if site.gradients.any and example_of(value).requires_grad and end not in same.carrying:
+            value = editor.method("detach", value)
+        if _is_overwritten(end):  # eager's value shares its memory with no other
+            value = editor.call(torch.clone, value)
+        editor.replace(end, value)
+
+
+def _is_overwritten(node: fx.Node) -> bool:
+    """Whether something writes into the value of ``node``, or into a view of it."""
+    value = example_of(node)
+    for user in node.users:
+        if node in written(user):
+            return True
+        shares = any(storage_key(tensor) == storage_key(value) for tensor in example_tensors(user))
+        if shares and _is_overwritten(user):
+            return True
+    return False
+
+
+def _ones(path: LogitsPath, form: LossForm | StatisticForm, site: CrossEntropySite, editor: Editor) -> fx.Node:
+    """Ones in the shape of a consumer's value of every row."""
+    source = _row_targets(form, editor) if isinstance(form, LossForm) else _row_shape(path, form, site, editor)
+    return editor.call(torch.ones_like, source, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _row_shape(path: LogitsPath, form: StatisticForm, site: CrossEntropySite, editor: Editor) -> fx.Node:
+    rows = editor.call(torch.select, moved_rows(path.linear, path.views, site.dtype, editor), -1, 0)
+    return editor.call(torch.unsqueeze, rows, form.class_dim) if form.keeps_dim else rows
+
+
+def _shaped(
+    value: fx.Node, path: LogitsPath, form: LossForm | StatisticForm, site: CrossEntropySite, editor: Editor
+) -> fx.Node:
+    """A value of every row as the consumer ``form`` had it: in the shape of its own rows, in its dtype."""
+    if isinstance(form, LossForm):
+        if form.reduction == "none":
+            value = editor.method("reshape_as", value, _row_targets(form, editor))
+    else:
+        value = editor.method("reshape_as", value, _row_shape(path, form, site, editor))
+    return cast(value, example_of(form.anchor).dtype, editor)
+
+
+def _row_targets(form: LossForm, editor: Editor) -> fx.Node:
+    """The targets in the shape of the losses."""
+    return form.target if form.target_dim is None else editor.call(torch.squeeze, form.target, form.target_dim)
+
+
+def _finish(loss: fx.Node, weights: Weights, negated: bool, editor: Editor) -> fx.Node:
+    constant = -weights.constant if negated else weights.constant
     if constant != 1.0:
         loss = editor.call(torch.mul, loss, constant)
     if weights.count is not None:
@@ -47,12 +124,10 @@ def _finish(site: CrossEntropySite, loss: fx.Node, weights: Weights, editor: Edi
     return loss
 
 
-def _rewrite_pieces(site: CrossEntropySite, candidate: FusedCandidate, editor: Editor) -> None:
-    pieces = site.pieces
-    assert pieces is not None
+def _rewrite_pieces(site: CrossEntropySite, pieces: Pieces, candidate: FusedCandidate, editor: Editor) -> None:
     rows = _hidden(site, site.path.views[: pieces.shared_views], editor)
     target = whole_target(pieces, rows, editor)
-    losses = _op(site, candidate, editor, rows, target, None)
+    losses = _op(site, candidate, editor, rows, target, None, None)["loss"]
     losses = editor.method("reshape_as", losses, target)
     for member in pieces.members:
         editor.before(member.form.anchor)
@@ -61,7 +136,7 @@ def _rewrite_pieces(site: CrossEntropySite, candidate: FusedCandidate, editor: E
         editor.replace(member.form.anchor, editor.call(torch.neg, loss) if member.form.negated else loss)
 
 
-def _hidden(site: CrossEntropySite, views: tuple[RowView, ...], editor: Editor) -> fx.Node:
+def _hidden(site: CrossEntropySite, views: Sequence[RowView], editor: Editor) -> fx.Node:
     return moved_rows(site.path.linear, views, site.dtype, editor)
 
 
@@ -70,25 +145,30 @@ def _op(
     candidate: FusedCandidate,
     editor: Editor,
     rows: fx.Node,
-    target: fx.Node,
+    target: fx.Node | None,
     row_weight: fx.Node | None,
-) -> fx.Node:
-    """The op's loss for hidden states ``rows`` of shape (..., H) and targets of as many entries."""
-    path = site.path
+    indices: fx.Node | None,
+    row_operands: Sequence[fx.Node] = (),
+) -> dict[str, fx.Node]:
+    """The op's loss and statistics, by name, for hidden states ``rows`` of shape (..., H), targets of as many entries,
+    (N, K) choices and the row program's operands."""
+    path, form = site.path, site.form
     linear, adapter = path.linear, path.linear.adapter
     views = path.views if site.pieces is None else path.views[: site.pieces.shared_views]
     weight = class_rows(linear, site.dtype, editor)
     classes: int | fx.Node = editor.size(weight, 0) if path.num_classes is None else path.num_classes
     adapter_x = None if adapter is None else matrix(moved_rows(adapter, views, site.dtype, editor), editor)
     adapter_weight = None if adapter is None else class_rows(adapter, site.dtype, editor)
-    target = editor.call(torch.reshape, target, (-1,))
+    if target is not None:
+        target = cast(editor.call(torch.reshape, target, (-1,)), torch.int64, editor)
     operands = [chain_operand(o, path, views, weight, classes, site.dtype, editor) for o in path.chain.operands]
     arguments = Arguments(
         x=matrix(rows, editor),  # type: ignore[arg-type]
         weight=weight,  # type: ignore[arg-type]
         bias=class_bias(path, site.dtype, editor),  # type: ignore[arg-type]
-        target=cast(target, torch.int64, editor),  # type: ignore[arg-type]
-        class_weight=site.form.class_weight,  # type: ignore[arg-type]
+        target=target,  # type: ignore[arg-type]
+        choices=indices,  # type: ignore[arg-type]
+        class_weight=None if form is None else form.class_weight,  # type: ignore[arg-type]
         row_weight=row_weight,  # type: ignore[arg-type]
         adapter_x=adapter_x,  # type: ignore[arg-type]
         adapter_weight=adapter_weight,  # type: ignore[arg-type]
@@ -96,9 +176,12 @@ def _op(
         epilogue=str(path.chain.epilogue),
         operands=operands,  # type: ignore[arg-type]
         num_classes=classes,  # type: ignore[arg-type]
-        ignore_index=site.form.ignore_index,
-        label_smoothing=site.form.label_smoothing,
+        ignore_index=None if form is None else form.ignore_index,
+        label_smoothing=site.label_smoothing,
         reduction=site.reduction,
+        statistics=",".join(site.statistics),
+        row_loss=site.row_program,
+        row_operands=list(row_operands),  # type: ignore[arg-type]
         loss_dtype=site.loss_dtype,
         gradients=list(site.gradients.flags),
         schedule=candidate.schedule,
@@ -106,4 +189,5 @@ def _op(
         workspace=candidate.workspace,
         autocast=False,
     )
-    return editor.getitem(editor.call(torch.ops.structfly.linear_cross_entropy_v2.default, *arguments), 0)
+    node = editor.call(torch.ops.structfly.linear_cross_entropy_v3.default, *arguments)
+    return {name: editor.getitem(node, Outputs._fields.index(name)) for name in site.outputs}

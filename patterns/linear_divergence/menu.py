@@ -111,7 +111,7 @@ def _fused(site: DivergenceHead, sizes: HeadSizes, length: int, schedule: str) -
     cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
     of = "teacher given" if site.teacher_given else "teacher's head within"
     return FusedCandidate(
-        f"{site.kind_name}, {of}, {length} rows a chunk, {passes(site.gradients, schedule)}",
+        f"{site.kind_name}, {of}, {length} rows a chunk, {passes(site, schedule)}",
         cost,
         schedule=schedule,
         workspace=length * sizes.row_bytes,

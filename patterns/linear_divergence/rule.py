@@ -14,7 +14,7 @@ from structfly.config import SiteSettings
 from structfly.lowering.head.linear import DTYPES, Wanted
 from structfly.lowering.linear_divergence import transforms as _transforms  # noqa: F401  registers the op
 from structfly.patterns.head.checks import AFTER_TRACE, stranger, why_too_steep, why_unsupported
-from structfly.patterns.head.gradients import wanted_gradients
+from structfly.patterns.head.gradients import no_gradients, wanted_gradients
 from structfly.patterns.head.logits import LogitsPath, Obstacle, example_of, trace
 from structfly.patterns.head.menu import FusedCandidate
 from structfly.patterns.head.site import adapter_rank, class_count, hidden_size, row_count
@@ -34,7 +34,7 @@ from structfly.patterns.linear_divergence.teacher import (
 )
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import Region, example, qualified_name
+from structfly.rewriter.region import Region, example, needs_gradient, qualified_name
 from structfly.rewriter.writes import overwritten
 
 
@@ -142,15 +142,14 @@ class LinearDivergence:
         loss_dtype = example_of(end).dtype
         if loss_dtype == torch.float64 != logits.dtype:
             return end, f"the loss is computed in float64 from logits of {logits.dtype}"
-        gradients = wanted_gradients([path], [end])
+        gradients = wanted_gradients(path, path.nodes) if needs_gradient(end) else no_gradients(path)
         if not isinstance(gradients, Wanted):
             return gradients
         steep = why_too_steep(path, gradients)
         if steep is not None:
             return steep
-        recompute = "inside a checkpointed region" if region.checkpointed else ""
-        if divergence.reduction == "rows" and total is None:
-            recompute = recompute or "per-row divergences have no common upstream factor"
+        by_row = divergence.reduction == "rows" and total is None
+        recompute = "per-row divergences have no common upstream factor" if by_row else ""
         tensors = [linear.node, linear.x, linear.weight, _node(pair[0])]
         if isinstance(teacher, LogitsPath):
             tensors.append(teacher.linear.x)
@@ -169,7 +168,8 @@ class LinearDivergence:
             teacher_bytes=entry_bytes(teacher, path.class_dim),
             total=total,
             gradients=gradients,
-            recompute=recompute,
+            coefficient_class="D" if by_row else "A",
+            recompute="inside a checkpointed region" if region.checkpointed else recompute,
             rows=row_count(_node(pair[0]), path.class_dim),
             hidden=hidden_size(linear),
             classes=class_count(path),

@@ -10,6 +10,7 @@ from torch import fx
 
 from structfly.patterns.head.logits import LogitsPath
 from structfly.patterns.head.site import HeadSite
+from structfly.patterns.head.weighted_sum import WeightedSum
 from structfly.patterns.linear_divergence.kinds import Kind
 from structfly.patterns.linear_divergence.readings import Divergence
 from structfly.patterns.linear_divergence.teacher import GivenTeacher, teacher_dtype
@@ -23,6 +24,7 @@ class DivergenceSite(HeadSite):
         anchor: the node that is ``divergence``.
         divergence: how it was read.
         kind: which divergence that is.
+        total: set if the divergences of rows, or their terms, end in a weighted sum.
         teacher: the way from the teacher's linear to its softmax, or the tensor that is given.
         teacher_bytes: bytes that one of the teacher's entries takes in a chunk; 0 for rows that are read as they lie.
         teacher_hidden: the teacher's own H, 0 for one that is given.
@@ -31,6 +33,7 @@ class DivergenceSite(HeadSite):
     anchor: fx.Node
     divergence: Divergence
     kind: Kind
+    total: WeightedSum | None
     teacher: LogitsPath | GivenTeacher
     teacher_bytes: int
     teacher_hidden: sympy.Expr = field(repr=False)

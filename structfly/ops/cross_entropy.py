@@ -13,13 +13,15 @@ from structfly.errors import ArgumentError
 from structfly.lowering.head.linear import Wanted
 from structfly.lowering.head.vmap import one_by_one
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the fused op
+from structfly.lowering.linear_cross_entropy.arguments import NAME as FUSED
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy as fused
 from structfly.ops import checks
 from structfly.ops.plan import CalledCrossEntropy, number, plan, row_of
 
-# Goes up with any change of the schema or of what it means.
-NAME = "structfly::called_linear_cross_entropy_v1"
+# The first version goes up with any change of the schema or of what it means.  The second is the fused op's: a compile
+# cache knows a call by this name alone, and keeps what it was composed of.
+NAME = f"structfly::called_v1_{FUSED.removeprefix('structfly::')}"
 _REDUCTIONS = ("none", "sum", "mean")
 
 
@@ -76,7 +78,7 @@ def linear_cross_entropy(
     that of Liger Kernel (Hsu et al. 2024); the scheme of exponentials, on Hopper GPUs, is this project's own.
     """
     learned = isinstance(logit_scale, Tensor)
-    result: Tensor = torch.ops.structfly.called_linear_cross_entropy_v1.default(
+    result: Tensor = _OP(
         input,
         weight,
         target,
@@ -154,6 +156,7 @@ def _composed(
             class_number=number(weight, weight.shape[:1]),
             dtype=dtype,
             gradients=gradients,
+            coefficient_class="D" if reduction == "none" else "A",
             recompute="asked for" if recompute else per_row,
             chain=steps,
             weight_row=row_of(weight),
@@ -167,6 +170,7 @@ def _composed(
         weight=weight,
         bias=bias,
         target=target.reshape(-1).to(torch.int64),
+        choices=None,
         class_weight=class_weight,
         row_weight=None if row_weight is None else row_weight.reshape(-1),
         adapter_x=None,
@@ -178,6 +182,9 @@ def _composed(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction=reduction,
+        statistics="",
+        row_loss="",
+        row_operands=[],
         loss_dtype=wide,
         gradients=gradients.flags,
         schedule=chosen.schedule,
@@ -196,4 +203,5 @@ def _steps(learned_scale: Tensor | None, logit_scale: float, softcap: float | No
     return ",".join(filter(None, (scale, cap)))
 
 
-torch.library.register_vmap(NAME, one_by_one(torch.ops.structfly.called_linear_cross_entropy_v1.default))
+_OP = getattr(torch.ops.structfly, NAME.removeprefix("structfly::")).default
+torch.library.register_vmap(NAME, one_by_one(_OP))

@@ -9,14 +9,16 @@ from structfly.errors import ArgumentError
 from structfly.lowering.head.linear import DTYPES, Wanted
 from structfly.lowering.head.vmap import one_by_one
 from structfly.lowering.linear_divergence import transforms as _transforms  # noqa: F401  registers the fused op
+from structfly.lowering.linear_divergence.arguments import NAME as FUSED
 from structfly.lowering.linear_divergence.arguments import Arguments
 from structfly.lowering.linear_divergence.op import linear_divergence as fused
 from structfly.lowering.linear_divergence.rows import KINDS, TEACHER_FORMS
 from structfly.ops import checks
 from structfly.ops.plan import CalledDivergence, number, plan, row_of
 
-# Goes up with any change of the schema or of what it means.
-NAME = "structfly::called_linear_divergence_v1"
+# The first version goes up with any change of the schema or of what it means.  The second is the fused op's: a compile
+# cache knows a call by this name alone, and keeps what it was composed of.
+NAME = f"structfly::called_v1_{FUSED.removeprefix('structfly::')}"
 
 
 def linear_divergence(
@@ -85,7 +87,7 @@ def linear_divergence(
 
     Under autocast the linears run in its dtype, as torch's do; under torch.vmap entry after entry.
     """
-    result: Tensor = torch.ops.structfly.called_linear_divergence_v1.default(
+    result: Tensor = _OP(
         input,
         weight,
         bias,
@@ -180,6 +182,7 @@ def _composed(
             class_number=number(weight, weight.shape[:1]),
             dtype=dtype,
             gradients=gradients,
+            coefficient_class="D" if reduction == "none" else "A",
             recompute="asked for" if recompute else per_row,
             chain=steps,
             weight_row=row_of(weight),
@@ -274,4 +277,5 @@ def _steps(softcap: float | None, temperature: float) -> str:
     return ",".join(filter(None, (cap, "" if temperature == 1.0 else f"div:{temperature!r}")))
 
 
-torch.library.register_vmap(NAME, one_by_one(torch.ops.structfly.called_linear_divergence_v1.default))
+_OP = getattr(torch.ops.structfly, NAME.removeprefix("structfly::")).default
+torch.library.register_vmap(NAME, one_by_one(_OP))

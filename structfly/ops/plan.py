@@ -38,6 +38,7 @@ class CalledHead(ABC):
     class_number: int
     dtype: torch.dtype
     gradients: Wanted
+    coefficient_class: str
     recompute: str
     chain: str
     weight_row: int
@@ -67,6 +68,10 @@ class CalledHead(ABC):
         return sympy.Integer(0)
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("loss",)
+
+    @property
     def adapter(self) -> bool:
         return False
 
@@ -84,6 +89,14 @@ class CalledCrossEntropy(CalledHead):
     """What the loss head's menu asks for."""
 
     label_smoothing: float
+
+    @property
+    def consumers(self) -> int:
+        return 1
+
+    @property
+    def row_program(self) -> str:
+        return ""
 
     def menu(self, profile: DeviceProfile, settings: SiteSettings) -> Menu:
         return head_menu(self, profile, settings)

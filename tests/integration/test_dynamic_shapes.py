@@ -46,8 +46,31 @@ def temperatures(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(z.reshape(-1, CLASSES), labels.t().reshape(-1))
 
 
+def accuracy_and_z_loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)[:, :-1]
+    hits = (z.argmax(-1) == labels[:, 1:]).sum()
+    return F.cross_entropy(z.flatten(0, 1), labels[:, 1:].flatten()) * hits + z.logsumexp(-1).square().mean()
+
+
+def ratios_of_sequences(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    z, mask = F.linear(x, w), labels > 5
+    log_p = z.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    ratio = torch.exp(log_p - log_p.detach()) * labels[:, :1].float()
+    return (((ratio + z.logsumexp(-1)) * mask).sum(-1, keepdim=True) / labels.shape[1]).mean(0).sum() / x.shape[0]
+
+
 @pytest.mark.parametrize(
-    "loss", [shifted, sizes_read_from_logits, per_token_mean, mean_of_sequences, per_token, temperatures]
+    "loss",
+    [
+        shifted,
+        sizes_read_from_logits,
+        per_token_mean,
+        mean_of_sequences,
+        per_token,
+        temperatures,
+        accuracy_and_z_loss,
+        ratios_of_sequences,
+    ],
 )
 def test_one_graph_for_all_lengths(loss: Loss) -> None:
     fast = Rewritten(loss, then="aot_eager", dynamic=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from structfly.errors import UnsupportedError
 from structfly.lowering.gemm import Blocks, Product, best_split, busy, full_row_counts
 from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, low_stride
+from structfly.lowering.template import Parameter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,8 +60,14 @@ def summed_over_calls(a: Tensor, b: Tensor, live: int, rows: int, beside: tuple[
     for number in range(max(calls, 2)):
         part = slice(number * rows, (number + 1) * rows) if number < calls else slice(rows)
         arguments: list[Tensor | Blocks | int] = [Blocks(high.view(torch.uint16)), Blocks(low), *beside]
-        parameters = {"first": number == 0, "uniform": False}
-        product = Product("linear_cross_entropy_weight", a[part].t(), b[part], arguments, parameters, tiles=tiles)
+        parameters: dict[str, Parameter] = {
+            "rows": "K",
+            "begins": "sums" if number else "zero",
+            "ends": "rows or second" if number else "never",
+            "from_x_start": False,
+            "uniform": False,
+        }
+        product = Product("linear_cross_entropy_sum", a[part].t(), b[part], arguments, parameters, tiles=tiles)
         product(count, number * rows)
     return high
 
@@ -83,6 +90,77 @@ def test_sums_over_calls_are_rounded_once(
     exact = a.cpu().double().t() @ b.cpu().double()
     error = (made.cpu().double() - exact).abs()
     assert (error <= exact.abs() * 1.01 * 2.0**-8 + exact.abs().amax() * calls * 2.0**-12).all()
+
+
+@settings(max_examples=15)
+@given(
+    sizes=st.tuples(st.integers(1, 90), st.integers(1, 110), st.integers(1, 40)),
+    calls=st.integers(1, 4),
+    left_out=st.integers(0, 160),
+)
+def test_sums_that_begin_with_what_is_there(sizes: tuple[int, int, int], calls: int, left_out: int) -> None:
+    """b has all rows, and each call says where its own begin."""
+    m, n, k = sizes
+    a, b = matrix(calls * k, m, transposed=False, seed=2), matrix(calls * k, n, transposed=False, seed=3)
+    live = max(calls * k - left_out, 0)
+    a[live:] = 0
+    high = matrix(m, n, transposed=False, seed=4)
+    exact = a.cpu().double().t() @ b.cpu().double() + high.cpu().double()
+    tiles = WEIGHT_TILES[high.device.type]
+    low = torch.empty(m, low_stride(n, tiles), dtype=torch.uint8, device=DEVICE)
+    count = torch.tensor(live, dtype=torch.int32, device=DEVICE)
+    for start in range(0, calls * k, k):
+        begins = "sums" if start else "rounded"
+        parameters: dict[str, Parameter] = {
+            "rows": "K",
+            "begins": begins,
+            "ends": "rows",
+            "from_x_start": True,
+            "uniform": False,
+        }
+        arguments: list[Tensor | Blocks | int] = [Blocks(high.view(torch.uint16)), Blocks(low), 0, 0, 0]
+        product = Product("linear_cross_entropy_sum", a[start : start + k].t(), b, arguments, parameters, tiles=tiles)
+        product(count, start, start)
+    error = (high.cpu().double() - exact).abs()
+    assert (error <= exact.abs() * 1.01 * 2.0**-8 + exact.abs().amax() * calls * 2.0**-12).all()
+
+
+@settings(max_examples=15)
+@given(
+    rows=st.integers(1, 60),
+    sizes=st.tuples(st.integers(1, 110), st.integers(1, 40)),
+    calls=st.integers(1, 4),
+    left_out=st.integers(0, 80),
+)
+def test_sums_of_rows_over_calls(rows: int, sizes: tuple[int, int], calls: int, left_out: int) -> None:
+    """A call adds a part of the inner dimension to some of the rows, in whole tiles."""
+    n, k = sizes
+    high = matrix(rows, n, transposed=False, seed=4)
+    tiles = WEIGHT_TILES[high.device.type]
+    a, b = matrix(rows, calls * k, transposed=False, seed=2), matrix(calls * k, n, transposed=False, seed=3)
+    live = max(rows - left_out, 0)
+    exact = a.cpu().double() @ b.cpu().double() + high.cpu().double()
+    low = torch.empty(rows, low_stride(n, tiles), dtype=torch.uint8, device=DEVICE)
+    count = torch.tensor(live, dtype=torch.int32, device=DEVICE)
+    for call in range(calls):
+        inner = slice(call * k, (call + 1) * k)
+        begins, ends = ("sums" if call else "rounded"), ("always" if call == calls - 1 else "never")
+        parameters: dict[str, Parameter] = {
+            "rows": "M",
+            "begins": begins,
+            "ends": ends,
+            "from_x_start": False,
+            "uniform": False,
+        }
+        for start in range(0, rows, 2 * tiles.m):
+            part = a[start : start + 2 * tiles.m, inner]
+            padded = torch.zeros(len(part), -(-k // 8) * 8, dtype=part.dtype, device=DEVICE)[:, :k].copy_(part)
+            arguments = [Blocks(high.view(torch.uint16)), Blocks(low)]
+            product = Product("linear_cross_entropy_sum", padded, b[inner], arguments, parameters, tiles=tiles)
+            product(count, start)
+    error = (high.cpu().double() - exact)[:live].abs()
+    bound = exact[:live].abs() * 1.01 * 2.0**-8 + exact.abs().amax() * calls * 2.0**-12
+    assert (error <= bound).all()
 
 
 def test_sums_over_many_calls_have_no_bias() -> None:

@@ -20,7 +20,14 @@ PARAMETERS: dict[str, Any] = {
     "by_row": (),
     "by_class": (),
     "class_weight": False,
-    "coefficient": True,
+    "asked": ("loss",),
+    "target": True,
+    "choices": 0,
+    "loss_coefficient": "rows",
+    "lse_coefficient": False,
+    "entropy_coefficient": False,
+    "chosen_coefficient": False,
+    "known": False,
     "smoothing": 0.0,
     "ignore_index": -100,
     "gradient": True,
@@ -37,13 +44,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_template_is_found() -> None:
     assert templates() == [
+        "linear_cross_entropy_block",
+        "linear_cross_entropy_block_rows",
         "linear_cross_entropy_exponential_rows",
         "linear_cross_entropy_exponentials",
         "linear_cross_entropy_hidden",
         "linear_cross_entropy_live_rows",
         "linear_cross_entropy_rows",
+        "linear_cross_entropy_scatter",
+        "linear_cross_entropy_sum",
         "linear_cross_entropy_targets",
-        "linear_cross_entropy_weight",
         "linear_divergence_rows",
     ]
 

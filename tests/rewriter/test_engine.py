@@ -91,6 +91,30 @@ def test_of_several_failed_attempts_the_furthest_is_reported() -> None:
     assert not outcome.changed
 
 
+class _NoSines(SineOfDouble):
+    name = "no sines"
+
+    def find(self, region: Region) -> Sequence[Site | Miss]:
+        nodes = (node for node in region.graph.nodes if node.op == "call_function")
+        return [Miss(self.name, node, "not read", 0, node) for node in nodes]
+
+
+def test_what_one_rule_rewrites_is_no_miss_of_another() -> None:
+    def function(x: Tensor) -> Tensor:
+        return torch.sin(x) * torch.cos(x)
+
+    outcomes: list[Outcome] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        outcomes.append(rewrite_graph(gm, (_NoSines(), SineOfDouble()), Config(), device_profile))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend)(X)
+    missed = [site.nodes for site in outcomes[0].sites if site.rule == "no sines"]
+    assert missed == [("cos",), ("mul",)]
+
+
 def test_a_rewrite_predicted_to_be_slower_is_kept_unless_always() -> None:
     slow = SineOfDouble(seconds=2.0)
     _, (outcome,), _ = run(slow, torch.sin, X)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from structfly.rewriter.writes import written
+from structfly.rewriter.region import Region
+from structfly.rewriter.writes import why_late, written
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,30 @@ def test_the_written_arguments(
     keywords = {name: filled(value) for name, value in named.items()}
     node = graph.create_node(op, target, tuple(map(filled, arguments)), keywords)
     assert [value.name for value in written(node)] == expected
+
+
+def test_what_stands_too_late() -> None:
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    early = graph.call_function(torch.exp, (x,))
+    place = graph.call_function(torch.neg, (early,))
+    late = graph.call_function(torch.add, (y, early))
+    later = graph.call_method("view", (late, -1))
+    random = graph.call_function(torch.rand_like, (y,))
+    of_random = graph.call_function(torch.exp, (random,))
+    written_into = graph.call_method("add_", (later, 1))
+    graph.output((place, of_random, written_into))
+    region = Region(fx.GraphModule({}, graph))
+    nodes = {node.name: node for node in region.graph.nodes}
+
+    def why(node: fx.Node, *unavailable: fx.Node) -> tuple[str | None, set[str]]:
+        moved: set[fx.Node] = set()
+        gone = [nodes[each.name] for each in unavailable]
+        found = why_late(region, nodes[node.name], nodes[place.name], gone, moved)
+        return None if found is None else found.name, {each.name for each in moved}
+
+    assert why(early) == (None, set())
+    assert why(later) == (None, {late.name, later.name})
+    assert why(later, early) == (early.name, set())
+    assert why(of_random) == (random.name, set())
+    assert why(written_into) == (written_into.name, set())

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.lowering.head.epilogue import parse_epilogue
-from structfly.lowering.head.linear import DIFFERENTIABLE
+from structfly.lowering.head.linear import DIFFERENTIABLE, Gradients
 from structfly.lowering.head.operations import OPERATIONS
-from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.arguments import Arguments, Outputs
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from structfly.lowering.linear_cross_entropy.reference import linear_cross_entropy_reference
 
@@ -85,6 +85,7 @@ def make_call(
     rank: int = 0,
     ignored: float = 0.2,
     cut: int = 0,
+    statistics: str = "",
     frozen: frozenset[str] = frozenset(),
     transposed: bool = False,
     device: str = "cpu",
@@ -119,6 +120,7 @@ def make_call(
         weight=weight,
         bias=tensor("bias", classes) if bias else None,
         target=target,
+        choices=torch.randint(0, num_classes, (rows, 2), generator=generator) if "chosen" in statistics else None,
         class_weight=torch.rand(num_classes, generator=generator) + 0.1 if class_weight else None,
         row_weight=torch.randn(rows, generator=generator) if row_weight else None,
         adapter_x=tensor("adapter_x", rows, rank) if rank else None,
@@ -130,6 +132,9 @@ def make_call(
         ignore_index=-100,
         label_smoothing=0.0,
         reduction="sum" if row_weight else "mean",
+        statistics=statistics,
+        row_loss="",
+        row_operands=[],
         loss_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         gradients=(),
         schedule="forward",
@@ -150,8 +155,8 @@ def make_call(
 
 
 @st.composite
-def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Arguments:
-    """Random shapes, dtypes, options and chunk lengths.
+def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, statistics: tuple[str, ...] = ()) -> Arguments:
+    """Random shapes, dtypes, options and chunk lengths; some of the ``statistics``.
 
     Row weights have one sign: of a handful of terms of both, the sum may be as small as its rounding.
     """
@@ -159,6 +164,8 @@ def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Argument
     classes = draw(st.integers(2, 70))
     reduction = draw(st.sampled_from(("mean", "sum", "none")))
     bytes_per_row = 80 * dtype.itemsize
+    asked = draw(st.sets(st.sampled_from(statistics), min_size=1)) if statistics else set()
+    asked -= {"losses"} if reduction == "none" else set()
     call = make_call(
         rows=draw(st.integers(0, 40)),
         hidden=draw(st.integers(1, 9)),
@@ -177,6 +184,7 @@ def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Argument
         epilogue=draw(st.sampled_from(EPILOGUES) | epilogues(dtype)),
         label_smoothing=draw(st.sampled_from((0.0, 0.0, 0.1))),
         reduction=reduction,
+        statistics=",".join(sorted(asked)),
         ignore_index=draw(st.sampled_from((-100, 0, None))),
         schedule=draw(st.sampled_from(("forward", "backward"))),
         workspace=draw(st.integers(1, 50)) * bytes_per_row,
@@ -187,20 +195,55 @@ def calls(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Argument
 
 def run(call: Arguments, *leaves: Tensor) -> Tensor:
     """The op's loss, its differentiable tensors replaced by ``leaves`` (those that are not None, in order)."""
-    loss: Tensor = linear_cross_entropy(*with_leaves(call, leaves))[0]
-    return loss
+    return linear_cross_entropy(*with_leaves(call, leaves)).loss
+
+
+def run_all(call: Arguments, *leaves: Tensor) -> dict[str, Tensor]:
+    """The same call's loss and statistics."""
+    made = linear_cross_entropy(*with_leaves(call, leaves))
+    return {name: getattr(made, name) for name in names_of(call)}
 
 
 def run_reference(call: Arguments, *leaves: Tensor) -> Tensor:
     """The reference's loss in the leaves' dtype, as float32 at least."""
+    return run_reference_all(call, *leaves)["loss"]
+
+
+def run_reference_all(call: Arguments, *leaves: Tensor) -> dict[str, Tensor]:
+    """The reference's loss and statistics, floating-point ones as float32 at least."""
     call = with_leaves(call, leaves)
-    names = ("bias", "class_weight", "adapter_x", "adapter_weight", "adapter_scale", "epilogue", "operands")
+    names = ("choices", "bias", "class_weight", "adapter_x", "adapter_weight", "adapter_scale", "epilogue", "operands")
     options: dict[str, Any] = {
         name: getattr(call, name) for name in (*names, "num_classes", "ignore_index", "label_smoothing", "reduction")
     }
-    row_weight = None if call.row_weight is None else call.row_weight.to(call.x.dtype)
-    loss = linear_cross_entropy_reference(call.x, call.weight, call.target, row_weight=row_weight, **options)
-    return loss if loss.dtype == torch.float64 else loss.to(call.loss_dtype)
+    made = linear_cross_entropy_reference(
+        call.x,
+        call.weight,
+        call.target,
+        row_weight=None if call.row_weight is None else call.row_weight.to(call.x.dtype),
+        **options,
+        statistics=call.named_statistics,
+        row_loss=call.row_loss,
+        row_operands=[each if each.dtype == torch.bool else each.to(call.x.dtype) for each in call.row_operands],
+    )
+    values: dict[str, Tensor] = {name: getattr(made, name) for name in names_of(call)}
+    narrow = (torch.float16, torch.bfloat16)
+    return {name: value.float() if value.dtype in narrow else value for name, value in values.items()}
+
+
+def joined(values: dict[str, Tensor]) -> Tensor:
+    """All values that may have a gradient, one after another."""
+    return torch.cat([value.flatten() for name, value in values.items() if name not in ("losses", "argmax")])
+
+
+def names_of(call: Arguments) -> tuple[str, ...]:
+    """What a call returns beside gradients."""
+    return call.named_statistics if call.target is None else ("loss", *call.named_statistics)
+
+
+def gradients_of(made: Outputs) -> Gradients:
+    """The gradients that a call made in the forward pass."""
+    return Gradients._make(made[-len(Gradients._fields) :])
 
 
 def leaves_of(call: Arguments) -> list[Tensor]:

@@ -35,36 +35,59 @@ def compile_one(function: Any, types: dict[str, str], constants: dict[str, int],
 
 
 def rows_of_logits() -> None:
-    """Every combination of options, with several epilogues, and gradients of their operands."""
+    """Every combination of options, with several epilogues and gradients of their operands, and each way of asking for
+    statistics."""
     flags = itertools.product((False, True), repeat=4)
     for number, (bias, class_weight, coefficient, gradient) in enumerate(flags):
         epilogue = (parse_epilogue(""), CAPPED, LONG, LONG)[number % 4]
-        by_row, by_class = wanted_sums(epilogue, classes=number % 8 > 3) if number % 4 == 3 else ((), ())
-        generated = render(
-            "linear_cross_entropy_rows",
-            steps=epilogue.source([operand in by_row + by_class for operand in range(len(epilogue.operands))]),
-            operands=tuple((operand.kind, operand.index in epilogue.conditions) for operand in epilogue.operands),
-            by_row=by_row,
-            by_class=by_class,
-            bias=bias,
-            class_weight=class_weight,
-            coefficient=coefficient,
-            smoothing=0.1 if number % 3 == 0 else 0.0,
-            ignore_index=-100 if number % 5 else None,
-            gradient=gradient,
-            gradient_scale=2048.0 if number % 7 == 0 else 1.0,
-        )
-        operands = {
-            f"o{operand.index}_ptr": "*u8" if operand.index in epilogue.conditions else "*fp32"
-            for operand in epilogue.operands
-        }
-        types = {"z_ptr": ("*bf16", "*fp16", "*fp32")[number % 3], "t_ptr": "*i64", **pointers("c", "b", "w", "s")}
-        types |= {**operands, **pointers("l", "lse"), **floats("row_sums", "class_sums")}
-        types |= {"z_stride": "i32", "count": "i32"}
-        module = load(generated)
+        sums = wanted_sums(epilogue, classes=number % 8 > 3) if number % 4 == 3 else ((), ())
+        loss_coefficient = "rows" if coefficient else "ones"
+        options: dict[str, Any] = {"bias": bias, "class_weight": class_weight, "loss_coefficient": loss_coefficient}
+        loss_rows(number, epilogue, *sums, gradient=gradient, **options)
+    names = ("loss", "lse", "entropy", "argmax", "chosen")
+    flagged = ("lse_coefficient", "entropy_coefficient", "chosen_coefficient", "gradient")
+    everything: dict[str, Any] = {**dict.fromkeys(flagged, True), "choices": 2, "loss_coefficient": "rows"}
+    loss_rows(0, CAPPED, asked=names, choices=2)
+    loss_rows(1, CAPPED, asked=names, **everything)
+    loss_rows(2, LONG, asked=(), known=True, **everything)
+    loss_rows(3, LONG, *wanted_sums(LONG, classes=True), asked=names, **everything)
+    loss_rows(6, LONG, *wanted_sums(LONG, classes=True), asked=(), known=True, **everything)
+    loss_rows(4, CAPPED, asked=("lse", "argmax"), target=False)
+    loss_rows(5, CAPPED, asked=(), target=False, lse_coefficient=True, gradient=True)
+
+
+def loss_rows(
+    number: int, epilogue: Epilogue, by_row: tuple[int, ...] = (), by_class: tuple[int, ...] = (), **options: Any
+) -> None:
+    """One row step; ``number`` varies what has few values."""
+    flags = [f"{name}_coefficient" for name in ("lse", "entropy", "chosen")]
+    parameters: dict[str, Any] = {
+        "steps": epilogue.source([operand in by_row + by_class for operand in range(len(epilogue.operands))]),
+        "operands": tuple((operand.kind, operand.index in epilogue.conditions) for operand in epilogue.operands),
+        "by_row": by_row,
+        "by_class": by_class,
+        **dict.fromkeys((*flags, "bias", "class_weight", "gradient", "known"), False),
+        "smoothing": 0.1 if number % 3 == 0 else 0.0,
+        "ignore_index": -100 if number % 5 else None,
+        "gradient_scale": 2048.0 if number % 7 == 0 else 1.0,
+        "asked": ("loss",),
+        "target": True,
+        "choices": 0,
+        "loss_coefficient": "",
+        **options,
+    }
+    operands = {
+        f"o{operand.index}_ptr": "*u8" if operand.index in epilogue.conditions else "*fp32"
+        for operand in epilogue.operands
+    }
+    types = {"z_ptr": ("*bf16", "*fp16", "*fp32")[number % 3], "t_ptr": "*i64", "j_ptr": "*i64"}
+    types |= {**pointers(*"cghkbws"), **operands, **pointers(*"len"), "a_ptr": "*i64", **pointers("u")}
+    types |= {**floats("row_sums", "class_sums"), "z_stride": "i32", "count": "i32"}
+    module = load(render("linear_cross_entropy_rows", **parameters))
+    if not (parameters["known"] and by_class):
         compile_one(module.rows, types, {"CLASSES": 50257, "BLOCK": 4096}, warps=16)
-        if by_class and gradient:
-            compile_one(module.tiles, types, {"CLASSES": 50257, "BLOCK": 512, "ROWS": 128}, warps=4)
+    if by_class and parameters["gradient"]:
+        compile_one(module.tiles, types, {"CLASSES": 50257, "BLOCK": 512, "ROWS": 128}, warps=4)
 
 
 def wanted_sums(epilogue: Epilogue, *, classes: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -131,6 +154,7 @@ def products() -> None:
         own = {
             **window,
             "x_start": "i32",
+            "rows": "i32",
             "dz": blocks("bf16", HOPPER.m, HOPPER.n),
             **floats("lse", "factor", "entry", "uniform"),
         }
@@ -214,7 +238,7 @@ def rows_of_blocks() -> None:
     types = {"live": "*i32", "first_class": "i32", "end_class": "i32", "keys": "*i32", "order": "*i64"}
     types |= {"index": "*i32", "entry": "*fp32", **x}
     types |= {"dw": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
-    compile_one(module.begin_weight, types, {"HIDDEN": 768, "COLUMNS": 256, "ROWS": 4}, warps=2)
+    compile_one(module.begin_weight, types, {"HIDDEN": 768, "COLUMNS": 1024, "ROWS": 4}, warps=4)
 
 
 def live_rows() -> None:

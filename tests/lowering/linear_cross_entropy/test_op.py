@@ -9,38 +9,126 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
 from structfly.errors import StructflyError, UnsupportedError
-from structfly.lowering.head.linear import Gradients
 from structfly.lowering.linear_cross_entropy import flops, transforms
-from structfly.lowering.linear_cross_entropy.arguments import Arguments
+from structfly.lowering.linear_cross_entropy.arguments import STATISTICS, Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
-from tests.lowering.linear_cross_entropy.cases import calls, leaves_of, make_call, run, run_reference
-from tests.oracle import assert_like_eager
+from tests.lowering.linear_cross_entropy.cases import (
+    calls,
+    gradients_of,
+    joined,
+    leaves_of,
+    make_call,
+    names_of,
+    run,
+    run_all,
+    run_reference,
+    run_reference_all,
+)
+from tests.oracle import FEW, assert_as_accurate, assert_like_eager, in_float64
 
-OP = torch.ops.structfly.linear_cross_entropy_v2
-BACKWARD = torch.ops.structfly.linear_cross_entropy_backward_v2
+OP = torch.ops.structfly.linear_cross_entropy_v3
+BACKWARD = torch.ops.structfly.linear_cross_entropy_backward_v3
 _REGISTERED = (flops, transforms)  # imported for what they register
 
 
 def flat_results(call: Arguments) -> list[Tensor]:
-    *results, operands = linear_cross_entropy(*call)
-    return [*results, *operands]
+    made = linear_cross_entropy(*call)
+    return [*made[:-1], *made.grad_operands]
 
 
 def upstream_for(call: Arguments) -> Tensor:
-    shape = call.target.shape if call.reduction == "none" else ()
+    shape = call.x.shape[:1] if call.reduction == "none" else ()
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-@settings(max_examples=150)
+@settings(max_examples=120)
 @given(call=calls())
 def test_as_accurate_as_the_reference(call: Arguments) -> None:
     assert_like_eager(
         partial(run, call), partial(run_reference, call), leaves_of(call), call.x.dtype, upstream_for(call)
     )
+
+
+@settings(max_examples=50)
+@given(call=calls((torch.float32, torch.float64), STATISTICS), without_target=st.booleans())
+def test_statistics_are_as_accurate_as_the_reference(call: Arguments, without_target: bool) -> None:
+    if call.schedule == "forward":  # values beside a loss, which alone has gradients
+        values, leaves = run_all(call, *leaves_of(call)), leaves_of(call)
+        assert all(value.requires_grad <= (name == "loss") for name, value in values.items())
+        exact = run_reference_all(call, *map(in_float64, leaves))
+        for name, value in run_reference_all(call, *leaves).items():
+            if name != "argmax":
+                mine, eager, true = (each.detach() for each in (values[name], value, exact[name]))
+                assert_as_accurate(mine, eager, true, call.x.dtype, name)
+        made, alone = (linear_cross_entropy(*each) for each in (call, call._replace(statistics="", choices=None)))
+        assert all(map(torch.equal, gradients_of(made).each, gradients_of(alone).each))
+        return
+    if without_target and "losses" not in call.statistics and call.statistics:
+        changes: dict[str, Any] = {"target": None, "class_weight": None, "row_weight": None, "reduction": "none"}
+        call = call._replace(**changes)
+
+    if not set(names_of(call)) <= {"losses", "argmax"}:
+        check_statistics(call)
+
+
+def check_statistics(call: Arguments, roundings: int = FEW) -> None:
+    """All that is differentiated, with upstream gradients of both signs."""
+
+    def op(*leaves: Tensor) -> Tensor:
+        return joined(run_all(call, *leaves)).to(call.loss_dtype)
+
+    def reference(*leaves: Tensor) -> Tensor:
+        return joined(run_reference_all(call, *leaves))
+
+    upstream = torch.randn(op(*leaves_of(call)).shape, generator=torch.Generator().manual_seed(1))
+    assert_like_eager(op, reference, leaves_of(call), call.x.dtype, upstream, roundings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epilogue": "div:3.0,tanh,mul:3.0", "bias": True, "class_mask": True},
+        {"epilogue": "mul:scalar0,tanh,add:class1,div:row2"},
+    ],
+)
+def test_statistics_are_as_accurate_as_the_reference_at_size(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"rows": 300, "hidden": 32, "classes": 503, "workspace": 128 * 512 * dtype.itemsize}
+    call = make_call(dtype=dtype, reduction="none", statistics="chosen,entropy,lse", **sizes, **options)
+    if call.epilogue.endswith("-inf") and call.target is not None:  # classes that are live
+        call = call._replace(choices=torch.stack([call.target.clamp_min(0)] * 2, 1))
+    check_statistics(call, roundings=2)  # dz has terms of several statistics, each rounded
+
+
+def test_the_argmax_is_a_largest_logit() -> None:
+    call = make_call(statistics="argmax", rows=200, classes=70, dtype=torch.bfloat16, workspace=2**12)
+    logits = torch.nn.functional.linear(call.x, call.weight)
+    argmax = linear_cross_entropy(*call).argmax
+    assert torch.equal(logits.gather(1, argmax.unsqueeze(1)).squeeze(1), logits.amax(1))
+
+
+def test_dead_classes_add_nothing_to_the_entropy() -> None:
+    call = make_call(statistics="entropy", class_mask=True, schedule="backward", reduction="none")
+    made = linear_cross_entropy(*call).entropy
+    logits = torch.nn.functional.linear(call.x, call.weight[call.operands[-1]])
+    torch.testing.assert_close(made, torch.distributions.Categorical(logits=logits).entropy())
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(made.sum(), [call.x, call.weight]))
+
+
+def test_a_row_that_weighs_nothing_keeps_its_statistics() -> None:
+    call = make_call(statistics="losses,lse", row_weight=True, ignored=0.0)
+    assert call.row_weight is not None
+    call.row_weight[4] = 0.0
+    made, plain = (linear_cross_entropy(*each) for each in (call, call._replace(row_weight=None)))
+    assert torch.equal(made.losses, plain.losses)
+    assert torch.equal(made.lse, plain.lse)
+    assert made.grad_x[4].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -105,10 +193,12 @@ LEARNED = "mul:scalar0,tanh,add:class1,where:row2:-2.0,div:row3,clamp_max:1.1,su
     "options",
     [
         {},
-        {"reduction": "none"},
+        {"reduction": "none", "statistics": "lse,entropy,argmax,chosen"},
+        {"statistics": "losses,entropy"},
         {"schedule": "backward", "bias": True},
         {"rank": 2},
         {"epilogue": LEARNED},
+        {"epilogue": LEARNED, "reduction": "none", "statistics": "lse,entropy,argmax,chosen"},
         {"epilogue": LEARNED, "schedule": "backward", "frozen": frozenset({"x", "weight"})},
     ],
 )
@@ -120,7 +210,13 @@ def test_opcheck(options: dict[str, Any]) -> None:
 def test_opcheck_of_the_backward_op() -> None:
     frozen = frozenset({"x", "weight", "bias", "operands"})
     call = make_call(schedule="backward", bias=True, frozen=frozen, epilogue="add:class0,mul:row1")
-    arguments = (torch.tensor(0.5), *call._replace(gradients=[True, True, True, False, False, True, False]))
+    arguments = (
+        torch.tensor(0.5),
+        None,
+        None,
+        None,
+        *call._replace(gradients=[True, True, True, False, False, True, False]),
+    )
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     assert set(opcheck(BACKWARD.default, arguments, test_utils=tests).values()) == {"SUCCESS"}
 
@@ -136,7 +232,7 @@ def test_all_rows_ignored(reduction: str) -> None:
 
 def test_only_wanted_gradients_are_made() -> None:
     call = make_call(bias=True, frozen=frozenset({"weight"}))
-    gradients = Gradients(*linear_cross_entropy(*call)[2:])
+    gradients = gradients_of(linear_cross_entropy(*call))
     assert gradients.x.shape == call.x.shape
     assert gradients.weight.numel() == 0
     assert call.bias is not None
@@ -162,14 +258,23 @@ def test_a_gradient_that_was_left_out_is_refused(name: str) -> None:
     order = ["x", "weight", "bias", "adapter_x", "adapter_weight", "operands[0]", "operands[1]"]
     call = call._replace(gradients=[flag and each != name for flag, each in zip(call.gradients, order, strict=True)])
     with pytest.raises(StructflyError, match=re.escape(f"gradient of '{name}'")):
-        linear_cross_entropy(*call)[0].backward()
+        linear_cross_entropy(*call).loss.backward()
 
 
 @pytest.mark.parametrize("bad", [37, -1, -100])
 def test_a_target_out_of_range_is_refused_as_torch_does(bad: int) -> None:
     call = make_call(ignore_index=None)
+    assert call.target is not None
     call.target[3] = bad
     with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+        linear_cross_entropy(*call)
+
+
+def test_a_choice_out_of_range_is_refused() -> None:
+    call = make_call(statistics="chosen")
+    assert call.choices is not None
+    call.choices[2, 1] = 37
+    with pytest.raises(IndexError, match="Choice 37 is out of bounds"):
         linear_cross_entropy(*call)
 
 
@@ -194,6 +299,10 @@ def test_a_target_out_of_range_is_refused_as_torch_does(bad: int) -> None:
         ),
         ({"row_weight": torch.ones(13)}, "row_weight goes with"),
         ({"reduction": "none"}, "use schedule='backward'"),
+        ({"statistics": "lse,mode"}, "statistics 'mode'"),
+        ({"statistics": "chosen"}, "goes with choices"),
+        ({"target": None}, "without a target"),
+        ({"statistics": "losses", "reduction": "none", "schedule": "backward"}, "goes with a reduced loss"),
     ],
 )
 def test_meaningless_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -270,7 +379,7 @@ def test_vmap_runs_entry_by_entry() -> None:
     call = make_call(frozen=frozenset({"x", "weight"}))
     batch = torch.stack([call.x, call.x * 2, call.x - 1])
     together = torch.vmap(lambda x: OP.default(*call._replace(x=x))[0])(batch)
-    one_by_one = torch.stack([linear_cross_entropy(*call._replace(x=x))[0] for x in batch])
+    one_by_one = torch.stack([linear_cross_entropy(*call._replace(x=x)).loss for x in batch])
     assert torch.equal(together, one_by_one)
 
 
@@ -279,13 +388,14 @@ def test_vmap_takes_batches_of_operands() -> None:
     scale, shift = call.operands
     batch = torch.stack([scale, scale * 2])
     together = torch.vmap(lambda s: OP.default(*call._replace(operands=[s, shift]))[0])(batch)
-    one_by_one = torch.stack([linear_cross_entropy(*call._replace(operands=[s, shift]))[0] for s in batch])
+    one_by_one = torch.stack([linear_cross_entropy(*call._replace(operands=[s, shift])).loss for s in batch])
     assert torch.equal(together, one_by_one)
 
 
 def test_a_fill_of_minus_infinity_may_be_scaled_by_what_is_learned() -> None:
     call = make_call(epilogue="where:class0:-inf,mul:class1", ignored=0.0)
     live = call.operands[0].clone()
+    assert call.target is not None
     live[call.target] = True
     call = call._replace(operands=[live, call.operands[1]])
     gradients = torch.autograd.grad(run(call, *leaves_of(call)), leaves_of(call))
@@ -298,9 +408,9 @@ def test_autocast_runs_the_products_in_its_dtype() -> None:
     call = make_call()
     low = call._replace(x=call.x.bfloat16(), weight=call.weight.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_cross_entropy(*call)[0]
+        loss = linear_cross_entropy(*call).loss
     loss.backward()
-    assert torch.equal(loss, linear_cross_entropy(*low)[0])
+    assert torch.equal(loss, linear_cross_entropy(*low).loss)
     assert call.x.grad is not None
     assert call.x.grad.dtype == torch.float32
 

@@ -587,6 +587,380 @@ def hidden_states_made_in_place(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, la
     return loss + labels.sum()
 
 
+# ----------------------------------------------------------------- (11) further consumers of the same logits: values
+
+
+def _log_p(z: Tensor, ids: Tensor) -> Tensor:
+    return z.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy_by_entr(z: Tensor) -> Tensor:
+    entropy: Tensor = torch.special.entr(F.softmax(z, dim=-1)).sum(-1)
+    return entropy
+
+
+class _Distribution(NamedTuple):
+    """torch.distributions.Categorical with types."""
+
+    logits: Tensor
+
+    def log_prob(self, ids: Tensor) -> Tensor:
+        value: Tensor = torch.distributions.Categorical(logits=self.logits, validate_args=False).log_prob(ids)
+        return value
+
+    def entropy(self) -> Tensor:
+        value: Tensor = torch.distributions.Categorical(logits=self.logits, validate_args=False).entropy()
+        return value
+
+
+@form()
+def accuracy(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    hits = (z.argmax(-1) == labels.view(-1)).sum()
+    return F.cross_entropy(z, labels.view(-1)) * (1 + hits)
+
+
+@form()
+def accuracy_of_the_largest(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    with torch.no_grad():
+        _, best = z.softmax(-1).max(dim=-1, keepdim=True)
+        hits = (best.squeeze(-1) == ids).to(x.dtype).mean()
+    return F.cross_entropy(z.transpose(1, 2), labels) + hits
+
+
+@form()
+def detached_entropy(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)[:, :-1]
+    entropy = _Distribution(z.detach()).entropy()
+    return F.cross_entropy(_rows(z), ids[:, 1:].reshape(-1)) * entropy.mean()
+
+
+@form()
+def entropy_that_is_only_logged(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b) / 0.7
+    entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+    return F.cross_entropy(_rows(z), labels.view(-1)) + entropy.detach().mean()
+
+
+@form()
+def second_loss_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    with torch.no_grad():
+        other = F.cross_entropy(z, labels.view(-1)) + _log_p(z, ids.view(-1)).sum()
+    return F.cross_entropy(z, ids.view(-1), label_smoothing=0.1) * other
+
+
+@form()
+def filled_with_the_lowest_and_chosen(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b).masked_fill(torch.arange(w.shape[0]) > 33, torch.finfo(x.dtype).min)
+    chosen = z.gather(-1, ids.unsqueeze(-1) % 30)
+    return F.cross_entropy(_rows(z), ids.view(-1) % 30) + chosen.mean()
+
+
+@form()
+def learned_scale_and_shift_with_accuracy_and_entropy(
+    x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor
+) -> Tensor:
+    z = F.linear(x, w) * b[0].exp() / (x[..., :1].square() + 1.0)
+    z = torch.tanh(z + torch.sigmoid(b))
+    hits = (z.argmax(-1) == ids).sum()
+    return F.cross_entropy(_rows(z), labels.view(-1)) * (1 + hits) + _Distribution(z.detach()).entropy().mean()
+
+
+# ------------------------------------------------------------ (8), (11) one scalar of several statistics, row by row
+
+
+def _advantages(ids: Tensor, x: Tensor) -> Tensor:
+    return torch.linspace(-1.0, 1.5, ids.shape[0], dtype=x.dtype).unsqueeze(1)
+
+
+@form()
+def z_loss(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z, labels.view(-1)) + 1e-2 * z.logsumexp(-1).pow(2).mean()
+
+
+@form()
+def z_loss_from_one_logsumexp(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    lse = z.logsumexp(-1)
+    return (lse - z.gather(-1, ids.unsqueeze(-1)).squeeze(-1)).sum() + 1e-2 * lse.square().sum()
+
+
+@form()
+def z_loss_of_live_rows_weighted(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, t = _rows(F.linear(x, w, b)), labels.view(-1)
+    weight = torch.linspace(0.5, 2.0, w.shape[0], dtype=w.dtype)
+    live = t != -100
+    auxiliary = torch.where(live, torch.logsumexp(z, 1) ** 2, 0.0).sum() / live.sum()
+    return F.cross_entropy(z, t, weight=weight, label_smoothing=0.1) + 0.01 * auxiliary
+
+
+@form()
+def z_loss_of_scaled_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w) * torch.sigmoid(b[:1]) + b)
+    return F.cross_entropy(z, labels.view(-1)) + 1e-2 * z.logsumexp(-1).pow(2).mean()
+
+
+@form()
+def focal(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), reduction="none")
+    return ((1 - torch.exp(-losses)) ** 2 * losses).mean()
+
+
+@form()
+def dynamic_fine_tuning(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids)
+    return (torch.exp(log_p).detach() * -log_p).mean()
+
+
+@form()
+def dynamic_fine_tuning_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids)
+    with torch.no_grad():
+        weight = torch.exp(log_p) * 2
+    return -(weight * log_p).mean()
+
+
+@form()
+def sums_over_sequences_first(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    squares = F.cross_entropy(F.linear(x, w, b).transpose(1, 2), labels, reduction="none").square()
+    return (squares.sum(0) / (ids[0] % 3 + 1)).mean() + (squares.unsqueeze(-1).mean(1) * ids[:, :1]).sum()
+
+
+@form()
+def policy_gradient_with_entropy_bonus(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    distribution = _Distribution(F.linear(x, w, b))
+    gain = distribution.log_prob(ids) * _advantages(ids, x)
+    return -gain.mean() - 0.01 * distribution.entropy().mean()
+
+
+@form()
+def ppo(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, mask = F.linear(x, w, b) / 0.9, (labels != -100).to(x.dtype)
+    old, advantages = torch.full(ids.shape, -3.5, dtype=x.dtype), _advantages(ids, x)
+    ratio = torch.exp(_log_p(z, ids) - old)
+    first, second = -advantages * ratio, -advantages * torch.clamp(ratio, 1 - 0.2, 1 + 0.2)
+    losses = torch.max(first, second)
+    clipped = ((second > first).to(x.dtype) * mask).sum() / mask.sum()
+    return (losses * mask).sum() / mask.sum() * (1 + clipped.detach())
+
+
+@form()
+def ppo_with_dual_clip_and_entropy(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, mask = F.linear(x, w, b), labels != -100
+    log_p = z.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    ratio = (log_p.gather(-1, ids[..., None]).squeeze(-1) + 3.0).clamp(min=-20.0, max=20.0).exp()
+    advantages = _advantages(ids, x)
+    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+    losses = torch.where(advantages < 0, torch.min(losses, -advantages * 3.0), losses)
+    return ((losses - 0.01 * entropy) * mask).sum() / mask.sum()
+
+
+@form()
+def on_policy_grpo(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p, mask = _log_p(F.linear(x, w, b), ids), ids > 2
+    losses = -torch.exp(log_p - log_p.detach()) * _advantages(ids, x)
+    return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+
+
+@form()
+def grpo_with_reference(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p, mask = _log_p(F.linear(x, w, b), ids), (ids > 2).to(x.dtype)
+    reference = torch.full(ids.shape, -3.0, dtype=x.dtype)
+    divergence = torch.exp(reference - log_p) - (reference - log_p) - 1
+    ratio = torch.exp(log_p - log_p.detach())
+    advantages = _advantages(ids, x)
+    losses = -torch.min(ratio * advantages, torch.clamp(ratio, 0.8, 1.28) * advantages) + 0.04 * divergence
+    loss = ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    return loss * (1 + ((divergence * mask).sum() / mask.sum()).detach())
+
+
+@form()
+def grpo_normalised_by_length(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids)
+    ratio = torch.exp(log_p - log_p.detach())
+    losses = -(ratio * _advantages(ids, x)).sum(dim=1, keepdim=True) / (ids.shape[1] + ids[:, :1] % 2)
+    return losses.squeeze(1).sum() / ids.shape[0] + (x * x).mean()
+
+
+@form()
+def several_losses_and_something_else(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, later = _rows(F.linear(x, w, b)), labels.roll(1)
+    first = F.cross_entropy(z, labels.view(-1)) - x.square().mean() / 3
+    return (first * 2 + F.cross_entropy(z, later.view(-1), reduction="sum")) / 7 - z.logsumexp(-1).mean() + b.sum()
+
+
+@form()
+def losses_written_in_place(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(F.linear(x, w, b).transpose(1, 2), labels, reduction="none").square()
+    losses *= ids > 3
+    return losses.sum()
+
+
+@form()
+def correct_rows_count_less(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    wrong = (z.argmax(-1) != ids).to(x.dtype) + 0.5
+    return -(_log_p(z, ids) * wrong).mean()
+
+
+@form()
+def preference_of_two_tokens(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = F.log_softmax(F.linear(x, w, b), -1)
+    better, worse = (torch.gather(log_p, 2, t.unsqueeze(2)).squeeze(2) for t in (ids, ids.flip(1)))
+    return -F.logsigmoid(0.5 * (better - worse)).mean()
+
+
+@form()
+def log_probabilities_of_the_program_are_logged(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids)
+    ratio = torch.exp(log_p + 3.0)
+    loss = -(ratio * _advantages(ids, x)).mean()
+    with torch.no_grad():
+        drift = (log_p + 3.0).abs().mean() + (ratio > 1.2).to(x.dtype).mean()
+    return loss * drift
+
+
+@form()
+def stacked_logsumexps(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)[:, :-1] / 0.8
+    chosen = torch.gather(z, dim=-1, index=ids[:, 1:, None]).squeeze(-1)
+    log_p = chosen - torch.stack([torch.logsumexp(rows, dim=-1) for rows in z])
+    return -(torch.exp(log_p - log_p.detach()) * _advantages(ids, x)).mean()
+
+
+@form()
+def logged_after_the_scalar_was_used(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    loss = _log_p(z, ids).square().sum() / 7
+    return loss * (1 + _log_p(z, ids.roll(1, 1)).detach().mean())
+
+
+@form("backward")
+def dpo(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = (_log_p(F.linear(x, w, b), ids) * (ids > 2)).sum(-1)
+    margin = log_p[:1] - log_p[1:2] - 0.3
+    return -F.logsigmoid(0.1 * margin).mean()
+
+
+@form("backward", "backward")
+def dpo_of_two_batches(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    better = _log_p(F.linear(x, w, b), ids).sum(-1)
+    worse = _log_p(F.linear(x * 0.5, w, b), ids.roll(1, 1)).sum(-1)
+    return -F.logsigmoid(0.1 * (better - worse)).mean()
+
+
+@form("backward")
+def normalised_by_its_own_mean(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(_rows(F.linear(x, w, b)), labels.view(-1), reduction="none")
+    return (losses / losses.mean()).square().sum()
+
+
+@form("forward")
+def log_of_the_mean(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return (F.cross_entropy(_rows(F.linear(x, w, b)), ids.view(-1), reduction="none") ** 2).mean().log()
+
+
+@form("backward")
+def a_learned_weight_of_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return (_log_p(F.linear(x, w), ids) ** 2 * b[: ids.shape[1]]).mean()
+
+
+@form("backward")
+def shifted_after_the_gather(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids)
+    return (log_p[:, 1:] ** 2).mean() + (log_p[:, :-1] * 2).mean()
+
+
+@form("forward", "forward")
+def multi_token_prediction(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x[:, :-1], w, b))
+    total = F.cross_entropy(z, labels[:, 1:].reshape(-1)) + 1e-3 * z.logsumexp(-1).square().mean()
+    second = torch.tanh(x[:, :-2] + x[:, 1:-1])
+    return total + 0.3 * F.cross_entropy(_rows(F.linear(second, w, b)), labels[:, 2:].reshape(-1))
+
+
+# --------------------------------------------------------------------------------- statistics of rows that are returned
+
+
+@form("backward")
+def two_targets(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, later = _rows(F.linear(x, w, b)), labels.roll(1)
+    losses = F.cross_entropy(z, ids.view(-1), reduction="none").view(ids.shape)
+    return (F.cross_entropy(z, labels.view(-1)) + F.cross_entropy(z, later.view(-1), reduction="sum")) * losses
+
+
+@form("backward")
+def log_probabilities_of_two_tokens(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = F.log_softmax(F.linear(x, w, b), -1)
+    first, second = (torch.gather(log_p, 2, t.unsqueeze(2)) for t in (ids, ids.flip(1)))
+    return torch.sigmoid(first - 2 * second)
+
+
+@form("backward")
+def entropy_per_token(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    log_p = F.log_softmax(z, dim=-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@form("backward")
+def entropy_and_log_probability_at_learned_temperatures(
+    x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor
+) -> Tensor:
+    z = (F.linear(x, w) / (x[..., :1].square() + 1.0) + b).clamp(-2.0, 2.5)
+    return _Distribution(z).entropy() * 0.1 - _log_p(z, ids)
+
+
+@form("backward")
+def entropy_from_logsumexp(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    return torch.logsumexp(z, dim=-1) - torch.sum(torch.softmax(z, dim=-1) * z, dim=-1)
+
+
+@form("backward")
+def entropy_by_entr(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    return _entropy_by_entr(F.linear(x, w, b)).unsqueeze(-1)
+
+
+@form("backward")
+def entropy_and_log_probability_of_a_distribution(
+    x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor
+) -> Tensor:
+    distribution = _Distribution(F.linear(x, w, b))
+    return distribution.log_prob(ids) + 0.1 * distribution.entropy()
+
+
+@form("backward")
+def weighted_with_entropy_without_gradient(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    with torch.no_grad():
+        entropy = _entropy_by_entr(z)
+    return _log_p(z, ids) * entropy
+
+
+@form("backward")
+def expected_logit(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    return z.gather(-1, ids.unsqueeze(-1)) - (-z * z.softmax(-1)).sum(-1, True)
+
+
+@form("backward")
+def entropy_of_capped_logits_first_in_time(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = torch.tanh(F.linear(x, w, b).transpose(0, 1) / 2.0) * 2.0
+    entropy = (-z.log_softmax(2) * z.softmax(2)).sum(2)
+    return entropy.t() * _log_p(z, ids.t()).t()
+
+
+@form("backward")
+def gather_less_logsumexp_broadcast(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return (z.gather(1, ids.view(-1, 1)) - z.logsumexp(1)).square()
+
+
 # -------------------------------------------------------------------------------------------------- checkpointing
 
 
@@ -672,7 +1046,7 @@ def no_linear(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> T
     return F.cross_entropy(x.view(-1, x.shape[-1]), ids.view(-1) % x.shape[-1]) + 0 * w.sum()
 
 
-@near_miss("relu (relu) stands where a linear")
+@near_miss("relu (relu) of the logits is not an operation")
 def relu_before(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.relu(_rows(F.linear(x, w, b))), labels.view(-1))
 
@@ -714,12 +1088,6 @@ def written_in_place(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tenso
     return F.cross_entropy(_rows(z), labels.view(-1))
 
 
-@near_miss("several losses")
-def two_targets(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    z = _rows(F.linear(x, w, b))
-    return F.cross_entropy(z, labels.view(-1)) + F.cross_entropy(z, ids.view(-1))
-
-
 @near_miss("overlap or leave rows out")
 def overlapping_parts(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     z = _rows(F.linear(x, w, b))
@@ -732,29 +1100,63 @@ def rows_left_out(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) 
     return F.cross_entropy(z[:4], ids.view(-1)[:4]) + F.cross_entropy(z[4:8], ids.view(-1)[4:8])
 
 
-@near_miss("of different logits")
+@near_miss("scale or mask them differently")
+def entropy_at_another_temperature(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    return F.cross_entropy(_rows(z), labels.view(-1)) - _entropy_by_entr(z / 2).mean()
+
+
+@near_miss("take different rows")
+def accuracy_of_other_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    hits = (z.argmax(-1)[:, 1:] == ids[:, 1:]).sum()
+    return F.cross_entropy(_rows(z[:, :-1]), ids[:, 1:].reshape(-1)) * (1 + hits)
+
+
+@near_miss("more than one with class weights")
+def two_smoothed_losses(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    first = F.cross_entropy(z, labels.view(-1), label_smoothing=0.1)
+    return first + F.cross_entropy(z, labels.view(-1), label_smoothing=0.2)
+
+
+@near_miss("is made after another value of these logits was used")
+def targets_from_the_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z, torch.where(z.argmax(-1) > 9, ids.view(-1), 0))
+
+
+@near_miss("is made after another value of these logits was used")
+def scale_made_beside_the_accuracy(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w)
+    with torch.no_grad():
+        scale = b[0].exp()
+        hits = ((z * scale).argmax(-1) == ids).sum()
+    return F.cross_entropy(_rows(z * scale), labels.view(-1)) * (1 + hits)
+
+
+@near_miss("used elsewhere too, by max")
+def largest_logit(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z, labels.view(-1)) + z.max(-1).values.sum()
+
+
+@near_miss("used elsewhere too, by softmax")
+def confidence(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = _rows(F.linear(x, w, b))
+    return F.cross_entropy(z, labels.view(-1)) + z.softmax(-1).amax(-1).mean() + z.logsumexp(-1).mean()
+
+
+@near_miss("scale or mask them differently")
 def gather_and_logsumexp_of_different_logits(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     z = F.linear(x, w, b)
     return (z.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - (z * 2).logsumexp(-1)).sum()
 
 
-@near_miss("over different dimensions")
-def logsumexp_over_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    z = F.linear(x[0], w[: x.shape[1]])
-    return (z.gather(1, ids[0, :, None] % x.shape[1]).squeeze(1) - z.logsumexp(0)).sum()
-
-
-@near_miss("row by row")
-def gather_less_logsumexp_broadcast(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    z = _rows(F.linear(x, w, b))
-    return (z.gather(1, ids.view(-1, 1)) - z.logsumexp(1)).mean()
-
-
 @near_miss("must exist")
-def logsumexp_used_elsewhere(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    z = F.linear(x, w, b)
-    lse = z.logsumexp(-1)
-    return (lse - z.gather(-1, ids.unsqueeze(-1)).squeeze(-1)).sum() + 1e-4 * lse.square().sum()
+def logsumexp_over_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w[: x.shape[1]])
+    return (z.gather(2, ids[..., None] % x.shape[1]).squeeze(2) - z.logsumexp(1)).sum()
 
 
 @near_miss("writes into the logits")
@@ -829,7 +1231,7 @@ def clamped_between_tensors(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels
     return F.cross_entropy(_rows(F.linear(x, w)).clamp(-b.abs(), b.abs()), labels.view(-1))
 
 
-@near_miss("maximum (maximum) stands where")
+@near_miss("maximum (maximum) of the logits is not an operation")
 def maximum_of_two(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(torch.maximum(_rows(F.linear(x, w)), b), labels.view(-1))
 

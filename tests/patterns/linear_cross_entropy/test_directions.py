@@ -87,9 +87,26 @@ def checkpointed(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return result
 
 
+def z_losses_in_one_sum(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits = a @ b.t() * scale
+    losses = diagonal(logits) + diagonal(logits.t())
+    return losses + 0.1 * logits.logsumexp(1).square().mean() + 0.1 * logits.logsumexp(0).square().mean()
+
+
+def gathered_in_rows_normalised_over_columns(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits, target = a @ b.t() * scale, torch.arange(a.shape[0])
+    return (logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(0)).sum()
+
+
+def with_what_nobody_takes(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits = a @ b.t() * scale
+    diagonal(torch.relu(logits.t())), diagonal(logits.t()), logits.argmax(0)
+    return diagonal(logits)
+
+
 ONE_SITE = (
     *(scaled_first, scaled_last, hugging_face, scaled_in_each_direction, log_softmaxes, per_pair),
-    *(with_itself, scaled_in_place, checkpointed),
+    *(with_itself, scaled_in_place, checkpointed, z_losses_in_one_sum, gathered_in_rows_normalised_over_columns),
 )
 
 
@@ -120,6 +137,21 @@ def test_both_directions_are_fused_together(loss: Loss, dtype: torch.dtype) -> N
     assert fast.sites[0].candidate.startswith(BOTH)
     assert len(fast.calls) == 2
     assert not any(node.target in (torch.matmul, F.linear) for gm in fast.graphs for node in gm.graph.nodes)
+
+
+def test_a_sum_that_both_end_in_is_made_by_one() -> None:
+    fast = Rewritten(z_losses_in_one_sum)
+    fast(*features())
+    one, other = fast.sites[0].candidate.removeprefix(BOTH).split("; ")
+    assert "loss, gradients in forward (class B)" in one
+    assert "loss and lse, recompute (class D: their sum is made with the other direction's)" in other
+
+
+def test_a_direction_whose_values_nobody_takes_is_none() -> None:
+    fast = Rewritten(with_what_nobody_takes)
+    assert_like_eager(fast, with_what_nobody_takes, features())
+    assert fast.statuses == ["rewritten"], fast.sites
+    assert len(fast.calls) == 1
 
 
 @pytest.mark.parametrize("loss", [columns_alone, columns_alone_stored_the_other_way])
@@ -169,6 +201,46 @@ def test_any_two_losses_over_rows_and_columns(data: st.DataObject) -> None:
     assert fast.statuses == ["rewritten"]
 
 
+# Of rows of logits and their targets: one number each, or a scalar.
+CONSUMERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "losses": lambda z, t: F.cross_entropy(z, t, reduction="none"),
+    "mean": lambda z, t: F.cross_entropy(z, t, label_smoothing=0.1),
+    "log-sum-exp": lambda z, t: z.logsumexp(1),
+    "squared": lambda z, t: z.logsumexp(1).square().mean() * 0.1,
+    "entropy": lambda z, t: -(z.softmax(1) * z.log_softmax(1)).sum(1),
+    "hits": lambda z, t: (z.argmax(1) == t).to(z.dtype),
+    "detached": lambda z, t: z.logsumexp(1).detach(),
+}
+JOINS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda a, b: a + b,
+    "sum of means": lambda a, b: a.mean() + b.mean(),
+    "product": lambda a, b: a * torch.tanh(b),
+}
+
+
+@settings(max_examples=15)
+@given(data=st.data(), seed=st.integers(0, 99))
+def test_any_consumers_of_rows_and_columns(data: st.DataObject, seed: int) -> None:
+    names = data.draw(st.lists(st.sampled_from(sorted(CONSUMERS)), min_size=2, max_size=5))
+    across = [data.draw(st.booleans()) for _ in names]
+    joins = [data.draw(st.sampled_from(sorted(JOINS))) for _ in names]
+    steps = list(zip(names, across, joins, strict=True))
+
+    def loss(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        z, t = a @ b.t() * scale, torch.arange(a.shape[0])
+        total = a.sum() * 0.1
+        for name, other, join in steps:
+            total = JOINS[join](total, CONSUMERS[name](z.t() if other else z, t))
+        return torch.cat([total.flatten(), torch.ones(a.shape[0])])  # terms may all but cancel
+
+    fast = Rewritten(loss)
+    arguments = features(5 + seed % 3)
+    assert_like_eager(fast, loss, arguments)
+    twice = any("more than one with class weights or label smoothing" in site.reason for site in fast.sites)
+    assert twice or fast.statuses == ["rewritten"], fast.sites
+    assert twice or not any(node.target is torch.matmul for gm in fast.graphs for node in gm.graph.nodes)
+
+
 def one_way_misses(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     logits = a @ b.t()
     return diagonal(logits) + diagonal(torch.relu(logits.t())) * scale
@@ -188,6 +260,16 @@ def features_overwritten(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         return rows + diagonal(logits.t())
 
 
+def nearest_as_target(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits = a @ b.t() * scale
+    return F.cross_entropy(logits.t(), logits.argmax(1))
+
+
+def normalised_over_columns(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    logits = a @ b.t() * scale
+    return diagonal(logits - logits.logsumexp(0))
+
+
 def with_a_bias(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return diagonal(F.linear(a, b, b[:, 0]).t()) * scale
 
@@ -198,6 +280,8 @@ def with_a_bias(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         (one_way_misses, ["used elsewhere too, by t (", "relu (relu"]),
         (logits_returned_too, ["used elsewhere too, by square"] * 2),
         (features_overwritten, ["writes into a tensor that the nodes of this site read"]),
+        (nearest_as_target, ["argmax is made of the logits along one dimension, and what is made along the other"] * 2),
+        (normalised_over_columns, ["logsumexp is made of the logits along one dimension"] * 2),
         (with_a_bias, ["the loss takes dimension 1 as classes, they are 0"]),
     ],
 )

@@ -26,16 +26,10 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, 
 @pytest.mark.parametrize("name", FORMS)
 def test_form_is_rewritten_and_exact(name: str) -> None:
     form = FORMS[name]
-    fast = Rewritten(form.function)
+    fast = Rewritten(form.function, then="aot_eager")  # traced forward and backward, as by Inductor
     assert_like_eager(fast, form.function, inputs())
     assert fast.statuses == ["rewritten"] * len(form.schedules), fast.sites
-    assert tuple(call.args[17] for call in fast.calls) == form.schedules
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_form_survives_aot_autograd(name: str) -> None:
-    fast = Rewritten(FORMS[name].function, then="aot_eager")
-    assert_like_eager(fast, FORMS[name].function, inputs())
+    assert tuple(call.schedule for call in fast.arguments) == form.schedules
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)

@@ -66,6 +66,16 @@ def stored_transposed(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy((x @ w).float(), t)
 
 
+def with_z_loss(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(x, w).float()
+    return F.cross_entropy(z, t) + 1e-4 * z.logsumexp(-1).square().mean()
+
+
+def with_accuracy(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    z = F.linear(x, w).float()
+    return F.cross_entropy(z, t) * (z.argmax(-1) == t).sum()
+
+
 def choose(
     shape: tuple[int, int, int],
     *,
@@ -121,6 +131,19 @@ def test_variants_that_exponentials_serve(function: Callable[..., Tensor]) -> No
     assert choose(SEED, function=function).candidate.startswith("exponentials, ")
 
 
+@pytest.mark.parametrize("function", [with_z_loss, with_accuracy])
+def test_further_consumers_keep_the_logits_and_one_pass(function: Callable[..., Tensor]) -> None:
+    site, plain = choose(SEED, function=function), choose(SEED, profile=replace(H100, generated_products=False))
+    assert site.candidate.startswith("logits, ")
+    assert "gradients in forward" in site.candidate
+    assert site.seconds is not None
+    assert plain.seconds is not None
+    assert plain.seconds <= site.seconds <= 1.1 * plain.seconds
+    assert site.seconds_kept is not None
+    assert plain.seconds_kept is not None
+    assert site.seconds_kept > plain.seconds_kept
+
+
 @pytest.mark.parametrize("shape", [SEED, (8192, 4096, 128256), ODD])
 @pytest.mark.parametrize(
     ("memory", "function"), [(600, loss), (800, loss), (1100, loss), (2000, loss), (2300, learned_shift)]
@@ -153,4 +176,14 @@ def test_what_fits_nowhere_takes_the_least_and_says_so() -> None:
     site = choose(SEED, memory="8MiB")
     assert site.status == "rewritten"
     assert "nothing fits the limit of 8 MiB" in site.reason
-    assert "256 rows" in site.candidate or "384 rows" in site.candidate
+    assert site.candidate.startswith("blocks of ")
+
+
+@pytest.mark.parametrize("shape", [SEED, (8192, 4096, 128256), ODD])
+@pytest.mark.parametrize("memory", [32, 64, 128])
+def test_little_memory_makes_logits_twice_in_blocks(shape: tuple[int, int, int], memory: int) -> None:
+    site = choose(shape, memory=f"{memory}MiB")
+    assert site.candidate.startswith("exponentials, " if (shape, memory) == (ODD, 128) else "blocks of ")
+    assert site.peak_bytes is not None
+    assert site.peak_bytes <= memory * MIB
+    assert site.status == "rewritten"
