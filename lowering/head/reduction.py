@@ -41,7 +41,7 @@ def row_coefficients(
         largest = largest * weight.abs().amax()
     if isinstance(largest, float) and largest in (0.0, 1.0):
         return None, factor
-    largest = torch.as_tensor(largest, dtype=factor.dtype, device=factor.device)
+    largest = torch.full_like(factor, largest) if isinstance(largest, float) else largest.to(factor.dtype)
     largest = torch.where(largest > 0, largest, one)
     return (one if weight is None else weight).expand(rows) / largest, factor * largest
 
