@@ -205,6 +205,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
     chosen = parse_arguments(arguments)
+    torch._dynamo.config.recompile_limit = 64  # the providers compile one function
     console = Console(width=None if sys.stdout.isatty() else 150)
     rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
     console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")

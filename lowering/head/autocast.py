@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 from structfly.lowering.head.linear import DEVICES
 
 _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast is off on ``device``; where it is already, nothing is switched, which takes the host time."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def register_autocast(name: str, arguments: Any, multiplied: Sequence[str], op: Callable[..., Any]) -> None:

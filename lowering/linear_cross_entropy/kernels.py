@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structfly.lowering.head.autocast import without_autocast
 from structfly.lowering.head.linear import Wanted, allocate_gradients
 from structfly.lowering.head.reduction import finished, statistic_coefficients
 from structfly.lowering.linear_cross_entropy.arguments import Arguments, Outputs
@@ -47,7 +48,7 @@ def forward(*arguments: Any) -> Outputs:
     call = Arguments(*arguments)
     check(call)
     head, wanted = call.head, call.wanted_in_forward
-    with torch.autocast(call.x.device.type, enabled=False):
+    with without_autocast(call.x.device):
         rows = Weighing(call, head)
         if call.scheme != "logits":
             made = _run_generated(call, head, rows, wanted)
@@ -91,7 +92,7 @@ def backward(
     call = Arguments(*arguments)._replace(statistics="")  # nothing but what the gradients need is made again
     head, wanted = call.head, call.wanted
     others = (grad_lse, grad_entropy, grad_chosen)
-    with torch.autocast(call.x.device.type, enabled=False):
+    with without_autocast(call.x.device):
         rows = Weighing(call, head, grad_loss)
         if call.scheme != "logits":
             gradients, rest = _run_generated(call, head, rows, wanted).gradients, rows.coefficients[1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from structfly.errors import StructflyError
+from structfly.lowering.head.autocast import without_autocast
 from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.head.reduction import finished, reduced, row_coefficients, upstream_coefficients
@@ -102,7 +103,7 @@ def _weights(call: Arguments) -> tuple[Tensor | None, Tensor]:
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
     _check(call)
-    with torch.autocast(call.x.device.type, enabled=False):
+    with without_autocast(call.x.device):
         weight, count = _weights(call)
         coefficient, rest = row_coefficients(call.student, weight, count)
         losses, gradients = _run(call, coefficient, call.wanted_in_forward)
@@ -114,7 +115,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Arguments(*arguments)
-    with torch.autocast(call.x.device.type, enabled=False):
+    with without_autocast(call.x.device):
         weight, count = _weights(call)
         coefficient, rest = upstream_coefficients(call.student, call.reduction, weight, count, grad_loss)
         _, gradients = _run(call, coefficient, call.wanted)

@@ -37,7 +37,7 @@ def test_as_accurate_as_the_reference(call: Arguments) -> None:
     "options",
     [
         {"classes": 500},
-        {"classes": 700, "class_weight": True, "label_smoothing": 0.1},
+        {"classes": 700, "class_weight": True, "label_smoothing": 0.9},
         {"classes": 700, "cut": 5, "ignored": 0.7},
         {"classes": 700, "epilogue": "div:3.0,tanh,mul:3.0", "class_mask": True},
     ],

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structfly.errors import StructflyError
+from structfly.lowering.linear_cross_entropy import smoothing
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from tests.lowering.linear_cross_entropy.cases import leaves_of, run, run_reference
@@ -52,6 +53,13 @@ def test_gradients_are_little_more_than_rounded(options: dict[str, Any]) -> None
         assert wanted is not None
         rounded = wanted.bfloat16()
         assert errors(made, wanted)[0] <= 1.05 * errors(rounded, wanted)[0]
+
+
+@pytest.mark.parametrize("class_weight", [False, True])
+def test_sums_of_label_smoothing_in_parts(class_weight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoothing, "_SUMMED_ROWS", 16)
+    monkeypatch.setattr(smoothing, "_UPCAST_ROWS", 16)
+    check(exponentials(rows=40, classes=50, bias=True, frozen={"bias"}, label_smoothing=0.3, class_weight=class_weight))
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e30])
