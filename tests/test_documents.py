@@ -79,6 +79,8 @@ README, DIVERGENCE = ROOT / "README.md", ROOT / "docs" / "linear_divergence.md"
             "MiB",
         ),
         (README, "the same: time", "linear_cross_entropy_h100", "16384x2048x131072", "time_s", "ms"),
+        (README, "65536 tokens", "linear_cross_entropy_large_h100", "65536x2048x131072", MEMORY, "MiB"),
+        (README, "the same: time", "linear_cross_entropy_large_h100", "65536x2048x131072", "time_s", "ms"),
         (
             README,
             "50257 classes",
