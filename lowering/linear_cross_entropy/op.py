@@ -12,6 +12,8 @@ Two schedules:
   ``reduction="none"``, statistics that are differentiated, and checkpointed regions, where a forward runs twice and
   gradients made there would be thrown away.  It saves the inputs and nothing else: a chunk holds whole rows, so their
   normaliser is at hand when needed.
+
+The scheme "blocks" makes the logits once more than that where it makes gradients.
 """
 
 from __future__ import annotations

@@ -416,12 +416,21 @@ def test_autocast_runs_the_products_in_its_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "forward", "backward"), [("forward", 3, 0), ("backward", 1, 3)], ids=["6NHC", "8NHC"]
+    ("scheme", "schedule", "forward", "backward"),
+    [
+        ("logits", "forward", 3, 0),
+        ("logits", "backward", 1, 3),
+        ("blocks", "forward", 4, 0),
+        ("blocks", "backward", 1, 4),
+    ],
+    ids=["6NHC", "8NHC", "8NHC in blocks", "10NHC in blocks"],
 )
-def test_flop_count(schedule: str, forward: int, backward: int) -> None:
+@pytest.mark.filterwarnings("ignore:.*overflow.*:RuntimeWarning")
+def test_flop_count(scheme: str, schedule: str, forward: int, backward: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    call = make_call(schedule=schedule)
+    dtype = torch.float32 if scheme == "logits" else torch.bfloat16
+    call = make_call(scheme=scheme, schedule=schedule, dtype=dtype)
     product = 2 * 13 * 8 * 37
     with FlopCounterMode(display=False) as counter:
         loss = run(call, *leaves_of(call))
