@@ -78,6 +78,10 @@ def check_constant(name: str, tensor: Tensor | None, remedy: str) -> None:
         raise ArgumentError(f"{name} requires a gradient, which the op does not make; allowed: without; {remedy}")
 
 
+def check_reduction(reduction: str) -> None:
+    check_name("reduction", reduction, ("none", "sum", "mean"))
+
+
 def check_name(name: str, value: str, allowed: Sequence[str]) -> None:
     """A name must be one of those."""
     if value not in allowed:

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from structfly.errors import ArgumentError
-from structfly.lowering.head.linear import Wanted
 from structfly.lowering.head.vmap import one_by_one
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the fused op
 from structfly.lowering.linear_cross_entropy.arguments import NAME as FUSED
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy as fused
 from structfly.ops import checks
-from structfly.ops.plan import CalledCrossEntropy, number, plan, row_of
+from structfly.ops.plan import CalledCrossEntropy, head_fields, plan, softcap_steps
 
 # The first version goes up with any change of the schema or of what it means.  The second is the fused op's: a compile
 # cache knows a call by this name alone, and keeps what it was composed of.
 NAME = f"structfly::called_v1_{FUSED.removeprefix('structfly::')}"
-_REDUCTIONS = ("none", "sum", "mean")
 
 
 def linear_cross_entropy(
@@ -45,7 +43,8 @@ def linear_cross_entropy(
     ``cross_entropy(cap(logit_scale * (input @ weight.t() + bias)), target)``.
 
     Its gradients are made beside the loss, 6NHV operations for N rows, H hidden units and V classes; 8NHV, in backward,
-    with ``reduction="none"`` or ``recompute``.  Scheme and chunk length are chosen as the backend chooses them.
+    with ``reduction="none"`` or ``recompute``; 2NHV more where little ``loss_memory`` is given and the logits are made
+    in blocks.  Scheme and chunk length are chosen as the backend chooses them.
 
     Args:
         input: (..., H) hidden states, N of them; float32, float64, bfloat16 or float16, on a CPU or CUDA device.
@@ -61,7 +60,7 @@ def linear_cross_entropy(
             what multiplying the losses of "none" would cost: gradients are still made beside the loss.
         logit_scale: a number, or a tensor () that may be learned.
         softcap: c of ``cap(z) = c tanh(z / c)``, None for none.
-        loss_memory: bytes that a chunk may take, an int or as in "512MiB"; None chooses: see
+        loss_memory: bytes that may be taken besides inputs and gradients, an int or as in "512MiB"; None chooses: see
             docs/linear_cross_entropy.md.
         recompute: make the gradients in backward; for calls inside activation checkpoints, whose forward runs twice.
 
@@ -75,7 +74,8 @@ def linear_cross_entropy(
         IndexError: a target is out of range (on CUDA devices the program fails, as torch's own cross_entropy does).
 
     Under autocast the linear runs in its dtype, as torch's does; under torch.vmap entry after entry.  The method is
-    that of Liger Kernel (Hsu et al. 2024); the scheme of exponentials, on Hopper GPUs, is this project's own.
+    that of Liger Kernel (Hsu et al. 2024); the schemes of exponentials and blocks, on Hopper GPUs, are
+    this project's own.
     """
     learned = isinstance(logit_scale, Tensor)
     result: Tensor = _OP(
@@ -130,7 +130,7 @@ def _composed(
     checks.check_shape("target", target, input.shape[:-1], "one class for each row of input")
     checks.check_shape("class_weight", class_weight, weight.shape[:1], "one number a class")
     checks.check_shape("logit_scale", learned_scale, (), "one number; use logit_scale.squeeze()")
-    checks.check_name("reduction", reduction, _REDUCTIONS)
+    checks.check_reduction(reduction)
     checks.check_row_weight(row_weight, target.shape, reduction)
     checks.check_constant("class_weight", class_weight, "torch's cross_entropy gives it none either; detach it")
     checks.check_number("logit_scale", logit_scale)
@@ -142,29 +142,11 @@ def _composed(
             f"target is {target.dtype}; allowed: integers; for probabilities use structfly.ops.linear_divergence with "
             "kind='cross_entropy'"
         )
-    dtype = checks.products_dtype(linear)
-    differentiable = (input, weight, bias, None, None, *(() if learned_scale is None else (learned_scale,)))
-    enabled = torch.is_grad_enabled()
-    gradients = Wanted.of([enabled and tensor is not None and tensor.requires_grad for tensor in differentiable])
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    per_row = "per-token losses have no common upstream factor" if reduction == "none" else ""
     steps = _steps(learned_scale, logit_scale, softcap)
-    chosen = plan(
-        CalledCrossEntropy(
-            row_number=number(input, input.shape[:-1]),
-            hidden_number=number(weight, weight.shape[1:]),
-            class_number=number(weight, weight.shape[:1]),
-            dtype=dtype,
-            gradients=gradients,
-            coefficient_class="D" if reduction == "none" else "A",
-            recompute="asked for" if recompute else per_row,
-            chain=steps,
-            weight_row=row_of(weight),
-            label_smoothing=label_smoothing,
-        ),
-        input.device,
-        checks.memory_limit(loss_memory),
-    )
+    learned = [] if learned_scale is None else [learned_scale]
+    fields = head_fields(linear, learned, steps, reduction, recompute=recompute)
+    called = CalledCrossEntropy(**fields, label_smoothing=label_smoothing)
+    chosen = plan(called, input.device, checks.memory_limit(loss_memory))
     call = Arguments(
         x=input.reshape(-1, input.shape[-1]),
         weight=weight,
@@ -177,7 +159,7 @@ def _composed(
         adapter_weight=None,
         adapter_scale=1.0,
         epilogue=steps,
-        operands=[] if learned_scale is None else [learned_scale],
+        operands=learned,
         num_classes=weight.shape[0],
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -185,8 +167,8 @@ def _composed(
         statistics="",
         row_loss="",
         row_operands=[],
-        loss_dtype=wide,
-        gradients=gradients.flags,
+        loss_dtype=called.loss_dtype,
+        gradients=called.gradients.flags,
         schedule=chosen.schedule,
         scheme=chosen.scheme,
         workspace=chosen.workspace,
@@ -199,8 +181,7 @@ def _composed(
 def _steps(learned_scale: Tensor | None, logit_scale: float, softcap: float | None) -> str:
     """The pointwise chain as the op takes it."""
     scale = "mul:scalar0" if learned_scale is not None else f"mul:{logit_scale!r}" if logit_scale != 1.0 else ""
-    cap = "" if softcap is None else f"div:{softcap!r},tanh,mul:{softcap!r}"
-    return ",".join(filter(None, (scale, cap)))
+    return ",".join(filter(None, (scale, softcap_steps(softcap))))
 
 
 _OP = getattr(torch.ops.structfly, NAME.removeprefix("structfly::")).default

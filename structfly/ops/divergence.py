@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from structfly.errors import ArgumentError
-from structfly.lowering.head.linear import DTYPES, Wanted
+from structfly.lowering.head.linear import DTYPES
 from structfly.lowering.head.vmap import one_by_one
 from structfly.lowering.linear_divergence import transforms as _transforms  # noqa: F401  registers the fused op
 from structfly.lowering.linear_divergence.arguments import NAME as FUSED
@@ -14,7 +14,7 @@ from structfly.lowering.linear_divergence.arguments import Arguments
 from structfly.lowering.linear_divergence.op import linear_divergence as fused
 from structfly.lowering.linear_divergence.rows import KINDS, TEACHER_FORMS
 from structfly.ops import checks
-from structfly.ops.plan import CalledDivergence, number, plan, row_of
+from structfly.ops.plan import CalledDivergence, head_fields, number, plan, softcap_steps
 
 # The first version goes up with any change of the schema or of what it means.  The second is the fused op's: a compile
 # cache knows a call by this name alone, and keeps what it was composed of.
@@ -72,7 +72,7 @@ def linear_divergence(
         label_smoothing: in [0, 1]; only for "cross_entropy".
         reduction: "mean" over rows ("batchmean" of torch's kl_div), "sum" or "none".
         row_weight: (...) weights of the rows, without gradient; only with ``reduction="sum"``.
-        loss_memory: bytes that a chunk may take, an int or as in "512MiB"; None chooses.
+        loss_memory: bytes that may be taken besides inputs and gradients, an int or as in "512MiB"; None chooses.
         recompute: make the gradients in backward; for calls inside activation checkpoints, whose forward runs twice.
 
     The teacher is a constant: none of its tensors may require a gradient where gradients are enabled.  0 log 0 is 0.
@@ -146,12 +146,9 @@ def _composed(
     rows, classes = input.shape[:-1], weight.shape[0]
     checks.check_weight("weight", weight, "input", input)
     checks.check_shape("bias", bias, (classes,), "one number a class")
-    for name, value, allowed in (
-        ("kind", kind, KINDS),
-        ("teacher_form", teacher_form, TEACHER_FORMS),
-        ("reduction", reduction, ("none", "sum", "mean")),
-    ):
-        checks.check_name(name, value, allowed)
+    checks.check_name("kind", kind, KINDS)
+    checks.check_name("teacher_form", teacher_form, TEACHER_FORMS)
+    checks.check_reduction(reduction)
     checks.check_row_weight(row_weight, rows, reduction)
     for name, cap in (("temperature", temperature), ("softcap", softcap), ("teacher_softcap", teacher_softcap)):
         if cap is not None:
@@ -167,34 +164,18 @@ def _composed(
         )
     for name, tensor in {**teachers, "teacher": teacher}.items():
         checks.check_constant(name, tensor, f"pass {name}.detach()")
-    dtype = checks.products_dtype(linear)
     teacher_dtype = _check_teacher(teacher, teacher_form, teacher_softcap, teachers, input, classes)
-    enabled = torch.is_grad_enabled()
-    differentiable = (input, weight, bias, None, None)
-    gradients = Wanted.of([enabled and tensor is not None and tensor.requires_grad for tensor in differentiable])
-    per_row = "per-row divergences have no common upstream factor" if reduction == "none" else ""
     steps, teacher_steps = _steps(softcap, temperature), _steps(teacher_softcap, temperature)
     given_rows = teacher is not None and teacher.stride(-1) == 1
-    chosen = plan(
-        CalledDivergence(
-            row_number=number(input, rows),
-            hidden_number=number(weight, weight.shape[1:]),
-            class_number=number(weight, weight.shape[:1]),
-            dtype=dtype,
-            gradients=gradients,
-            coefficient_class="D" if reduction == "none" else "A",
-            recompute="asked for" if recompute else per_row,
-            chain=steps,
-            weight_row=row_of(weight),
-            kind_name=kind,
-            teacher_given=teacher is not None,
-            teacher_dtype=teacher_dtype,
-            teacher_bytes=0 if given_rows else teacher_dtype.itemsize,
-            teacher_hidden_number=0 if teacher_weight is None else number(teacher_weight, teacher_weight.shape[1:]),
-        ),
-        input.device,
-        checks.memory_limit(loss_memory),
+    called = CalledDivergence(
+        **head_fields(linear, (), steps, reduction, recompute=recompute),
+        kind_name=kind,
+        teacher_given=teacher is not None,
+        teacher_dtype=teacher_dtype,
+        teacher_bytes=0 if given_rows else teacher_dtype.itemsize,
+        teacher_hidden_number=0 if teacher_weight is None else number(teacher_weight, teacher_weight.shape[1:]),
     )
+    chosen = plan(called, input.device, checks.memory_limit(loss_memory))
     call = Arguments(
         x=input.reshape(-1, input.shape[-1]),
         weight=weight,
@@ -215,8 +196,8 @@ def _composed(
         beta=beta,
         label_smoothing=label_smoothing,
         reduction=reduction,
-        loss_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-        gradients=gradients.flags,
+        loss_dtype=called.loss_dtype,
+        gradients=called.gradients.flags,
         schedule=chosen.schedule,
         workspace=chosen.workspace,
         autocast=True,
@@ -273,8 +254,7 @@ def _check_teacher(
 
 def _steps(softcap: float | None, temperature: float) -> str:
     """The pointwise chain as the op takes it."""
-    cap = "" if softcap is None else f"div:{softcap!r},tanh,mul:{softcap!r}"
-    return ",".join(filter(None, (cap, "" if temperature == 1.0 else f"div:{temperature!r}")))
+    return ",".join(filter(None, (softcap_steps(softcap), "" if temperature == 1.0 else f"div:{temperature!r}")))
 
 
 _OP = getattr(torch.ops.structfly, NAME.removeprefix("structfly::")).default

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypedDict
 
 import sympy
 import torch
@@ -16,6 +17,7 @@ from structfly.config import SiteSettings
 from structfly.lowering.device_profile import device_profile
 from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
 from structfly.lowering.head.linear import Wanted
+from structfly.ops.checks import products_dtype
 from structfly.patterns.head.menu import FusedCandidate, contiguous_row
 from structfly.patterns.linear_cross_entropy.menu import head_menu
 from structfly.patterns.linear_divergence.menu import divergence_menu
@@ -42,6 +44,10 @@ class CalledHead(ABC):
     recompute: str
     chain: str
     weight_row: int
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def rows(self) -> sympy.Expr:
@@ -120,6 +126,48 @@ class CalledDivergence(CalledHead):
         return divergence_menu(self, profile, settings)
 
 
+class HeadFields(TypedDict):
+    """The fields of :class:`CalledHead` that every function has."""
+
+    row_number: int
+    hidden_number: int
+    class_number: int
+    dtype: torch.dtype
+    gradients: Wanted
+    coefficient_class: str
+    recompute: str
+    chain: str
+    weight_row: int
+
+
+def head_fields(
+    linear: Mapping[str, Tensor | None], learned: Sequence[Tensor], chain: str, reduction: str, *, recompute: bool
+) -> HeadFields:
+    """Of a call whose ``linear`` has input, weight and bias, and whose chain has ``learned`` operands."""
+    input, weight, bias = linear["input"], linear["weight"], linear["bias"]
+    assert input is not None
+    assert weight is not None
+    enabled = torch.is_grad_enabled()
+    differentiable = (input, weight, bias, None, None, *learned)
+    per_row = "losses of single rows have no common upstream factor" if reduction == "none" else ""
+    return HeadFields(
+        row_number=number(input, input.shape[:-1]),
+        hidden_number=number(weight, weight.shape[1:]),
+        class_number=number(weight, weight.shape[:1]),
+        dtype=products_dtype(linear),
+        gradients=Wanted.of([enabled and tensor is not None and tensor.requires_grad for tensor in differentiable]),
+        coefficient_class="D" if reduction == "none" else "A",
+        recompute="asked for" if recompute else per_row,
+        chain=chain,
+        weight_row=number(weight, [contiguous_row(weight)]),
+    )
+
+
+def softcap_steps(softcap: float | None) -> str:
+    """A softcap as the ops' chains have it."""
+    return "" if softcap is None else f"div:{softcap!r},tanh,mul:{softcap!r}"
+
+
 def number(tensor: Tensor, sizes: Sequence[int]) -> int:
     """The product of ``sizes``, which are those of ``tensor``, at their example values; adds no guard."""
     result = 1
@@ -127,11 +175,6 @@ def number(tensor: Tensor, sizes: Sequence[int]) -> int:
         plain = isinstance(size, int)
         result *= size if plain else int(at_sizes(compat.expression(size), compat.size_hints(tensor)))
     return result
-
-
-def row_of(weight: Tensor) -> int:
-    """``weight_row`` at its example value."""
-    return number(weight, [contiguous_row(weight)])
 
 
 @lru_cache(maxsize=1024)
