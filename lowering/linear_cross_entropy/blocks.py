@@ -6,7 +6,7 @@ logits is made again, this time with dz = c f' (p - [v = t]) in the product's ep
     dx += dz W,    dW += dz^T x,
 
 8NHC operations in all.  Blocks of the same classes follow one another, so that what the sums hold beside the gradients
-themselves (:mod:`~structfly.lowering.linear_cross_entropy.weight_sum` says what) is of these classes alone for dW, and
+themselves (:mod:`~structfly.lowering.linear_cross_entropy.sums` says what) is of these classes alone for dW, and
 of all rows for dx.  The idea of making the logits twice and never storing a row of them is that of Cut Cross-Entropy
 (Wijmans et al. 2024); here nothing is filtered and no sum depends on an order.
 
@@ -21,7 +21,7 @@ are spread to where they belong, from the last to the first, so that none is ove
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,9 +31,10 @@ from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
 from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass, power_of_two
-from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, BlockSizes, block_sizes, low_stride
+from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES, BlockSizes, block_sizes, low_stride
+from structfly.lowering.linear_cross_entropy.sums import new_plane, sum_product
 from structfly.lowering.side_stream import SideStream
-from structfly.lowering.template import Parameter, load, render
+from structfly.lowering.template import load, render
 
 _COLUMNS, _ROWS = 1024, 4  # of a class, that a program takes at a time
 
@@ -47,17 +48,16 @@ def run_blocks(
     if not rows:
         return head.x.new_zeros(0, dtype=torch.float32), None if wanted is None else _zeros(head, wanted)
     device = head.x.device
-    tiles = WEIGHT_TILES[device.type]
+    tiles = SUM_TILES[device.type]
     sizes = block_sizes(rows, hidden, head.num_classes, workspace, processors=programs_on(device), tiles=tiles)
     with on_device(device):
         each = RowPass(head, coefficients, sizes.rows, "" if wanted is None else "rows")
-        for start in each.starts:
-            each(start)
-        each.check_targets()
+        each.do_all()
         gradients = None
         if wanted is not None:
             gradients = _zeros(head, wanted)
             _Run(each, wanted, gradients, sizes).run()
+        each.check_targets()
     return each.losses, gradients
 
 
@@ -78,7 +78,6 @@ class _Run:
         self.dx, self.dw, self.out = gradients.x, gradients.weight, gradients.x
         if wanted.x and self.dx.stride(1) != 1:  # the products write whole rows
             self.dx = torch.zeros_like(self.dx, memory_format=torch.contiguous_format)
-        self.tiles = WEIGHT_TILES[self.device.type]
         self.hidden, self.classes = each.x.shape[1], each.head.num_classes
         each.release()
         chunk = sizes.rows * self.hidden
@@ -122,7 +121,7 @@ class _Run:
 
     def _needed(self, length: int, width: int) -> int:
         """Elements of a buffer for a block and its classes' lower plane."""
-        return length * width + width * low_stride(self.hidden, self.tiles) // 2
+        return length * width + width * low_stride(self.hidden, SUM_TILES[self.device.type]) // 2
 
     def _add(self, classes: range, length: int, x: Tensor, buffer: Tensor | None = None) -> None:
         """Add the blocks of these classes to both sums, ``length`` rows at a time.
@@ -131,7 +130,7 @@ class _Run:
         """
         live, width, of_chunk = self.rows.count, classes.step, buffer is None
         buffer = self.buffer[self.chunk.numel() :] if buffer is None else buffer
-        block_of, low = buffer[: length * width].view(length, width), buffer[length * width :].view(torch.uint8)
+        block_of, plane = buffer[: length * width].view(length, width), buffer[length * width :].view(torch.uint8)
         take = self._take(x) if of_chunk else None
         beside = SideStream(self.device, used=self.wanted.x and self.wanted.weight)
         if self.wanted.weight:
@@ -142,7 +141,7 @@ class _Run:
             dz = block_of[:, : part.stop - first]
             block = self._block(part, x, dz)
             add_hidden = self._hidden_product(part, dz) if self.wanted.x else None
-            add_weight = self._weight_products(part, x, dz, low, add_hidden) if self.wanted.weight else None
+            add_weight = self._weight_products(part, x, dz, plane, add_hidden) if self.wanted.weight else None
             for start in range(0, len(self.each.x), length):
                 if take is not None:
                     take(live, start)
@@ -188,43 +187,30 @@ class _Run:
         )
 
     def _hidden_product(self, part: slice, dz: Tensor) -> Product:
-        parameters: dict[str, Parameter] = {
-            "rows": "M",
-            "begins": "sums" if part.start else "rounded",
-            "ends": "always" if part.stop == self.classes else "never",
-        }
-        return self._sum(dz, self.each.weight[part], self.dx, self.dx_low, parameters)
+        return sum_product(
+            dz,
+            self.each.weight[part],
+            self.dx,
+            self.dx_plane,
+            rows="M",
+            begins="sums" if part.start else "rounded",
+            ends="always" if part.stop == self.classes else "never",
+        )
 
     def _weight_products(
-        self, part: slice, x: Tensor, dz: Tensor, low: Tensor, beside: Product | None
+        self, part: slice, x: Tensor, dz: Tensor, plane: Tensor, beside: Product | None
     ) -> list[Product]:
         """Of the first rows, and of later ones."""
-        a, b, out = dz.t(), x, self.dw[part]
-        if out.stride(1) != 1:  # it lies transposed, and so is what is made
-            a, b, out = x.t(), dz, out.t()
-        stride = low_stride(out.shape[1], self.tiles)
-        plane = low[: out.shape[0] * stride].view(-1, stride)
         rounds = (0, 0, 0) if beside is None else beside.rounds
-        parameters: dict[str, Parameter] = {"rows": "K", "ends": "rows"}
-        return [self._sum(a, b, out, plane, {**parameters, "begins": each}, rounds) for each in ("rounded", "sums")]
-
-    def _sum(
-        self,
-        a: Tensor,
-        b: Tensor,
-        out: Tensor,
-        low: Tensor,
-        parameters: dict[str, Parameter],
-        rounds: tuple[int, ...] = (),
-    ) -> Product:
-        of_rows = {"from_x_start": parameters["rows"] == "K", "uniform": False}
-        planes = [Blocks(out.view(torch.uint16)), Blocks(low)]
-        name = "linear_cross_entropy_sum"
-        return Product(name, a, b, [*planes, *rounds], {**parameters, **of_rows}, tiles=self.tiles)
+        begins: tuple[Literal["rounded", "sums"], ...] = ("rounded", "sums")
+        return [
+            sum_product(dz.t(), x, self.dw[part], plane, rows="K", begins=each, ends="rows", beside=rounds)
+            for each in begins
+        ]
 
     @cached_property
-    def dx_low(self) -> Tensor:
-        return self.dx.new_empty(len(self.dx), low_stride(self.hidden, self.tiles), dtype=torch.uint8)
+    def dx_plane(self) -> Tensor:
+        return new_plane(self.dx)
 
     # --------------------------------------------------------------------------------------------------- kernels
 

@@ -56,10 +56,11 @@ def run_exponentials(
     length = exponential_rows(rows, head.num_classes, workspace)
     with on_device(head.x.device):
         each = RowPass(head, coefficients, length, "" if wanted is None else "exponentials")
-        gradients = None if wanted is None else _Run(each, wanted).gradients()
-        if gradients is None:
-            for start in each.starts:
-                each(start)
+        gradients = None
+        if wanted is None:
+            each.do_all()
+        else:
+            gradients = _Run(each, wanted).gradients()
         each.check_targets()
     return each.losses, gradients
 
@@ -76,7 +77,7 @@ class _Run:
         each, live = self.each, self.each.rows.count
         beside = SideStream(self.device, used=self.wanted.x and self.wanted.weight)
         for number, start in enumerate(each.starts):
-            each(start)
+            each.do(start)
             if self.wanted.weight and number:
                 self.weight_sum.add_targets(start)
             _ = self.outer  # which the other stream reads

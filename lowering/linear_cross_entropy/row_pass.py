@@ -112,8 +112,13 @@ class RowPass:
         self.starts = range(0, head.x.shape[0], length)
         self._make_buffers(live_classes)
 
-    def __call__(self, start: int) -> None:
-        """Do the rows from ``start`` on."""
+    def do_all(self) -> None:
+        """Do all rows, where nothing is to be done between chunks."""
+        for start in self.starts:
+            self.do(start)
+
+    def do(self, start: int) -> None:
+        """Do the chunk from ``start`` on."""
         live, overflowed = self.rows.count, self.rows.zeros[start // self.length]
         self.gather(live, start)
         self.exponentials(live, start, overflowed)

@@ -50,11 +50,11 @@ def exponentials_bytes(length: int, hidden: int, classes: int, *, dx: bool, dw: 
 
 
 # A sum's tile is taken in two parts, so that what its epilogue reads comes in few pieces, each of which it waits for.
-WEIGHT_TILES = {"cuda": replace(HOPPER, group=4, parts=2), "cpu": INTERPRETED}
+SUM_TILES = {"cuda": replace(HOPPER, group=4, parts=2), "cpu": INTERPRETED}
 
 
-def low_stride(columns: int, tiles: Tiles = WEIGHT_TILES["cuda"]) -> int:
-    """Bytes of a row of the weight gradient's lower plane: a part of a tile and the next share theirs."""
+def low_stride(columns: int, tiles: Tiles = SUM_TILES["cuda"]) -> int:
+    """Bytes of a row of a sum's lower plane: a part of a tile and the next share theirs."""
     return -(-columns // (2 * tiles.part)) * tiles.part
 
 
@@ -87,13 +87,15 @@ class BlockSizes:
 # Steps along the inner dimension that a tile's end is worth, of a sum, which reads and writes its planes, and of a
 # block, which has the loss; and a launch.
 _SUM_STEPS, _BLOCK_STEPS, _LAUNCH_STEPS = 13, 8, 13
+# How many widths of blocks, in tiles, are tried below the largest.
+_TRIED = 16
 # Vectors over all rows: what is kept of them, their index and order, and what sorting takes.
 _ROW_BYTES = 72
 
 
 @lru_cache(maxsize=256)
 def block_sizes(
-    rows: int, hidden: int, classes: int, limit: int, *, processors: int, tiles: Tiles = WEIGHT_TILES["cuda"]
+    rows: int, hidden: int, classes: int, limit: int, *, processors: int, tiles: Tiles = SUM_TILES["cuda"]
 ) -> BlockSizes:
     """The fastest block that takes no more than ``limit`` bytes, or where none does, one of at most 8 by 8 tiles.
 
@@ -121,10 +123,9 @@ def block_sizes(
 
     fits = []
     for m in range(tiles.m, min(_whole(rows, tiles.m), 64 * tiles.m) + 1, tiles.m):
-        most = (limit - rows * (_ROW_BYTES + low)) // (2 * m + low)
-        for n in range(tiles.n, min(most, _whole(classes, tiles.n)) + 1, tiles.n):
-            if bytes_of(m, n) <= limit:
-                fits.append((m, n))
+        most = min((limit - rows * (_ROW_BYTES + low)) // (2 * m + low), _whole(classes, tiles.n)) // tiles.n * tiles.n
+        fewest = max(tiles.n, most - _TRIED * tiles.n)  # fewer cost more, but for how their tiles fill the processors
+        fits += [(m, n) for n in range(fewest, most + 1, tiles.n) if bytes_of(m, n) <= limit]
     small = min(8 * tiles.m, _whole(rows, tiles.m)), min(8 * tiles.n, _whole(classes, tiles.n))
     m, n = min(fits, key=lambda fit: steps_of(*fit), default=small)
     return BlockSizes(m, n, beside(n), bytes_of(m, n))

@@ -1,7 +1,5 @@
-"""The weight's gradient in the scheme of exponentials: a product for each chunk, summed in 20 bits.
-
-The upper 16 bits of a float32 lie in the gradient's own memory, the next 4 beside it: what every addition rounds has
-1/256 of the variance of a rounding to bfloat16.  The last call with rows rounds to bfloat16.
+"""The weight's gradient in the scheme of exponentials: a product for each chunk, summed in 20 bits
+(:mod:`~structfly.lowering.linear_cross_entropy.sums`).
 
 A row's contribution at its own target can be far larger than its others, and the product forms it from two rounded
 factors, the entry of the exponentials and factor x.  What they leave out,
@@ -16,18 +14,18 @@ sum, after it, which is why the first product never rounds and there are always 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import Blocks, Product
+from structfly.lowering.gemm import Product
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
 from structfly.lowering.linear_cross_entropy.row_pass import ChunkRows
-from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, low_stride
+from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES
+from structfly.lowering.linear_cross_entropy.sums import new_plane, sum_product
 from structfly.lowering.template import load, render
 
 _BYTES, _ROWS = 128, 4  # of the lower plane and of a class, that a program takes at a time
@@ -54,45 +52,25 @@ class WeightSum:
         outer: tuple[Tensor, Tensor] | None,
         beside: Product | None,
     ) -> None:
-        self._rows = rows
-        self._length = len(chunk.factor_x)
-        a, b, high = chunk.exps.t(), chunk.factor_x, dw.view(torch.uint16)
-        transposed = dw.stride(1) != 1
-        if transposed:  # so is what is made
-            a, b, high = b.t(), a.t(), high.t()
-        tiles = WEIGHT_TILES[dw.device.type]
-        low = torch.empty(high.shape[0], low_stride(high.shape[1], tiles), dtype=torch.uint8, device=dw.device)
-        planes = [Blocks(high), Blocks(low)]
-        vectors: Sequence[Tensor] = () if outer is None else outer[::-1] if transposed else outer
-        self._products = [
-            Product(
-                "linear_cross_entropy_sum",
-                a,
-                b,
-                [*planes, *((0, 0, 0) if beside is None else beside.rounds), *(vectors if first else ())],
-                {
-                    "rows": "K",
-                    "from_x_start": False,
-                    "begins": "zero" if first else "sums",
-                    "ends": "never" if first else "rows or second",
-                    "uniform": first and outer is not None,
-                },
-                tiles=tiles,
-            )
-            for first in (True, False)
-        ]
-        self._transposed, self._planes, self._x, self._chunk = transposed, (high, low), x, chunk
+        self._dw, self._x, self._chunk, self._rows = dw, x, chunk, rows
+        self._plane = new_plane(dw)
+        a, b, rounds = chunk.exps.t(), chunk.factor_x, (0, 0, 0) if beside is None else beside.rounds
+        self._first = sum_product(
+            a, b, dw, self._plane, rows="K", begins="zero", ends="never", beside=rounds, outer=outer
+        )
+        self._later = sum_product(a, b, dw, self._plane, rows="K", begins="sums", ends="rows or second", beside=rounds)
 
     def add_targets(self, start: int) -> None:
         """Add what the product leaves out at the targets of the rows from ``start`` on: before the product of a chunk
         that is not the first, after that of the first."""
-        if not self._transposed:
+        if self._dw.stride(1) == 1:
             self._add_targets(self._rows.count, start)
 
     @cached_property
     def _add_targets(self) -> Launch:
-        (high, low), x, chunk, rows = self._planes, self._x, self._chunk, self._rows
-        (length, hidden), part = chunk.factor_x.shape, WEIGHT_TILES[x.device.type].part
+        high, x, chunk, rows = self._dw.view(torch.uint16), self._x, self._chunk, self._rows
+        (length, hidden), part = chunk.factor_x.shape, SUM_TILES[x.device.type].part
+        low = self._plane.view(len(high), -1)
         keys, order = rows.by_target()
         return Launch(
             _module(not x.is_cuda).add_targets,
@@ -107,12 +85,13 @@ class WeightSum:
 
     def add_product(self, start: int) -> None:
         """Add the product of the rows from ``start`` on, chunk after chunk."""
-        self._products[start > 0](self._rows.count, start)
+        product = self._later if start else self._first
+        product(self._rows.count, start, 0)
 
     def close(self, chunks: int) -> None:
         """Round, where a second chunk has not."""
         if chunks == 1:
-            self.add_product(self._length)
+            self.add_product(len(self._chunk.factor_x))
 
 
 @lru_cache(maxsize=2)

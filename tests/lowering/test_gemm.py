@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from structfly.errors import UnsupportedError
 from structfly.lowering.gemm import Blocks, Product, best_split, busy, full_row_counts
-from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, low_stride
-from structfly.lowering.template import Parameter
+from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES
+from structfly.lowering.linear_cross_entropy.sums import new_plane, sum_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -53,22 +54,15 @@ def summed_over_calls(a: Tensor, b: Tensor, live: int, rows: int, beside: tuple[
     """a^T b of the first ``live`` rows, ``rows`` a call."""
     m, n = a.shape[1], b.shape[1]
     high = torch.empty(m, -(-n // 8) * 8, dtype=torch.bfloat16, device=DEVICE)[:, :n]
-    tiles = WEIGHT_TILES[high.device.type]
-    low = torch.empty(m, low_stride(n, tiles), dtype=torch.uint8, device=DEVICE)
+    plane = new_plane(high)
     count = torch.tensor(live, dtype=torch.int32, device=DEVICE)
     calls = -(-len(a) // rows)
     for number in range(max(calls, 2)):
         part = slice(number * rows, (number + 1) * rows) if number < calls else slice(rows)
-        arguments: list[Tensor | Blocks | int] = [Blocks(high.view(torch.uint16)), Blocks(low), *beside]
-        parameters: dict[str, Parameter] = {
-            "rows": "K",
-            "begins": "sums" if number else "zero",
-            "ends": "rows or second" if number else "never",
-            "from_x_start": False,
-            "uniform": False,
-        }
-        product = Product("linear_cross_entropy_sum", a[part].t(), b[part], arguments, parameters, tiles=tiles)
-        product(count, number * rows)
+        made: dict[str, Any] = {"begins": "zero", "ends": "never"}
+        if number:
+            made = {"begins": "sums", "ends": "rows or second"}
+        sum_product(a[part].t(), b[part], high, plane, rows="K", beside=beside, **made)(count, number * rows, 0)
     return high
 
 
@@ -106,20 +100,11 @@ def test_sums_that_begin_with_what_is_there(sizes: tuple[int, int, int], calls: 
     a[live:] = 0
     high = matrix(m, n, transposed=False, seed=4)
     exact = a.cpu().double().t() @ b.cpu().double() + high.cpu().double()
-    tiles = WEIGHT_TILES[high.device.type]
-    low = torch.empty(m, low_stride(n, tiles), dtype=torch.uint8, device=DEVICE)
+    plane = new_plane(high)
     count = torch.tensor(live, dtype=torch.int32, device=DEVICE)
     for start in range(0, calls * k, k):
-        begins = "sums" if start else "rounded"
-        parameters: dict[str, Parameter] = {
-            "rows": "K",
-            "begins": begins,
-            "ends": "rows",
-            "from_x_start": True,
-            "uniform": False,
-        }
-        arguments: list[Tensor | Blocks | int] = [Blocks(high.view(torch.uint16)), Blocks(low), 0, 0, 0]
-        product = Product("linear_cross_entropy_sum", a[start : start + k].t(), b, arguments, parameters, tiles=tiles)
+        begins: Any = "sums" if start else "rounded"
+        product = sum_product(a[start : start + k].t(), b, high, plane, rows="K", begins=begins, ends="rows")
         product(count, start, start)
     error = (high.cpu().double() - exact).abs()
     assert (error <= exact.abs() * 1.01 * 2.0**-8 + exact.abs().amax() * calls * 2.0**-12).all()
@@ -136,28 +121,22 @@ def test_sums_of_rows_over_calls(rows: int, sizes: tuple[int, int], calls: int, 
     """A call adds a part of the inner dimension to some of the rows, in whole tiles."""
     n, k = sizes
     high = matrix(rows, n, transposed=False, seed=4)
-    tiles = WEIGHT_TILES[high.device.type]
+    tiles = SUM_TILES[high.device.type]
     a, b = matrix(rows, calls * k, transposed=False, seed=2), matrix(calls * k, n, transposed=False, seed=3)
     live = max(rows - left_out, 0)
     exact = a.cpu().double() @ b.cpu().double() + high.cpu().double()
-    low = torch.empty(rows, low_stride(n, tiles), dtype=torch.uint8, device=DEVICE)
+    plane = new_plane(high)
     count = torch.tensor(live, dtype=torch.int32, device=DEVICE)
     for call in range(calls):
         inner = slice(call * k, (call + 1) * k)
-        begins, ends = ("sums" if call else "rounded"), ("always" if call == calls - 1 else "never")
-        parameters: dict[str, Parameter] = {
-            "rows": "M",
-            "begins": begins,
-            "ends": ends,
-            "from_x_start": False,
-            "uniform": False,
+        made: dict[str, Any] = {
+            "begins": "sums" if call else "rounded",
+            "ends": "always" if call == calls - 1 else "never",
         }
         for start in range(0, rows, 2 * tiles.m):
             part = a[start : start + 2 * tiles.m, inner]
             padded = torch.zeros(len(part), -(-k // 8) * 8, dtype=part.dtype, device=DEVICE)[:, :k].copy_(part)
-            arguments = [Blocks(high.view(torch.uint16)), Blocks(low)]
-            product = Product("linear_cross_entropy_sum", padded, b[inner], arguments, parameters, tiles=tiles)
-            product(count, start)
+            sum_product(padded, b[inner], high, plane, rows="M", **made)(count, start)
     error = (high.cpu().double() - exact)[:live].abs()
     bound = exact[:live].abs() * 1.01 * 2.0**-8 + exact.abs().amax() * calls * 2.0**-12
     assert (error <= bound).all()

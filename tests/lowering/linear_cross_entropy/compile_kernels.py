@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 from structfly.lowering.gemm import HOPPER
 from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
-from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES
+from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES
 from structfly.lowering.template import Parameter, load, render
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor, for one program
@@ -165,25 +165,24 @@ def products() -> None:
     for b_transposed, split in itertools.product((False, True), repeat=2):
         own = {**window, "c": blocks("fp32", *part)}
         product("linear_cross_entropy_hidden", False, b_transposed, own, split=split)
-    tiles = WEIGHT_TILES["cuda"]
-    for rows, begins, ends, option in (
-        ("K", "zero", "never", "uniform"),
-        ("K", "zero", "never", ""),
-        ("K", "sums", "rows or second", ""),
-        ("K", "rounded", "rows", "from_x_start"),
-        ("K", "sums", "rows", "from_x_start"),
-        ("M", "rounded", "never", ""),
-        ("M", "rounded", "always", ""),
-        ("M", "sums", "never", ""),
-        ("M", "sums", "always", ""),
+    tiles = SUM_TILES["cuda"]
+    for rows, begins, ends, uniform in (
+        ("K", "zero", "never", True),
+        ("K", "zero", "never", False),
+        ("K", "sums", "rows or second", False),
+        ("K", "rounded", "rows", False),
+        ("K", "sums", "rows", False),
+        ("M", "rounded", "never", False),
+        ("M", "rounded", "always", False),
+        ("M", "sums", "never", False),
+        ("M", "sums", "always", False),
     ):
-        flags = {name: option == name for name in ("uniform", "from_x_start")}
-        own = {**window, **({"x_start": "i32"} if flags["from_x_start"] else {})}
+        own = {**window, **({"x_start": "i32"} if rows == "K" else {})}
         own |= {"high": blocks("u16", tiles.m, tiles.part), "low": blocks("u8", tiles.m, tiles.part)}
         own |= dict.fromkeys(("beside_across", "beside_splits", "beside_steps"), "i32") if rows == "K" else {}
-        own |= {"along_m": "*fp32", "along_n": "*fp32"} if flags["uniform"] else {}
+        own |= {"along_m": "*fp32", "along_n": "*fp32"} if uniform else {}
         for b_transposed in {False, rows == "M"}:
-            parameters = {"rows": rows, "begins": begins, "ends": ends, **flags}
+            parameters = {"rows": rows, "begins": begins, "ends": ends, "uniform": uniform}
             product("linear_cross_entropy_sum", rows == "K", b_transposed, own, tiles=tiles, **parameters)
 
 
@@ -260,7 +259,7 @@ def targets_of_exponentials() -> None:
     types = {"live": "*i32", "start": "i32", "keys": "*i32", "order": "*i64", "index": "*i32", "x": "*bf16"}
     types |= {"x_stride": "i32", "factor_x": "*bf16", **floats("factor", "entry")}
     types |= {"high": "*u16", "high_stride": "i32", "low": "*u8", "low_stride": "i32"}
-    constants = {"CLASSES": 50257, "HIDDEN": 768, "WIDTH": WEIGHT_TILES["cuda"].part}
+    constants = {"CLASSES": 50257, "HIDDEN": 768, "WIDTH": SUM_TILES["cuda"].part}
     compile_one(module.add_targets, types, {**constants, "BYTES": 128, "ROWS": 4}, warps=2)
 
 

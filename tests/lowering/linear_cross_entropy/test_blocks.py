@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +13,18 @@ from structfly import measure
 from structfly.lowering.linear_cross_entropy import blocks
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
-from structfly.lowering.linear_cross_entropy.schedule import WEIGHT_TILES, BlockSizes, block_sizes
+from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES, BlockSizes, block_sizes
 from tests.lowering.linear_cross_entropy.cases import leaves_of, run, run_reference
-from tests.lowering.linear_cross_entropy.served import DEVICE, calls, check, served
-from tests.oracle import errors, in_float64, value_and_gradients
+from tests.lowering.linear_cross_entropy.served import (
+    DEVICE,
+    calls,
+    check,
+    check_overflow,
+    check_rounding,
+    check_same_bits,
+    check_transposed,
+    served,
+)
 
 # numpy, which interprets the kernels, warns of the infinities and NaNs that are meant to be there.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|All-NaN).*:RuntimeWarning")
@@ -59,23 +66,12 @@ def test_while_the_last_classes_gradient_is_room(options: dict[str, Any], monkey
 
 
 def test_gradients_are_little_more_than_rounded() -> None:
-    """Many rows share a target, as frequent tokens do; the targets' terms make up most of both gradients."""
-    call = block_call(rows=120, hidden=32, classes=160, epilogue="mul:0.1", workspace=20000)
-    assert call.target is not None
-    call.target.copy_(torch.where(call.target >= 0, call.target % 40, call.target))
-    exact = value_and_gradients(partial(run_reference, call), [in_float64(leaf) for leaf in leaves_of(call)])[1]
-    for made, wanted in zip(value_and_gradients(partial(run, call), leaves_of(call))[1], exact, strict=True):
-        assert made is not None
-        assert wanted is not None
-        assert errors(made, wanted)[0] <= 1.05 * errors(wanted.bfloat16(), wanted)[0]
+    check_rounding(block_call(rows=120, hidden=32, classes=160, epilogue="mul:0.1", workspace=20000))
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e30])
 def test_rows_whose_exponentials_overflow(scale: float) -> None:
-    call = block_call(rows=50, classes=300)
-    with torch.no_grad():
-        call.x[10:13] *= scale
-    check(call)
+    check_overflow(block_call(rows=50, classes=300), scale)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -89,14 +85,11 @@ def test_special_values_as_eager(value: float) -> None:
 
 
 def test_hidden_states_that_lie_transposed() -> None:
-    call = block_call(rows=40, classes=50)
-    check(call._replace(x=call.x.detach().t().contiguous().t().requires_grad_()))
+    check_transposed(block_call(rows=40, classes=50))
 
 
 def test_same_bits_every_time() -> None:
-    call = block_call(rows=60, classes=300)
-    for first, second in zip(linear_cross_entropy(*call)[:-1], linear_cross_entropy(*call)[:-1], strict=True):
-        assert torch.equal(first, second)
+    check_same_bits(block_call(rows=60, classes=300))
 
 
 @given(
@@ -107,7 +100,7 @@ def test_same_bits_every_time() -> None:
 )
 def test_sizes_are_whole_tiles_within_the_limit(rows: int, hidden: int, classes: int, limit: int) -> None:
     sizes = block_sizes(rows, hidden, classes, limit, processors=132)
-    tiles = WEIGHT_TILES["cuda"]
+    tiles = SUM_TILES["cuda"]
     for size, tile, whole in ((sizes.rows, tiles.m, rows), (sizes.classes, tiles.n, classes)):
         assert size % tile == 0
         assert 0 < size < whole + tile

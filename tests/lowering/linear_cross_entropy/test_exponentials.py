@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +14,16 @@ from structfly.lowering.linear_cross_entropy import smoothing
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from tests.lowering.linear_cross_entropy.cases import leaves_of, run, run_reference
-from tests.lowering.linear_cross_entropy.served import DEVICE, calls, check, served
-from tests.oracle import errors, in_float64, value_and_gradients
+from tests.lowering.linear_cross_entropy.served import (
+    DEVICE,
+    calls,
+    check,
+    check_overflow,
+    check_rounding,
+    check_same_bits,
+    check_transposed,
+    served,
+)
 
 # numpy, which interprets the kernels, warns of the infinities and NaNs that are meant to be there.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|All-NaN).*:RuntimeWarning")
@@ -43,16 +50,7 @@ def test_as_accurate_as_the_reference(call: Arguments) -> None:
     ],
 )
 def test_gradients_are_little_more_than_rounded(options: dict[str, Any]) -> None:
-    """Many rows share a target, as frequent tokens do; the targets' terms make up most of both gradients."""
-    call = exponentials(**{"rows": 120, "hidden": 32, "classes": 160, "epilogue": "mul:0.1", **options})
-    assert call.target is not None
-    call.target.copy_(torch.where(call.target >= 0, call.target % 40, call.target))
-    exact = value_and_gradients(partial(run_reference, call), [in_float64(leaf) for leaf in leaves_of(call)])[1]
-    for made, wanted in zip(value_and_gradients(partial(run, call), leaves_of(call))[1], exact, strict=True):
-        assert made is not None
-        assert wanted is not None
-        rounded = wanted.bfloat16()
-        assert errors(made, wanted)[0] <= 1.05 * errors(rounded, wanted)[0]
+    check_rounding(exponentials(**{"rows": 120, "hidden": 32, "classes": 160, "epilogue": "mul:0.1", **options}))
 
 
 @pytest.mark.parametrize("class_weight", [False, True])
@@ -65,10 +63,7 @@ def test_sums_of_label_smoothing_in_parts(class_weight: bool, monkeypatch: pytes
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e30])
 @pytest.mark.parametrize("workspace", [2**20, 16 * 304 * 2])
 def test_rows_whose_exponentials_overflow_are_done_again(scale: float, workspace: int) -> None:
-    call = exponentials(rows=50, classes=300, workspace=workspace)
-    with torch.no_grad():
-        call.x[10:13] *= scale
-    check(call)
+    check_overflow(exponentials(rows=50, classes=300, workspace=workspace), scale)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -98,8 +93,7 @@ def test_all_rows_ignored() -> None:
 
 
 def test_hidden_states_that_lie_transposed() -> None:
-    call = exponentials(rows=40, classes=50, workspace=20 * 64 * 2)
-    check(call._replace(x=call.x.detach().t().contiguous().t().requires_grad_()))
+    check_transposed(exponentials(rows=40, classes=50, workspace=20 * 64 * 2))
 
 
 def test_a_weight_that_begins_anywhere_in_a_buffer() -> None:
@@ -113,9 +107,7 @@ def test_a_weight_that_begins_anywhere_in_a_buffer() -> None:
 
 
 def test_same_bits_every_time() -> None:
-    call = exponentials(rows=60, classes=70, workspace=16 * 80 * 2)
-    for first, second in zip(linear_cross_entropy(*call)[:-1], linear_cross_entropy(*call)[:-1], strict=True):
-        assert torch.equal(first, second)
+    check_same_bits(exponentials(rows=60, classes=70, workspace=16 * 80 * 2))
 
 
 def test_without_gradients_no_exponentials_are_kept() -> None:
