@@ -36,6 +36,11 @@ def rows_per_chunk(rows: int, classes: int, dtype: torch.dtype, workspace: int) 
     return min(fit, -(-even // TILE_ROWS) * TILE_ROWS) if fit >= TILE_ROWS else even
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, float64 for float64: the dtype of losses, statistics and coefficients of logits of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def saved_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which gradients wait for the upstream factor.
 

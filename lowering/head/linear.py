@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from structfly.lowering.head.chunks import saved_dtype
+from structfly.lowering.head.chunks import saved_dtype, wide_dtype
 from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.products import make_logits
 
@@ -40,7 +40,7 @@ class Linear:
     @property
     def accumulation(self) -> torch.dtype:
         """float32, float64 for float64 inputs: the dtype of losses and coefficients."""
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        return wide_dtype(self.x.dtype)
 
     def multiply(self, logits: Tensor, part: slice) -> None:
         """Write the products of the rows ``part``, before bias and epilogue, to ``logits`` (R, C)."""

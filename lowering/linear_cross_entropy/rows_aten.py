@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from structfly.lowering.head.chunks import wide_dtype
 from structfly.lowering.linear_cross_entropy.rows import (
     ClassTerms,
     Coefficients,
@@ -32,7 +33,7 @@ def row_step_aten(
 ) -> RowResults:
     """Fulfils :class:`~structfly.lowering.linear_cross_entropy.rows.RowStep` block of rows by block of rows."""
     rows, classes = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(logits.dtype)
     sums = _no_sums(terms, rows, logits.new_empty(0, dtype=dtype)) if gradient else {}
     step = max(1, _BLOCK_BYTES // (classes * dtype.itemsize))
     statistics, losses = [], []

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from structfly.lowering.head.chunks import wide_dtype
 from structfly.lowering.linear_divergence.rows import RowTerms
 
 # A block of this many bytes of float32 logits stays, with what is made of it, in a core's cache.
@@ -18,7 +19,7 @@ def row_step_aten(
 ) -> Tensor:
     """Fulfils :class:`~structfly.lowering.linear_divergence.rows.RowStep` block of rows by block of rows."""
     rows, classes = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(logits.dtype)
     losses = torch.empty(rows, dtype=dtype, device=logits.device)
     step = max(1, _BLOCK_BYTES // (classes * dtype.itemsize))
     spare = _Spare(losses, step, classes)

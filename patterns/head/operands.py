@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from structfly.lowering.head.chunks import wide_dtype
 from structfly.patterns.head.chain import LeadingClasses, Operand, Place
 from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.rewriter.editor import Editor
@@ -90,7 +91,7 @@ def chain_operand(
         return editor.call(torch.lt, editor.call(torch.arange, classes, device=device), operand.count)
     node = operand.node
     if not (operand.condition or example_of(node).is_floating_point()):
-        node = editor.method("to", node, torch.float64 if dtype == torch.float64 else torch.float32)
+        node = editor.method("to", node, wide_dtype(dtype))
     if example_of(node).device != device:  # a number may be elsewhere
         node = editor.method("to", node, device)
     if operand.place is not None:

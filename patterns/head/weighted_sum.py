@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from structfly.compat import expression, size_checks
+from structfly.lowering.head.chunks import wide_dtype
 from structfly.rewriter.calls import Call, flat, read
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import is_cast
@@ -183,7 +184,7 @@ class _Stage:
 def write_weights(total: WeightedSum, like: fx.Node, editor: Editor) -> Weights:
     """Insert the nodes that make the row weights of ``total``; ``like`` has the losses' shape, with 1 for classes."""
     value = example(total.steps[0].losses)
-    dtype = torch.float64 if value is not None and value.dtype == torch.float64 else torch.float32
+    dtype = torch.float32 if value is None else wide_dtype(value.dtype)
     ones = editor.call(torch.ones_like, like, dtype=dtype)
     stages = [_Stage(ones, ones)]
     constant, weighted = 1.0, False

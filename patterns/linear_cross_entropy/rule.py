@@ -10,6 +10,7 @@ from torch import fx
 
 from structfly.compat import size_hints
 from structfly.config import SiteSettings
+from structfly.lowering.head.chunks import wide_dtype
 from structfly.lowering.head.linear import Wanted
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the op
 from structfly.patterns.head.checks import AFTER_TRACE, stranger, why_too_steep, why_unsupported
@@ -161,7 +162,7 @@ class LinearCrossEntropy:
             recompute,
             node=min(anchors, key=region.order.__getitem__),
             rows=row_count(linear.node, linear.class_dim % source.ndim),
-            loss_dtype=_wide(source.dtype),  # until each part's losses have been summed
+            loss_dtype=wide_dtype(source.dtype),  # until each part's losses have been summed
             pieces=pieces,
         )
 
@@ -198,7 +199,7 @@ class LinearCrossEntropy:
             node=end,
             rows=row_count(first.logits, path.class_dim),
             # A sum over rows stays wide until the user's other terms have been added.
-            loss_dtype=_wide(dtype) if form is None or same.row_loss is not None else example_of(end).dtype,
+            loss_dtype=wide_dtype(dtype) if form is None or same.row_loss is not None else example_of(end).dtype,
             same=same,
         )
 
@@ -243,7 +244,3 @@ class LinearCrossEntropy:
             dtype=logits.dtype,
             loss_dtype=loss_dtype,
         )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -15,6 +15,7 @@ from torch import Tensor
 from structfly import compat
 from structfly.config import SiteSettings
 from structfly.lowering.device_profile import device_profile
+from structfly.lowering.head.chunks import wide_dtype
 from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
 from structfly.lowering.head.linear import Wanted
 from structfly.ops.checks import products_dtype
@@ -47,7 +48,7 @@ class CalledHead(ABC):
 
     @property
     def loss_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return wide_dtype(self.dtype)
 
     @property
     def rows(self) -> sympy.Expr:
