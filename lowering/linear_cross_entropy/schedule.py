@@ -91,6 +91,9 @@ _SUM_STEPS, _BLOCK_STEPS, _LAUNCH_STEPS = 13, 8, 13
 _TRIED = 16
 # Vectors over all rows: what is kept of them, their index and order, and what sorting takes.
 _ROW_BYTES = 72
+# PyTorch's allocator on GPUs gives a large tensor up to 1 MiB more than it asks for; there are two, the blocks' buffer
+# and dx's lower plane.
+_SPARE = 2 * 2**20
 
 
 @lru_cache(maxsize=256)
@@ -103,10 +106,11 @@ def block_sizes(
     processors.
     """
     low = low_stride(hidden, tiles)
+    spare = 0 if tiles == SUM_TILES["cpu"] else _SPARE
 
     def bytes_of(m: int, n: int) -> int:
         statistics = m * (2 * hidden + 4 * -(-classes // tiles.n) + 24)
-        return rows * _ROW_BYTES + max(statistics, 2 * m * max(n, hidden + beside(n)) + (rows + n) * low)
+        return spare + rows * _ROW_BYTES + max(statistics, 2 * m * max(n, hidden + beside(n)) + (rows + n) * low)
 
     def beside(n: int) -> int:
         return max(tiles.n, (n - hidden) // tiles.n * tiles.n)
@@ -123,7 +127,11 @@ def block_sizes(
 
     fits = []
     for m in range(tiles.m, min(_whole(rows, tiles.m), 64 * tiles.m) + 1, tiles.m):
-        most = min((limit - rows * (_ROW_BYTES + low)) // (2 * m + low), _whole(classes, tiles.n)) // tiles.n * tiles.n
+        most = (
+            min((limit - spare - rows * (_ROW_BYTES + low)) // (2 * m + low), _whole(classes, tiles.n))
+            // tiles.n
+            * tiles.n
+        )
         fewest = max(tiles.n, most - _TRIED * tiles.n)  # fewer cost more, but for how their tiles fill the processors
         fits += [(m, n) for n in range(fewest, most + 1, tiles.n) if bytes_of(m, n) <= limit]
     small = min(8 * tiles.m, _whole(rows, tiles.m)), min(8 * tiles.n, _whole(classes, tiles.n))
