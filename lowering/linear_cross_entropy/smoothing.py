@@ -9,21 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows that are upcast at a time, and that are summed at a time: both take memory.
-_UPCAST_ROWS, _SUMMED_ROWS = 1024, 8192
+_UPCAST_ROWS = 1024  # at a time: it takes memory
 
 
 def weighted_classes(weight: Tensor, bias: Tensor | None, class_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """sum_v w_v W_v (H,) and sum_v w_v b_v (), in float32."""
-    if class_weight is None:
-        total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
-        for start in range(0, len(weight), _SUMMED_ROWS):
-            total += weight[start : start + _SUMMED_ROWS].sum(0, dtype=torch.float32)
-    else:
-        total = weighted_rows(weight, class_weight)
+    total = _sum_of_rows(weight) if class_weight is None else weighted_rows(weight, class_weight)
     if bias is None:
         return total, total.new_zeros(())
     return total, bias.float().sum() if class_weight is None else class_weight @ bias.float()
+
+
+def _sum_of_rows(weight: Tensor) -> Tensor:
+    """sum_v W_v (H,) in float32."""
+    if not weight.is_cuda:
+        return weight.sum(0, dtype=torch.float32)
+    # A sum over the first dimension would take 128 MiB there, for partial sums.
+    ones = weight.new_ones(1, len(weight))
+    return torch.mm(ones, weight, out_dtype=torch.float32)[0]
 
 
 def weighted_rows(x: Tensor, weights: Tensor) -> Tensor:

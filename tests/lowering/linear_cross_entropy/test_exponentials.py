@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from structfly import measure
 from structfly.errors import StructflyError
 from structfly.lowering.linear_cross_entropy import smoothing
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
@@ -55,9 +56,19 @@ def test_gradients_are_little_more_than_rounded(options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("class_weight", [False, True])
 def test_sums_of_label_smoothing_in_parts(class_weight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smoothing, "_SUMMED_ROWS", 16)
     monkeypatch.setattr(smoothing, "_UPCAST_ROWS", 16)
     check(exponentials(rows=40, classes=50, bias=True, frozen={"bias"}, label_smoothing=0.3, class_weight=class_weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_sum_over_classes_takes_little_memory_on_cuda(transposed: bool) -> None:
+    shape = (256, 65536) if transposed else (65536, 256)
+    stored = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+    weight = stored.t() if transposed else stored
+    total, _ = smoothing.weighted_classes(weight, None, None)
+    torch.testing.assert_close(total.double(), weight.double().sum(0), rtol=1e-5, atol=1e-3)
+    assert measure.peak_extra_memory(lambda: smoothing.weighted_classes(weight, None, None), DEVICE) <= 2**20
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e30])
