@@ -198,6 +198,7 @@ class Epilogue:
 
     def _source_of(self, number: int, step: Step, wanted: Sequence[bool]) -> tuple[object, ...]:
         known = {"g": "g", "u": f"u{number}", "y": f"u{number + 1}"}
+        step = _without_division(step)
         for name, operand in zip("ab", step.operands, strict=False):
             known[name] = f"o{operand.index}" if isinstance(operand, Operand) else _number(operand)
         gradients = tuple(
@@ -232,6 +233,12 @@ def _kills_classes(step: Step) -> bool:
         return False
     condition, fill = step.operands
     return isinstance(condition, Operand) and condition.kind == "class" and fill == -math.inf
+
+
+def _without_division(step: Step) -> Step:
+    """The step in a kernel, which divides by a number no faster than by a tensor; no reciprocal leaves float32."""
+    by = step.operands[0] if step.name == "div" else None
+    return Step("mul", (1 / by,)) if isinstance(by, float) and 2.0**-100 < abs(by) < 2.0**100 else step
 
 
 def _spelt(operand: float | Operand) -> str:

@@ -433,3 +433,9 @@ def test_importing_the_row_step_does_not_import_triton() -> None:
     code = "import sys, structfly.lowering.linear_cross_entropy.rows_triton; sys.exit('triton' in sys.modules)"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("divisor", "divides"), [(30.0, False), (-0.1, False), (1e-35, True), (1e35, True)])
+def test_kernels_divide_only_where_a_reciprocal_leaves_float32(divisor: float, divides: bool) -> None:
+    ((_, value, gradient, _),) = parse_epilogue(f"div:{divisor}").source()
+    assert ("/" in str(value), "/" in str(gradient)) == (divides, divides)
