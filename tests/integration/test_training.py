@@ -265,7 +265,7 @@ def train(model: Model, loss: Callable[[Tensor], Tensor], steps: int) -> list[fl
         value.backward()
         losses.append(value.item())
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
     return losses
 
 

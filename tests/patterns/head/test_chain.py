@@ -87,7 +87,9 @@ def test_what_the_head_has_no_precision_or_range_for(
 
 @pytest.mark.gpu
 def test_a_number_may_be_on_the_cpu() -> None:
-    x, w, _, t = (each.cuda() for each in inputs(torch.float32, torch.float32))
+    x, w, _, t = (
+        each.detach().cuda().requires_grad_(each.requires_grad) for each in inputs(torch.float32, torch.float32)
+    )
     scale = torch.tensor(0.7, requires_grad=True)
     fast = Rewritten(head(lambda z, b: z * b))
     loss, eager = fast(x, w, scale, t), head(lambda z, b: z * b)(x, w, scale, t)
