@@ -205,13 +205,17 @@ class RowPass:
 
     @cached_property
     def gather(self) -> Launch:
+        apart = max(1, self.head.num_classes // _SAMPLED_CLASSES)
+        sampled = self.weight[::apart][:_SAMPLED_CLASSES]
+        if sampled.stride(1) != 1:  # every row reads them
+            sampled = sampled.contiguous()
         return Launch(
             self.row_kernels.gather,
             (self.length,),
-            {"CLASSES": self.head.num_classes, "SAMPLES": _SAMPLED_CLASSES, **self.per_row},
+            {"SAMPLES": len(sampled), "APART": apart, **self.per_row},
             [
                 *(self.rows.index, self.head.target, self.x, self.x.stride(0), self.weight, *self.weight.stride()),
-                *(self.bias, self.mask, self.weighted_classes, self.weighted_bias),
+                *(sampled, sampled.stride(0), self.bias, self.mask, self.weighted_classes, self.weighted_bias),
                 *(self.chunk.factor_x, self.u_target, self.slope_target, self.u_sum, self.reference),
             ],
         )
