@@ -208,10 +208,11 @@ def rows_of_exponentials() -> None:
                 **options,
             )
         )
-        types = {**window, "x": "*bf16", "x_stride": "i32", **weight, "bias": "*bf16", "mask": "*u8"}
+        types = {**window, "x": "*bf16", "x_stride": "i32", **weight, "sampled": "*bf16"}
+        types |= {"sampled_stride": "i32", "bias": "*bf16", "mask": "*u8"}
         types |= {**floats("weighted_classes", "weighted_bias"), "x_chunk": "*bf16"}
         types |= floats("u_target", "slope_target", "u_sum", "reference")
-        compile_one(module.gather, types, {"CLASSES": 50257, "SAMPLES": 8, **hidden}, warps=4)
+        compile_one(module.gather, types, {"SAMPLES": 8, "APART": 6282, **hidden}, warps=4)
         types = {**window, **floats("coefficient", "class_weight", "weight_sum", "tile_sums", "reference")}
         types |= {**floats("u_target", "slope_target", "u_sum", "losses"), "exps": "*bf16", "exps_stride": "i32"}
         types |= {"x_chunk": "*bf16", **floats("factor", "entry", "lse_out", "uniform"), "label_out": "*i32"}
