@@ -52,6 +52,7 @@ def read_config(options: Mapping[str, object] | None, mode: str | None = None) -
 def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
     """Run the default rules over a graph, in place."""
     # Not at the top: they import triton.
+    import structfly.lowering.layer_flops
     import structfly.lowering.linear_cross_entropy.flops
     import structfly.lowering.linear_divergence.flops  # noqa: F401
 

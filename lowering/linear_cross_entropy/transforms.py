@@ -6,9 +6,9 @@ import torch
 
 from structfly.lowering.head.autocast import register_autocast
 from structfly.lowering.head.linear import DIFFERENTIABLE
-from structfly.lowering.head.vmap import one_by_one
 from structfly.lowering.linear_cross_entropy.arguments import BACKWARD_NAME, NAME, Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
+from structfly.lowering.vmap import one_by_one
 
 register_autocast(NAME.removeprefix("structfly::"), Arguments, DIFFERENTIABLE, linear_cross_entropy)
 torch.library.register_vmap(NAME, one_by_one(torch.ops.structfly.linear_cross_entropy_v3.default))

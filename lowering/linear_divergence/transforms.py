@@ -6,9 +6,9 @@ import torch
 
 from structfly.lowering.head.autocast import register_autocast
 from structfly.lowering.head.linear import DIFFERENTIABLE
-from structfly.lowering.head.vmap import one_by_one
 from structfly.lowering.linear_divergence.arguments import BACKWARD_NAME, NAME, Arguments
 from structfly.lowering.linear_divergence.op import linear_divergence
+from structfly.lowering.vmap import one_by_one
 
 _MULTIPLIED = (*DIFFERENTIABLE, "teacher_x", "teacher_weight", "teacher_bias")
 

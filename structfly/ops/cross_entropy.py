@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from structfly.errors import ArgumentError
-from structfly.lowering.head.vmap import one_by_one
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the fused op
 from structfly.lowering.linear_cross_entropy.arguments import NAME as FUSED
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy as fused
+from structfly.lowering.vmap import one_by_one
 from structfly.ops import checks
 from structfly.ops.plan import CalledCrossEntropy, head_fields, plan, softcap_steps
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from structfly.errors import ArgumentError
 from structfly.lowering.head.linear import DTYPES
-from structfly.lowering.head.vmap import one_by_one
 from structfly.lowering.linear_divergence import transforms as _transforms  # noqa: F401  registers the fused op
 from structfly.lowering.linear_divergence.arguments import NAME as FUSED
 from structfly.lowering.linear_divergence.arguments import Arguments
 from structfly.lowering.linear_divergence.op import linear_divergence as fused
 from structfly.lowering.linear_divergence.rows import KINDS, TEACHER_FORMS
+from structfly.lowering.vmap import one_by_one
 from structfly.ops import checks
 from structfly.ops.plan import CalledDivergence, head_fields, number, plan, softcap_steps
 

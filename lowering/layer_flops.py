@@ -1,0 +1,42 @@
+"""FLOP formulas of the layers' ops for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+A module of its own, imported when something is compiled: torch's flop counter imports triton, which importing
+structfly must not do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.low_rank.op import LOW_RANK
+
+LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK,)
+
+
+def _register(op: LayerOp) -> None:
+    def forward(x: Any, factors: Any, bias: Any, static: Any, keep: bool, out_shape: Any = None, **_: Any) -> int:
+        return 2 * op.multiply_adds(_rows(x), factors, static)
+
+    def backward(
+        grad: Any, x: Any, factors: Any, kept: Any, static: Any, wanted: Any, out_shape: Any = None, **_: Any
+    ) -> int:
+        again = not kept
+        return 2 * op.multiply_adds(_rows(x), factors, static) * (bool(wanted[0]) + any(wanted[1:]) + again)
+
+    register_flop_formula(getattr(torch.ops.structfly, op.name))(forward)
+    register_flop_formula(getattr(torch.ops.structfly, f"{op.name}_backward"))(backward)
+
+
+def _rows(shape: Any) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= int(size)
+    return rows
+
+
+for _op in LAYER_OPS:
+    _register(_op)

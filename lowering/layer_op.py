@@ -1,0 +1,195 @@
+"""Ops that apply a linear layer whose weight is made of factors: schema, fake, autograd, autocast and vmap, once.
+
+Every structure has one such op.  It takes ``x`` (*rows, in), the factors and a bias (out,) and gives ``y`` (*rows, out)
+with what its backward needs of the way there; nothing of the size of the dense weight is ever made.  What is kept for
+backward is a choice of each call: with ``keep`` off the backward makes it again from ``x`` (rematerialisation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.vmap import one_by_one
+
+DEVICES = ("cpu", "cuda")
+_LIBRARY = torch.library.Library("structfly", "FRAGMENT")
+
+# (x (N, in), factors, static) -> y (N, out) without bias, and what backward needs beside x and the factors
+Forward = Callable[[Tensor, Sequence[Tensor], Sequence[int]], tuple[Tensor, list[Tensor]]]
+# (gradient (N, out), x, factors, kept, static, wanted: of x and each factor) -> their gradients, None where not wanted
+Backward = Callable[
+    [Tensor, Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], Sequence[bool]], list[Tensor | None]
+]
+
+
+@dataclass(frozen=True)
+class LayerOp:
+    """One op, registered as ``structfly::{name}`` when the object is made.
+
+    Attributes:
+        name: with an ABI version, which goes up with any change of the schema, the fake or the autograd formula.
+        forward, backward: what it computes, on matrices.
+        out_features: of the factors' shapes and the static numbers.
+        kept_shapes: of N rows, the factors and the static numbers: the shapes of what the forward keeps.
+        multiply_adds: the same arguments: of a forward; its backward has as many for every gradient of its products.
+    """
+
+    name: str
+    forward: Forward
+    backward: Backward
+    out_features: Callable[[Sequence[Any], Sequence[int]], int]
+    kept_shapes: Callable[[int, Sequence[Any], Sequence[int]], list[tuple[int, ...]]]
+    multiply_adds: Callable[[int, Sequence[Any], Sequence[int]], int]
+    _overload: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        name, backward = f"structfly::{self.name}", f"structfly::{self.name}_backward"
+        torch.library.define(
+            name, "(Tensor x, Tensor[] factors, Tensor? bias, int[] static, bool keep) -> (Tensor y, Tensor[] kept)"
+        )
+        torch.library.define(
+            backward,
+            "(Tensor grad, Tensor x, Tensor[] factors, Tensor[] kept, int[] static, bool[] wanted) -> Tensor[]",
+        )
+        torch.library.impl(name, DEVICES)(self._forward)
+        torch.library.impl(backward, DEVICES)(self._backward)
+        torch.library.register_fake(name, self._forward_fake)
+        torch.library.register_fake(backward, self._backward_fake)
+        torch.library.register_autograd(name, self._differentiate, setup_context=self._setup_context)
+        self._overload["forward"] = getattr(torch.ops.structfly, self.name).default
+        self._overload["backward"] = getattr(torch.ops.structfly, f"{self.name}_backward").default
+        for device in DEVICES:
+            _LIBRARY.impl(self.name, self._under_autocast(device), f"Autocast{device.upper()}")
+        for each, op in zip((name, backward), self._overload.values(), strict=True):
+            torch.library.register_vmap(each, one_by_one(op))
+
+    def __call__(
+        self,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        bias: Tensor | None = None,
+        static: Sequence[int] = (),
+        *,
+        rematerialise: bool = False,
+    ) -> Tensor:
+        """y of x (*rows, in).
+
+        Args:
+            factors: the weight's factors, and integer tensors that say where they stand, as the op has them.
+            bias: (out,), or None.
+            static: the op's numbers.
+            rematerialise: make again in backward what it needs of the forward, rather than keep it.
+        """
+        learned = any(tensor.requires_grad for tensor in (x, *factors))
+        keep = torch.is_grad_enabled() and learned and not rematerialise
+        y: Tensor = self._overload["forward"](x, list(factors), bias, list(static), keep)[0]
+        return y
+
+    # ---------------------------------------------------------------------------------------------------- kernels
+
+    def _forward(
+        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        y, kept = self.forward(x.reshape(-1, x.shape[-1]), factors, static)
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], y.shape[1]), kept if keep else []
+
+    def _backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        static: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> list[Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])
+        if not kept:
+            kept = self.forward(rows, factors, static)[1]
+        made = self.backward(grad, rows, factors, kept, static, wanted)
+        return [
+            x.new_empty(0) if gradient is None else gradient.contiguous().view(source.shape)
+            for gradient, source in zip(made, (x, *factors), strict=True)
+        ]
+
+    # ------------------------------------------------------------------------------------------------------ fakes
+
+    def _forward_fake(
+        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        rows = math.prod(x.shape[:-1])
+        shapes = self.kept_shapes(rows, [f.shape for f in factors], static) if keep else []
+        width = self.out_features([f.shape for f in factors], static)
+        return x.new_empty(*x.shape[:-1], width), [x.new_empty(shape) for shape in shapes]
+
+    def _backward_fake(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        static: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> list[Tensor]:
+        pairs = zip((x, *factors), wanted, strict=True)
+        return [x.new_empty(source.shape if want else (0,)) for source, want in pairs]
+
+    # --------------------------------------------------------------------------------------------------- autograd
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        x, factors, _, static, _ = inputs
+        _, kept = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept)
+        ctx.static, ctx.count = list(static), len(factors)
+        ctx.save_for_backward(x, *factors, *kept)
+
+    def _differentiate(self, ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+        need_x, need_factors, need_bias, *_ = ctx.needs_input_grad
+        x, *tensors = ctx.saved_tensors
+        factors, kept = tensors[: ctx.count], tensors[ctx.count :]
+        wanted = [need_x, *(need and f.is_floating_point() for need, f in zip(need_factors, factors, strict=True))]
+        made: list[Tensor | None] = [None] * len(wanted)
+        if grad is not None and any(wanted):
+            differentiate = self._recorded if torch.is_grad_enabled() else self._overload["backward"]
+            found = differentiate(grad, x, factors, kept, ctx.static, wanted)
+            made = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+        biased = grad is not None and need_bias
+        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if grad is not None and biased else None
+        return made[0], made[1:], of_bias, None if ctx.static else [], None
+
+    def _recorded(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        static: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> list[Tensor]:
+        """The backward under create_graph=True: made of differentiable operations, from what is recorded itself."""
+        return self._backward(grad, x, factors, [], static, wanted)
+
+    def _under_autocast(self, device: str) -> Callable[..., Any]:
+        """As autocast treats ``linear``: what is multiplied is cast, float64 is left alone."""
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+                return tensor
+            return tensor.to(torch.get_autocast_dtype(device))
+
+        def autocast(
+            x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+        ) -> Any:
+            with torch.autocast(device, enabled=False):
+                return self._overload["forward"](cast(x), [cast(f) for f in factors], cast(bias), static, keep)
+
+        return autocast

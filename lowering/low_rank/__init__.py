@@ -1,0 +1,1 @@
+"""A weight of low rank."""

@@ -1,0 +1,54 @@
+"""``structfly::low_rank_v1``: y = left (right x) + bias; see :mod:`structfly.lowering.low_rank.reference`.
+
+With z = right x and g the gradient with respect to y,
+
+    dleft = g^T z,    dz = g left,    dright = dz^T x,    dx = dz right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from structfly.lowering.layer_op import LayerOp
+
+
+def _forward(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    right, left = factors
+    z = x @ right.t()
+    return z @ left.t(), [z]
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    _: Sequence[int],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    (right, left), (z,) = factors, kept
+    dz = grad @ left if wanted[0] or wanted[1] else None
+    return [
+        dz @ right if dz is not None and wanted[0] else None,
+        dz.t() @ x if dz is not None and wanted[1] else None,
+        grad.t() @ z if wanted[2] else None,
+    ]
+
+
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
+    (rank, in_features), (out_features, _) = shapes
+    return rows * int(rank) * int(in_features + out_features)
+
+
+LOW_RANK = LayerOp(
+    "low_rank_v1",
+    _forward,
+    _backward,
+    out_features=lambda shapes, _: shapes[1][0],
+    kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],
+    multiply_adds=_multiply_adds,
+)
+"""Takes ``right`` (rank, in) and ``left`` (out, rank)."""

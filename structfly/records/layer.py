@@ -1,0 +1,89 @@
+"""What is known of one linear layer: its sizes, what data said of it, and what one way of making its weight costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import sympy
+import torch
+from torch import Tensor
+
+from structfly.records.cost import Expression, Stage
+
+TOKENS = sympy.Symbol("tokens", integer=True, positive=True)
+"""Rows that a layer is applied to, in its costs."""
+
+
+class LayerSizes(NamedTuple):
+    """A linear layer y = W x + b: ``weight`` (out_features, in_features)."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def parameters(self) -> int:
+        """Of the dense weight, without the bias."""
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What calibration data says of a layer, over the tokens it saw.
+
+    A change dW of the weight changes the output by dW x and, to second order, the loss by
+    ``tr(G dW A dW^T) / 2`` a token with A = E[x x^T] and G = E[g g^T], g the gradient of a token's loss with respect
+    to the output, where the loss's Hessian is its Fisher matrix and x and g are taken to be independent: K-FAC
+    (Martens and Grosse 2015).
+
+    Attributes:
+        input_covariance: A (in, in) float32, or None for the identity.
+        output_fisher: G (out, out) float32, or None for the identity.
+        tokens: how many there were.
+    """
+
+    input_covariance: Tensor | None = None
+    output_fisher: Tensor | None = None
+    tokens: int = 0
+
+    def loss_of(self, change: Tensor) -> float:
+        """tr(G dW A dW^T) / 2 of the change dW (out, in) of the weight."""
+        left = change if self.output_fisher is None else self.output_fisher.to(change) @ change
+        right = change if self.input_covariance is None else change @ self.input_covariance.to(change)
+        return 0.5 * float((left.double() * right.double()).sum())
+
+
+NO_STATISTICS = LayerStatistics()
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer costs, as sympy expressions in :data:`TOKENS`; the bias is left out, for no structure changes it.
+
+    Attributes:
+        parameters: numbers that are learned.
+        flops: floating-point operations of a forward pass; a multiply-add counts two.
+        weight_bytes: bytes of the factors and of what says where they stand.
+        saved_bytes: bytes kept from forward to backward besides the input.
+        transient_bytes: bytes taken within the forward pass besides input and output.
+        stages: its kernels, for the time.
+    """
+
+    parameters: Expression
+    flops: Expression
+    weight_bytes: Expression
+    saved_bytes: Expression
+    transient_bytes: Expression
+    stages: tuple[Stage, ...]
+
+    def at(self, tokens: int) -> Mapping[str, float]:
+        """The numbers for so many tokens, by name."""
+        names = ("parameters", "flops", "weight_bytes", "saved_bytes", "transient_bytes")
+        return {name: float(sympy.sympify(getattr(self, name)).subs(TOKENS, tokens)) for name in names}
+
+
+def product(inner: Expression, columns: Expression, dtype: torch.dtype, *, batch: Expression = 1) -> Stage:
+    """``batch`` products, in one kernel, of :data:`TOKENS` rows each with a matrix (inner, columns)."""
+    moved = batch * (TOKENS * inner + inner * columns + TOKENS * columns) * dtype.itemsize
+    return Stage(2 * batch * TOKENS * inner * columns, moved, 1, dtype, TOKENS)
