@@ -1,16 +1,22 @@
 """The budget solver: one option per site, least total value, every limit kept.
 
 This is the multiple-choice knapsack.  Where each site's cheapest option already fits together, that is the optimum and
-no search is needed; otherwise HiGHS solves the integer program (:func:`scipy.optimize.milp`) and reports its bound.
+no search is needed.  Otherwise the linear relaxation (:mod:`~structfly.rewriter.lagrangian`) gives a bound, a choice
+that fits, and leaves few options of each site; of those HiGHS (:func:`scipy.optimize.milp`) proves the best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from structfly.rewriter.lagrangian import Numbers, relax
+
+_ROUNDING = 1e-12
+_SEARCH_ROUNDING = 1e-9  # of a value, in HiGHS' bound
 
 
 @dataclass(frozen=True)
@@ -46,20 +52,59 @@ class Solution(NamedTuple):
     relaxed: frozenset[int]
 
 
+class ImpossibleError(ValueError):
+    """No choice keeps the limits.
+
+    Attributes:
+        alone: the smallest sum possible of each resource, if the others had no limit.
+        factor: multiplied by this, and by nothing less, the limits can be kept together; infinite where a limit of 0
+            cannot.
+    """
+
+    def __init__(self, limits: Mapping[str, float], alone: Mapping[str, float], factor: float) -> None:
+        self.alone, self.factor = dict(alone), factor
+        wanted = ", ".join(f"{name} <= {limit:.6g}" for name, limit in limits.items())
+        smallest = ", ".join(f"{name} {amount:.6g}" for name, amount in alone.items())
+        super().__init__(f"no choice keeps {wanted}; the smallest possible of each alone: {smallest}")
+
+
 def solve(
-    sites: Sequence[Sequence[Option]], *, peaks: Sequence[float], limits: Mapping[str, float] | None = None
+    sites: Sequence[Sequence[Option]],
+    *,
+    peaks: Sequence[float] | None = None,
+    limits: Mapping[str, float] | None = None,
+    peak_counts_as: str = "",
 ) -> Solution:
     """Choose one option per site.
 
     Args:
         sites: the options of each site, at least one each.
-        peaks: the largest peak allowed at each site.
+        peaks: the largest peak allowed at each site, None for any.
         limits: the largest sum allowed of each resource.
+        peak_counts_as: the resource to whose sum the largest peak of all sites is added, "" for none.
 
     Raises:
-        ValueError: no choice keeps the limits; the message gives the smallest sum possible.
+        ImpossibleError: no choice keeps the limits.
     """
     limits = dict(limits or {})
+    allowed, relaxed = _within(sites, peaks or [float("inf")] * len(sites))
+    problem = _Problem(sites, allowed, limits, peak_counts_as)
+    cheapest = [
+        min(fitting, key=lambda number: (options[number].value, options[number].peak))
+        for options, fitting in zip(sites, allowed, strict=True)
+    ]
+    if problem.keeps(cheapest):
+        total = problem.value(cheapest)
+        return Solution(tuple(cheapest), total, total, 0.0, frozenset(relaxed))
+    chosen, bound = problem.solve()
+    value = problem.value(chosen)
+    gap = (value - bound) / abs(value) if value else 0.0
+    gap = gap if gap > _SEARCH_ROUNDING else 0.0
+    return Solution(tuple(chosen), value, min(bound, value), gap, frozenset(relaxed))
+
+
+def _within(sites: Sequence[Sequence[Option]], peaks: Sequence[float]) -> tuple[list[list[int]], set[int]]:
+    """The options of each site that keep its peak, or those of smallest peak where none does, and where that is."""
     allowed: list[list[int]] = []
     relaxed: set[int] = set()
     for index, (options, peak) in enumerate(zip(sites, peaks, strict=True)):
@@ -69,60 +114,129 @@ def solve(
             smallest = min(option.peak for option in options)
             fitting = [number for number, option in enumerate(options) if option.peak == smallest]
         allowed.append(fitting)
-    cheapest = [
-        min(fitting, key=lambda number: (options[number].value, options[number].peak))
-        for options, fitting in zip(sites, allowed, strict=True)
-    ]
-    total = sum(options[number].value for options, number in zip(sites, cheapest, strict=True))
-    if all(_used(sites, cheapest, resource) <= limit for resource, limit in limits.items()):
-        return Solution(tuple(cheapest), total, total, 0.0, frozenset(relaxed))
-    chosen, bound = _integer_program(sites, allowed, limits)
-    value = sum(options[number].value for options, number in zip(sites, chosen, strict=True))
-    gap = max(0.0, value - bound) / abs(value) if value else 0.0
-    return Solution(tuple(chosen), value, bound, gap, frozenset(relaxed))
+    return allowed, relaxed
 
 
-def _used(sites: Sequence[Sequence[Option]], chosen: Sequence[int], resource: str) -> float:
-    return sum(options[number].uses.get(resource, 0.0) for options, number in zip(sites, chosen, strict=True))
+class _Problem:
+    """One integer program, in units in which limits and values are about 1."""
 
+    def __init__(
+        self,
+        sites: Sequence[Sequence[Option]],
+        allowed: Sequence[Sequence[int]],
+        limits: Mapping[str, float],
+        peak_counts_as: str,
+    ) -> None:
+        self.sites, self.allowed, self.limits, self.peak_counts_as = sites, allowed, limits, peak_counts_as
+        self.scales = {name: limit if limit > 0 else 1.0 for name, limit in limits.items()}
+        options = [
+            option for site, fitting in zip(sites, allowed, strict=True) for option in (site[n] for n in fitting)
+        ]
+        self.value_scale = max((abs(option.value) for option in options), default=0.0) or 1.0
 
-def _integer_program(
-    sites: Sequence[Sequence[Option]], allowed: Sequence[Sequence[int]], limits: Mapping[str, float]
-) -> tuple[list[int], float]:
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    def value(self, chosen: Sequence[int]) -> float:
+        return sum(options[number].value for options, number in zip(self.sites, chosen, strict=True))
 
-    variables = [(site, number) for site, fitting in enumerate(allowed) for number in fitting]
-    options = [sites[site][number] for site, number in variables]
-    one_each = np.zeros((len(sites), len(variables)))
-    for column, (site, _) in enumerate(variables):
-        one_each[site, column] = 1.0
-    constraints = [LinearConstraint(one_each, 1.0, 1.0)]
-    for resource, limit in limits.items():
-        row = np.array([option.uses.get(resource, 0.0) for option in options])
-        # Bytes span many orders of magnitude; HiGHS' tolerances are absolute.
-        scale = max(float(np.abs(row).max()), 1.0)
-        constraints.append(LinearConstraint(row[None, :] / scale, -np.inf, limit / scale))
-    values = np.array([option.value for option in options])
-    scale = max(float(np.abs(values).max()), 1e-300)
-    result = milp(
-        values / scale,
-        constraints=constraints,
-        integrality=np.ones(len(variables), dtype=np.int64),
-        bounds=Bounds(0, 1),
-    )
-    if result.x is None:
-        least = {
-            resource: sum(
-                min(sites[site][number].uses.get(resource, 0.0) for number in fitting)
-                for site, fitting in enumerate(allowed)
+    def keeps(self, chosen: Sequence[int]) -> bool:
+        """Whether all limits are kept, up to what adding up rounds."""
+        return all(self.used(name, chosen) <= limit + _ROUNDING * abs(limit) for name, limit in self.limits.items())
+
+    def used(self, name: str, chosen: Sequence[int]) -> float:
+        options = [options[number] for options, number in zip(self.sites, chosen, strict=True)]
+        peak = max((option.peak for option in options), default=0.0) if name == self.peak_counts_as else 0.0
+        return sum(option.uses.get(name, 0.0) for option in options) + peak
+
+    def solve(self) -> tuple[list[int], float]:
+        """The best choice and a bound on all."""
+        open_options, bound, known = self.allowed, float("-inf"), None
+        if self.peak_counts_as not in self.limits:
+            relaxed = relax(*self._numbers(self.allowed), np.array([self._limit(name) for name in self.limits]))
+            if relaxed is None:
+                raise self._impossible()
+            open_options = [[f[j] for j in still] for f, still in zip(self.allowed, relaxed.open, strict=True)]
+            bound = relaxed.bound * self.value_scale
+            if relaxed.chosen is not None:
+                known = [fitting[j] for fitting, j in zip(self.allowed, relaxed.chosen, strict=True)]
+        result = self._integer_program(open_options)
+        if result is None and known is None:
+            raise self._impossible()
+        if result is None or not self.keeps(result[0]):  # the limits are kept exactly, not to the search's tolerance
+            result = self._integer_program(open_options, tighter=1e-7) or result
+        choices = [each for each in (known, result[0] if result else None) if each is not None and self.keeps(each)]
+        if not choices:
+            raise self._impossible()
+        best = min(choices, key=self.value)
+        found = result[1] * self.value_scale if result else self.value(best)
+        return list(best), max(bound, min(found, self.value(best)))
+
+    def _limit(self, name: str) -> float:
+        return self.limits[name] / self.scales[name]
+
+    def _numbers(self, options: Sequence[Sequence[int]]) -> tuple[list[Numbers], list[Numbers]]:
+        """Values and uses of each site's options."""
+        values, uses = [], []
+        for site, fitting in zip(self.sites, options, strict=True):
+            values.append(np.array([site[n].value for n in fitting]) / self.value_scale)
+            rows = [[site[n].uses.get(name, 0.0) / self.scales[name] for name in self.limits] for n in fitting]
+            uses.append(np.array(rows).reshape(len(fitting), len(self.limits)))
+        return values, uses
+
+    def _integer_program(
+        self, options: Sequence[Sequence[int]], *, tighter: float = 0.0, least_factor: bool = False
+    ) -> tuple[list[int], float] | None:
+        """HiGHS on these options: the choice and a bound in scaled units, or None if there is no choice.
+
+        With ``least_factor`` it is the factor of all limits that is minimised.
+        """
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        values, uses = self._numbers(options)
+        where = np.repeat(np.arange(len(options)), [len(each) for each in options])
+        count, names = len(where), list(self.limits)
+        extra = 2  # the largest peak, and the factor of the limits
+        peaks = np.array([site[n].peak for site, fitting in zip(self.sites, options, strict=True) for n in fitting])
+        peak_scale = self.scales.get(self.peak_counts_as, 1.0)
+        one_each = np.zeros((len(options), count + extra))
+        one_each[where, np.arange(count)] = 1.0
+        constraints = [LinearConstraint(one_each, 1.0, 1.0)]
+        used = np.zeros((len(names), count + extra))
+        used[:, :count] = np.concatenate(uses).T
+        limits = np.array([self._limit(name) for name in names])
+        if self.peak_counts_as in self.limits:
+            used[names.index(self.peak_counts_as), count] = 1.0
+            above = one_each.copy()
+            above[where, np.arange(count)] = peaks / peak_scale
+            above[:, count] = -1.0
+            constraints.append(LinearConstraint(above, -np.inf, 0.0))
+        if least_factor:
+            used[:, count + 1] = -limits
+        constraints.append(LinearConstraint(used, -np.inf, 0.0 if least_factor else limits * (1 - tighter)))
+        objective = np.zeros(count + extra)
+        objective[:count] = 0.0 if least_factor else np.concatenate(values)
+        objective[count + 1] = float(least_factor)
+        result: Any = milp(
+            objective,
+            constraints=constraints,
+            integrality=np.array([1] * count + [0] * extra),
+            bounds=Bounds(0, np.array([1.0] * count + [np.inf] * extra)),
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            return None
+        chosen = [-1] * len(options)
+        flat = [number for fitting in options for number in fitting]
+        for site, number, taken in zip(where, flat, result.x, strict=False):
+            if taken > 0.5:
+                chosen[site] = number
+        return chosen, float(result.mip_dual_bound)
+
+    def _impossible(self) -> ImpossibleError:
+        alone = {
+            name: sum(
+                min(site[n].uses.get(name, 0.0) for n in fitting)
+                for site, fitting in zip(self.sites, self.allowed, strict=True)
             )
-            for resource in limits
+            for name in self.limits
         }
-        wanted = ", ".join(f"{resource} <= {limit:.6g}" for resource, limit in limits.items())
-        smallest = ", ".join(f"{resource} {amount:.6g}" for resource, amount in least.items())
-        raise ValueError(f"no choice keeps {wanted}; the smallest possible of each alone: {smallest}")
-    chosen = [-1] * len(sites)
-    for (site, number), taken in zip(variables, result.x, strict=True):
-        if taken > 0.5:
-            chosen[site] = number
-    return chosen, float(result.mip_dual_bound) * scale
+        least = self._integer_program(self.allowed, least_factor=True) if self.limits else None
+        return ImpossibleError(self.limits, alone, float("inf") if least is None else least[1])
