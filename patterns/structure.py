@@ -146,9 +146,9 @@ class StructuredLinear(nn.Module):
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
-            device=linear.weight.device,
+            device="meta",  # where nothing is drawn
             dtype=linear.weight.dtype,
-        )
+        ).to_empty(device=linear.weight.device)
         made.load_factors(factors)
         if made.bias is not None:
             with torch.no_grad():

@@ -6,21 +6,34 @@
 
 from structfly import ops
 from structfly.config import Config
-from structfly.errors import ArgumentError, ConfigError, RewriteError, StructflyError, UnsupportedError
+from structfly.config.budget import Budget
+from structfly.errors import ArgumentError, ConfigError, PlanError, RewriteError, StructflyError, UnsupportedError
 from structfly.explanation import explain
+from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.records import Report, SiteReport
+from structfly.restructure import Distillation, Plan, apply_, from_pretrained, restructure_, save_pretrained
 from structfly.version import __version__
 
 __all__ = [
     "ArgumentError",
+    "Budget",
     "Config",
     "ConfigError",
+    "Distillation",
+    "Plan",
+    "PlanError",
     "Report",
     "RewriteError",
     "SiteReport",
     "StructflyError",
+    "Structure",
+    "StructuredLinear",
     "UnsupportedError",
     "__version__",
+    "apply_",
     "explain",
+    "from_pretrained",
     "ops",
+    "restructure_",
+    "save_pretrained",
 ]

@@ -22,3 +22,7 @@ class UnsupportedError(StructflyError, RuntimeError):
 
 class ArgumentError(StructflyError, ValueError):
     """An argument of a function of structfly.ops has a wrong shape, dtype, device or value."""
+
+
+class PlanError(StructflyError, ValueError):
+    """A plan cannot be read or does not fit the model, or no plan keeps the budget."""

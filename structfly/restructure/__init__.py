@@ -1,0 +1,17 @@
+"""Replace a model's linear layers by the best mix of structured ones under a budget."""
+
+from structfly.restructure.apply import apply_, restructure_
+from structfly.restructure.distillation import Distillation
+from structfly.restructure.plan import Measured, Plan, PlannedLayer
+from structfly.restructure.saving import from_pretrained, save_pretrained
+
+__all__ = [
+    "Distillation",
+    "Measured",
+    "Plan",
+    "PlannedLayer",
+    "apply_",
+    "from_pretrained",
+    "restructure_",
+    "save_pretrained",
+]

@@ -1,0 +1,95 @@
+"""What each layer may become: every structure's menu, with predicted losses and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from structfly.patterns.structure import Structure
+from structfly.records import Cost, DeviceProfile
+from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
+from structfly.restructure.layers import Layer
+from structfly.rewriter.roofline import evaluate
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing a layer may become.
+
+    Attributes:
+        structure: what its weight is made of, None for the dense weight.
+        loss: how much the loss is predicted to rise.
+        costs: of each resource: params, flops, weight_bytes, saved_bytes, transient_bytes, time (seconds).
+    """
+
+    structure: Structure | None
+    loss: float
+    costs: Mapping[str, float] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what costs hold: tokens of a forward pass, dtype of the weights, and the device."""
+
+    tokens: int
+    profile: DeviceProfile
+
+    def costs(self, cost: LayerCost) -> dict[str, float]:
+        """The amounts of each resource."""
+        amounts = dict(cost.at(self.tokens))
+        amounts["params"] = amounts.pop("parameters")
+        amounts["time"] = evaluate(Cost(cost.stages), {TOKENS: self.tokens}, self.profile).seconds
+        return amounts
+
+
+def dense_cost(sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
+    """What the dense layer costs."""
+    return LayerCost(
+        parameters=sizes.parameters,
+        flops=2 * TOKENS * sizes.parameters,
+        weight_bytes=sizes.parameters * dtype.itemsize,
+        saved_bytes=0,
+        transient_bytes=0,
+        stages=(product(sizes.in_features, sizes.out_features, dtype),),
+    )
+
+
+def candidates_of(
+    layer: Layer,
+    structures: Sequence[type[Structure]],
+    conditions: Conditions,
+    statistics: LayerStatistics = NO_STATISTICS,
+) -> list[Candidate]:
+    """The dense weight first, then what the structures offer; what another candidate is better than in every respect
+    is left out."""
+    weight = layer.weight.detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    found = [Candidate(None, 0.0, conditions.costs(dense_cost(layer.sizes, weight.dtype)))]
+    for structure in structures:
+        menu = [each for each in structure.menu(layer.sizes) if not each.why_not(layer.sizes)]
+        for each, factors in zip(menu, structure.project_each(menu, wide, statistics), strict=True):
+            loss = _loss(each, layer.sizes, factors, wide, statistics)
+            found.append(Candidate(each, loss, conditions.costs(each.cost(layer.sizes, weight.dtype))))
+    return _undominated(found)
+
+
+def _loss(
+    structure: Structure, sizes: LayerSizes, factors: Mapping[str, Tensor], weight: Tensor, statistics: LayerStatistics
+) -> float:
+    return max(0.0, statistics.loss_of(structure.to_dense(sizes, factors) - weight))
+
+
+def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
+    def amounts(each: Candidate) -> tuple[float, ...]:
+        return (each.loss, *each.costs.values())
+
+    kept: list[Candidate] = []
+    for each in sorted(candidates, key=amounts):
+        mine = amounts(each)
+        if not any(all(a <= b for a, b in zip(amounts(other), mine, strict=True)) for other in kept):
+            kept.append(each)
+    dense = [each for each in candidates if each.structure is None]
+    return [*dense, *(each for each in kept if each.structure is not None)]

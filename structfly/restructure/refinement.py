@@ -1,0 +1,71 @@
+"""Predicted losses corrected by measured ones: a few candidates of each layer, with that layer alone replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from rich.progress import Progress
+from torch import nn
+
+from structfly.patterns.structure import StructuredLinear
+from structfly.records.layer import LayerStatistics
+from structfly.restructure.candidates import Candidate
+from structfly.restructure.layers import Layer
+from structfly.restructure.measuring import Loss
+from structfly.restructure.replacing import replaced
+
+_LEAST = 1e-30
+
+
+def refined(
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    menus: Mapping[str, Sequence[Candidate]],
+    statistics: Mapping[str, LayerStatistics],
+    loss: Loss,
+    count: int,
+    *,
+    progress: bool = True,
+) -> dict[str, list[Candidate]]:
+    """The menus with what is predicted multiplied by measured over predicted.
+
+    That ratio is measured at ``count`` candidates of each layer, evenly spaced by the predicted loss's rank, and
+    between them interpolated along its logarithm.
+    """
+    dense = loss.of(model)
+    found: dict[str, list[Candidate]] = {}
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("refinement", total=len(layers))
+        for name, layer in layers.items():
+            rises = []
+            for each in _spread([each for each in menus[name] if each.structure is not None], count):
+                assert each.structure is not None
+                made = StructuredLinear.from_linear(layer.as_linear(), each.structure, statistics[name])
+                with replaced(model, name, layer.in_place_of(made)):
+                    rises.append((each.loss, loss.of(model) - dense))
+            found[name] = _corrected(menus[name], rises)
+            bar.advance(task)
+    return found
+
+
+def _spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
+    """``count`` of them, evenly spaced in order of their loss."""
+    ordered = sorted(candidates, key=lambda each: each.loss)
+    picks = np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round() if ordered else ()
+    return [ordered[pick] for pick in dict.fromkeys(map(int, picks))]
+
+
+def _corrected(candidates: Sequence[Candidate], rises: Sequence[tuple[float, float]]) -> list[Candidate]:
+    known = sorted((max(predicted, _LEAST), max(measured, _LEAST)) for predicted, measured in rises)
+    if not known:
+        return list(candidates)
+    at = np.log([predicted for predicted, _ in known])
+    ratios = np.log([measured / predicted for predicted, measured in known])
+    return [
+        each
+        if each.structure is None
+        else replace(each, loss=float(each.loss * np.exp(np.interp(np.log(max(each.loss, _LEAST)), at, ratios))))
+        for each in candidates
+    ]
