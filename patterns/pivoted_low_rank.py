@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from structfly.lowering.pivoted_low_rank.op import PIVOTED_LOW_RANK
-from structfly.patterns.low_rank import LowRank
+from structfly.patterns.low_rank import LowRank, tail_losses
 from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.records.cost import Stage
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
@@ -80,6 +80,14 @@ class PivotedLowRank(Structure):
         factors = LowRank.project_each([LowRank(rank=each.rank) for each in choices], weight, statistics)
         for each, (right, left) in zip(choices, ((f["right"], f["left"]) for f in factors), strict=True):
             yield _pivoted(left, right, each.rank)
+
+    @classmethod
+    def losses(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[float]:
+        tails = tail_losses(weight, statistics)
+        for each in choices:
+            yield float(tails[each.rank])
 
     def to_dense(self, sizes: LayerSizes, factors: Factors) -> Tensor:
         pivots = factors["pivots"]

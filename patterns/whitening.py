@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from structfly.records.layer import LayerStatistics
+
 _RIDGE = 1e-4  # of the mean eigenvalue: what the calibration tokens never showed still counts a little
 
 
@@ -34,3 +36,22 @@ def root(matrix: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> Root | N
         ((vectors * roots) @ vectors.t()).to(like.dtype),
         ((vectors / roots) @ vectors.t()).to(like.dtype),
     )
+
+
+class Whitened:
+    """A weight with both metrics taken out: ``weight`` = G^(1/2) W A^(1/2), in which
+    :meth:`~structfly.records.layer.LayerStatistics.loss_of` is half the squared Frobenius norm."""
+
+    def __init__(self, weight: Tensor, statistics: LayerStatistics) -> None:
+        self._inner = root(statistics.input_covariance, weight)
+        self._outer = root(statistics.output_fisher, weight)
+        self.weight = weight if self._inner is None else weight @ self._inner.of
+        self.weight = self.weight if self._outer is None else self._outer.of @ self.weight
+
+    def left(self, factor: Tensor) -> Tensor:
+        """A left factor (out, rank) of ``weight`` as one of W."""
+        return factor if self._outer is None else self._outer.inverse @ factor
+
+    def right(self, factor: Tensor) -> Tensor:
+        """A right factor (rank, in) of ``weight`` as one of W."""
+        return factor if self._inner is None else factor @ self._inner.inverse

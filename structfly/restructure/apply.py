@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.progress import track
 from torch import nn
@@ -40,6 +41,7 @@ def restructure_(
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, Sequence[str]] | None = None,
     strategy: str = "solver",
+    sensitivity: Literal["fisher", "inputs"] = "fisher",
     tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -64,6 +66,8 @@ def restructure_(
         overrides: globs of qualified names, each with the names of the structures offered there; the last that matches
             counts, and an empty list leaves a layer dense.
         strategy: "solver", or "uniform" to compare with.
+        sensitivity: what calibration tells of a change of a layer's output: "fisher", how much it costs in each
+            direction (K-FAC), or "inputs", no more than how large it is.
         tokens: of a forward pass, for FLOPs, memory and time; None for as many as a calibration batch has, else 4096.
         seed: of the labels that ``loss_fn`` samples.
         progress: whether bars are shown.
@@ -80,6 +84,8 @@ def restructure_(
     offered = _structures(structures)
     if strategy not in STRATEGIES:
         raise ArgumentError(f"strategy is {strategy!r}; allowed: {', '.join(STRATEGIES)}")
+    if sensitivity not in ("fisher", "inputs"):
+        raise ArgumentError(f"sensitivity is {sensitivity!r}; allowed: fisher, inputs")
     if (calibration is None) != (loss_fn is None):
         raise ArgumentError("calibration and loss_fn go together; give both, or neither")
     layers, left = find_layers(model, include, exclude)
@@ -101,6 +107,8 @@ def restructure_(
             progress=progress,
             resume=None if resume is None else Path(resume),
         )
+        if sensitivity == "inputs":
+            statistics = {name: replace(each, output_fisher=None) for name, each in statistics.items()}
         left |= {name: "no calibration loss depends on it" for name in layers if name not in statistics}
         layers = {name: each for name, each in layers.items() if name in statistics}
         seen = max((each.tokens for each in statistics.values()), default=0) // max(len(batches), 1)
