@@ -9,18 +9,18 @@ from torch import Tensor
 
 from structfly.records.layer import LayerStatistics
 
-_RIDGE = 1e-4  # of the mean eigenvalue: what the calibration tokens never showed still counts a little
+RIDGE = 1e-4  # of the mean eigenvalue: what the calibration tokens never showed still counts a little
 
 
 class Root(NamedTuple):
-    """``of`` = M^(1/2) and ``inverse`` = M^(-1/2), both symmetric (n, n)."""
+    """``of`` = M^(1/2) and ``inverse`` = M^(-1/2), both symmetric (*batch, n, n)."""
 
     of: Tensor
     inverse: Tensor
 
 
-def root(matrix: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> Root | None:
-    """The roots of M + ridge mean(diagonal of M) I for a covariance M (n, n), None for None.
+def root(matrix: Tensor | None, like: Tensor, ridge: float = RIDGE) -> Root | None:
+    """The roots of M + ridge mean(diagonal of M) I for covariances M (*batch, n, n), None for None.
 
     Args:
         matrix: symmetric, positive semidefinite up to rounding.
@@ -30,11 +30,12 @@ def root(matrix: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> Root | N
     if matrix is None:
         return None
     values, vectors = torch.linalg.eigh(matrix.to(device=like.device, dtype=torch.float64))
-    values = values.clamp_min(0) + ridge * values.clamp_min(0).mean().clamp_min(torch.finfo(torch.float32).tiny)
-    roots = values.sqrt()
+    values = values.clamp_min(0)
+    values = values + ridge * values.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    roots = values.sqrt()[..., None, :]
     return Root(
-        ((vectors * roots) @ vectors.t()).to(like.dtype),
-        ((vectors / roots) @ vectors.t()).to(like.dtype),
+        ((vectors * roots) @ vectors.mT).to(like.dtype),
+        ((vectors / roots) @ vectors.mT).to(like.dtype),
     )
 
 

@@ -15,7 +15,7 @@ from structfly.config.budget import Budget
 from structfly.errors import ArgumentError, PlanError
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns.structure import Structure, StructuredLinear
-from structfly.patterns.structures import STRUCTURES
+from structfly.patterns.structures import OFFERED, STRUCTURES
 from structfly.records.layer import NO_STATISTICS, LayerStatistics
 from structfly.restructure.allocation import STRATEGIES, Allocation, dense_totals
 from structfly.restructure.candidates import Candidate, Conditions, candidates_of
@@ -36,7 +36,7 @@ def restructure_(
     loss_fn: Losses | None = None,
     measure: bool = True,
     refine: int = 0,
-    structures: Sequence[str] | None = None,
+    structures: Sequence[str] = OFFERED,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, Sequence[str]] | None = None,
@@ -61,7 +61,7 @@ def restructure_(
         measure: whether the loss on the calibration data is measured before and after; the batches are held for it.
         refine: of how many candidates of each layer the loss is measured, with that layer alone replaced, to correct
             what is predicted of the layer's others.
-        structures: names of those to offer; None for all.
+        structures: names of those to offer, of :data:`~structfly.patterns.structures.STRUCTURES`.
         include, exclude: globs of qualified names; without ``exclude`` heads are left dense.
         overrides: globs of qualified names, each with the names of the structures offered there; the last that matches
             counts, and an empty list leaves a layer dense.
@@ -167,11 +167,11 @@ def apply_(
         replace_module(model, name, module)
 
 
-def _structures(names: Sequence[str] | None) -> list[type[Structure]]:
-    for name in names or ():
+def _structures(names: Sequence[str]) -> list[type[Structure]]:
+    for name in names:
         if name not in STRUCTURES:
             raise ArgumentError(f"there is no structure {name!r}; there are {', '.join(STRUCTURES)}")
-    return [each for name, each in STRUCTURES.items() if names is None or name in names]
+    return [each for name, each in STRUCTURES.items() if name in names]
 
 
 def _offered_to(
@@ -180,7 +180,7 @@ def _offered_to(
     found = list(offered)
     for pattern, names in (overrides or {}).items():
         if fnmatchcase(name, pattern):
-            found = _structures(names) if names else []
+            found = _structures(names)
     return found
 
 
