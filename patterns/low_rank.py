@@ -14,7 +14,7 @@ from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.patterns.whitening import Whitened
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
 
-_CHOICES = 24  # ranks that a menu offers, evenly spaced below that of as many parameters as the dense weight
+_CHOICES = 40  # ranks that a menu offers, evenly spaced below that of as many parameters as the dense weight
 
 
 class LowRank(Structure):

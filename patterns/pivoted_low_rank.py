@@ -22,7 +22,7 @@ from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.records.cost import Stage
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
 
-_SHARES = 24  # of the dense weight's parameters that a menu offers
+_SHARES = 40  # of the dense weight's parameters that a menu offers
 
 
 class PivotedLowRank(Structure):

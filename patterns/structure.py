@@ -143,10 +143,16 @@ class StructuredLinear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, structure: Structure, statistics: LayerStatistics = NO_STATISTICS
     ) -> StructuredLinear:
-        """The layer nearest to ``linear``, with its bias; see :meth:`Structure.project`."""
+        """The layer nearest to ``linear``; see :meth:`Structure.project`.  Its bias takes up the mean of the change
+        where ``statistics`` have an ``input_mean``."""
         weight = linear.weight.detach()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return cls.of_factors(linear, structure, structure.project(wide, statistics))
+        made = cls.of_factors(linear, structure, structure.project(wide, statistics))
+        if made.bias is not None and statistics.input_mean is not None:
+            with torch.no_grad():
+                change = wide - made.to_dense().to(wide.dtype)
+                made.bias.add_((change @ statistics.input_mean.to(wide)).to(made.bias.dtype))
+        return made
 
     @classmethod
     def of_factors(cls, linear: nn.Linear, structure: Structure, factors: Factors) -> StructuredLinear:

@@ -25,6 +25,7 @@ Losses = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the losses (n,) of a batch's independent terms, or their mean ()."""
 
 _SAVE_SECONDS = 30.0
+_KINDS = ("mean", "inputs", "gradients")
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,23 @@ class Watched:
         module: the layer.
         in_features, out_features: its sizes.
         rows: its input or output as (tokens, features).
+        biased: whether it has a bias, which can take up the mean of a change.
     """
 
     module: nn.Module
     in_features: int
     out_features: int
     rows: Callable[[Tensor], Tensor]
+    biased: bool
 
 
 class _Sums:
-    """Of one layer: sum x x^T, sum g g^T, in float32 on the layer's device, and how many tokens."""
+    """Of one layer: sum x, sum x x^T, sum g g^T, in float32 on the layer's device, and how many tokens."""
 
     def __init__(self, layer: Watched) -> None:
         device = next(layer.module.parameters()).device
+        self.biased = layer.biased
+        self.mean = torch.zeros(layer.in_features, device=device)
         self.inputs = torch.zeros(layer.in_features, layer.in_features, device=device)
         self.gradients = torch.zeros(layer.out_features, layer.out_features, device=device)
         self.tokens = 0
@@ -55,9 +60,17 @@ class _Sums:
     def add(self, x: Tensor, g: Tensor) -> None:
         counts = g.abs().amax(1) > 0  # padding does not
         x, g = x.float() * counts[:, None], g.float()
+        self.mean += x.sum(0)
         self.inputs.addmm_(x.t(), x)
         self.gradients.addmm_(g.t(), g)
         self.tokens += int(counts.sum())
+
+    def statistics(self, terms: int) -> LayerStatistics:
+        """What they say of a loss that is the mean of ``terms`` terms."""
+        inputs, mean = self.inputs / self.tokens, self.mean / self.tokens
+        if self.biased:
+            inputs -= mean[:, None] * mean
+        return LayerStatistics(inputs, self.gradients / terms, mean if self.biased else None, self.tokens)
 
 
 def measure_statistics(
@@ -105,11 +118,7 @@ def measure_statistics(
         raise ArgumentError("calibration has no batches; give at least one")
     if resume is not None:
         _save(resume, sums, done, terms)
-    return {
-        name: LayerStatistics(each.inputs / each.tokens, each.gradients / terms, each.tokens)
-        for name, each in sums.items()
-        if each.tokens
-    }
+    return {name: each.statistics(terms) for name, each in sums.items() if each.tokens}
 
 
 def _backward(model: nn.Module, batch: Any, losses: Losses, seed: int) -> int:
@@ -164,7 +173,7 @@ def _watching(layers: Mapping[str, Watched], sums: Mapping[str, _Sums]) -> Itera
 def _save(path: Path, sums: Mapping[str, _Sums], done: int, terms: int) -> None:
     from safetensors.torch import save_file
 
-    tensors = {f"{name}.{kind}": getattr(each, kind) for name, each in sums.items() for kind in ("inputs", "gradients")}
+    tensors = {f"{name}.{kind}": getattr(each, kind) for name, each in sums.items() for kind in _KINDS}
     tensors |= {f"{name}.tokens": torch.tensor(each.tokens) for name, each in sums.items()}
     partial = path.with_name(path.name + ".partial")
     progress = {"done": str(done), "terms": str(terms)}
@@ -183,7 +192,7 @@ def _load(path: Path, sums: Mapping[str, _Sums]) -> tuple[int, int]:
     if shapes != found:
         raise ArgumentError(f"{path} holds the statistics of other layers; delete it, or name another file")
     for name, each in sums.items():
-        each.inputs.copy_(kept[f"{name}.inputs"])
-        each.gradients.copy_(kept[f"{name}.gradients"])
+        for kind in _KINDS:
+            getattr(each, kind).copy_(kept[f"{name}.{kind}"])
         each.tokens = int(kept[f"{name}.tokens"])
     return int(metadata["done"]), int(metadata["terms"])

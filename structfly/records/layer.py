@@ -37,14 +37,18 @@ class LayerStatistics:
     to the output, where the loss's Hessian is its Fisher matrix and x and g are taken to be independent: K-FAC
     (Martens and Grosse 2015).
 
+    A bias can take up the mean of the change, b - dW E[x], and leaves A = E[x x^T] - E[x] E[x]^T.
+
     Attributes:
         input_covariance: A (in, in) float32, or None for the identity.
         output_fisher: G (out, out) float32, or None for the identity.
+        input_mean: E[x] (in,) float32 where a bias takes that up, else None.
         tokens: how many there were.
     """
 
     input_covariance: Tensor | None = None
     output_fisher: Tensor | None = None
+    input_mean: Tensor | None = None
     tokens: int = 0
 
     def loss_of(self, change: Tensor) -> float:

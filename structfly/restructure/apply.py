@@ -97,7 +97,9 @@ def restructure_(
             elsewhere = read_elsewhere(model, layers, lambda: loss_fn(model, batches[0]))
             left |= dict.fromkeys(elsewhere, "its weight is read by something else than the layer")
             layers = {name: each for name, each in layers.items() if name not in elsewhere}
-        watched = {name: Watched(each.module, *each.sizes, each.rows) for name, each in layers.items()}
+        watched = {
+            name: Watched(each.module, *each.sizes, each.rows, each.bias is not None) for name, each in layers.items()
+        }
         statistics = measure_statistics(
             model,
             watched,

@@ -29,7 +29,7 @@ def statistics_of(sizes: LayerSizes, seed: int = 0, tokens: int = 200) -> LayerS
         result: Tensor = rows.t() @ rows / len(rows)
         return result
 
-    return LayerStatistics(covariance(sizes.in_features), covariance(sizes.out_features), tokens)
+    return LayerStatistics(covariance(sizes.in_features), covariance(sizes.out_features), tokens=tokens)
 
 
 def check_structure(structure: Structure, sizes: LayerSizes, *ops: LayerOp) -> None:

@@ -11,7 +11,7 @@ from structfly.errors import ArgumentError
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.structure import StructuredLinear
-from structfly.records.layer import LayerSizes
+from structfly.records.layer import LayerSizes, LayerStatistics
 from tests.patterns.structures import check_structure, statistics_of
 
 
@@ -56,10 +56,23 @@ def test_menu_saves_parameters() -> None:
     sizes = LayerSizes(384, 1536)
     counts = [structure.cost(sizes, torch.float32).at(1)["parameters"] for structure in LowRank.menu(sizes)]
     assert counts == sorted(set(counts))
-    assert len(counts) == 24
+    assert len(counts) == 40
     assert counts[-1] < sizes.parameters
 
 
 def test_too_high_a_rank_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"LowRank\(rank=9, .*8 -> 16: rank is at most 8 there"):
         StructuredLinear(LowRank(rank=9), 8, 16)
+
+
+def test_the_bias_takes_up_the_mean_of_the_change() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 9, dtype=torch.float64)
+    x = torch.randn(5000, 12, dtype=torch.float64) + 3.0
+    covariance = torch.cov(x.t(), correction=0)
+    statistics = LayerStatistics(covariance.float(), None, x.mean(0).float(), len(x))
+    layer = StructuredLinear.from_linear(linear, LowRank(rank=3), statistics)
+    change = layer(x) - linear(x)
+    torch.testing.assert_close(change.mean(0), torch.zeros(9, dtype=torch.float64), atol=1e-5, rtol=0)
+    rise = 0.5 * change.square().sum(1).mean()
+    assert statistics.loss_of((layer.to_dense() - linear.weight).detach()) == pytest.approx(rise.item(), rel=1e-4)

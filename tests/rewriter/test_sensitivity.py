@@ -30,7 +30,7 @@ def rows(value: Tensor) -> Tensor:
 
 def watched(model: Net) -> dict[str, Watched]:
     layers = {"first": model.first, "second": model.second, "unused": model.unused}
-    return {name: Watched(layer, layer.in_features, layer.out_features, rows) for name, layer in layers.items()}
+    return {name: Watched(layer, layer.in_features, layer.out_features, rows, True) for name, layer in layers.items()}
 
 
 def losses(model: nn.Module, batch: Any) -> Tensor:
@@ -57,12 +57,13 @@ def test_statistics_are_those_of_autograd_token_by_token() -> None:
     model = make()
     found = measure(model)
     assert set(found) == {"first", "second"}  # no loss depends on the third
-    inputs, gradients, count = torch.zeros(7, 7), torch.zeros(3, 3), 0
+    mean, inputs, gradients, count = torch.zeros(7), torch.zeros(7, 7), torch.zeros(3, 3), 0
     for batch in data():
         hidden = torch.tanh(model.first(batch)).detach()
         out = model.second(hidden).detach().requires_grad_()
         (g,) = torch.autograd.grad(out[:, :-1].square().sum(), out)
         x, g = hidden[:, :-1].reshape(-1, 7), g[:, :-1].reshape(-1, 3)
+        mean += x.sum(0)
         inputs += x.t() @ x
         gradients += g.t() @ g
         count += len(x)
@@ -70,7 +71,10 @@ def test_statistics_are_those_of_autograd_token_by_token() -> None:
     assert second.tokens == count == 3 * 4 * 2
     assert second.input_covariance is not None
     assert second.output_fisher is not None
-    torch.testing.assert_close(second.input_covariance, inputs / count)
+    assert second.input_mean is not None
+    mean /= count
+    torch.testing.assert_close(second.input_mean, mean)
+    torch.testing.assert_close(second.input_covariance, inputs / count - torch.outer(mean, mean))
     torch.testing.assert_close(second.output_fisher, gradients / (3 * 4))
 
 
@@ -84,7 +88,7 @@ def test_the_predicted_loss_is_the_measured_one_where_both_are_quadratic() -> No
         out: Tensor = model(batch)
         return (out * torch.randn_like(out)).sum(1)
 
-    watch = {"layer": Watched(layer, 6, 4, rows)}
+    watch = {"layer": Watched(layer, 6, 4, rows, False)}
     (statistics,) = measure_statistics(layer, watch, x.split(500), sampled, progress=False).values()
     change = 0.1 * torch.randn(4, 6)
     rise = 0.5 * (x @ change.t()).square().sum(1).mean()
@@ -108,6 +112,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     for name, each in expected.items():
         torch.testing.assert_close(found[name].input_covariance, each.input_covariance)
         torch.testing.assert_close(found[name].output_fisher, each.output_fisher)
+        torch.testing.assert_close(found[name].input_mean, each.input_mean)
         assert found[name].tokens == each.tokens
 
 
@@ -116,7 +121,9 @@ def test_a_file_of_other_layers_is_refused(tmp_path: Path) -> None:
     measure(make(), resume=path)
     other = nn.Linear(5, 5)
     with pytest.raises(ArgumentError, match="holds the statistics of other layers; delete it"):
-        measure_statistics(other, {"other": Watched(other, 5, 5, rows)}, data(), losses, progress=False, resume=path)
+        measure_statistics(
+            other, {"other": Watched(other, 5, 5, rows, True)}, data(), losses, progress=False, resume=path
+        )
 
 
 def test_without_batches_or_gradients_there_is_an_error() -> None:
