@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from structfly.lowering.blast.op import BLAST
 from structfly.lowering.layer_op import LayerOp
 from structfly.lowering.low_rank.op import LOW_RANK
 
-LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK,)
+LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK, BLAST)
 
 
 def _register(op: LayerOp) -> None:

@@ -34,3 +34,12 @@ def root(matrix: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> Root | N
         ((vectors * roots) @ vectors.t()).to(like.dtype),
         ((vectors / roots) @ vectors.t()).to(like.dtype),
     )
+
+
+def with_ridge(matrix: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> Tensor | None:
+    """M + ridge mean(diagonal of M) I, of which :func:`root` gives the roots; None for None."""
+    if matrix is None:
+        return None
+    matrix = matrix.to(device=like.device, dtype=like.dtype)
+    mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return matrix + ridge * mean * torch.eye(len(matrix), dtype=like.dtype, device=like.device)
