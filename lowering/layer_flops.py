@@ -12,10 +12,11 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from structfly.lowering.blast.op import BLAST
+from structfly.lowering.gblr.op import GBLR
 from structfly.lowering.layer_op import LayerOp
 from structfly.lowering.low_rank.op import LOW_RANK
 
-LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK, BLAST)
+LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK, BLAST, GBLR)
 
 
 def _register(op: LayerOp) -> None:
