@@ -51,7 +51,7 @@ class GBLR(Structure):
     rematerialise: bool = False
     """Whether backward makes ``R^T x`` again rather than keep it."""
 
-    sweeps: int = Field(default=2, ge=1)
+    sweeps: int = Field(default=6, ge=1)
     """How often a projection fits all groups again."""
 
     def why_not(self, sizes: LayerSizes) -> str:

@@ -15,7 +15,7 @@ from tests.oracle import assert_like_eager
 
 
 def index(draw: st.DrawFn, groups: int, places: int) -> Tensor:
-    """Tiles in any order: of a group, what follows each other need not be neighbours, and neighbours need not follow."""
+    """Tiles in any order: those that follow each other need not be neighbours, nor neighbours follow each other."""
     every = [(group, place) for group in range(groups) for place in range(places)]
     chosen = draw(st.lists(st.sampled_from(every), unique=True, min_size=1, max_size=8))
     if draw(st.booleans()):

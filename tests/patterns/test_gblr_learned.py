@@ -119,7 +119,7 @@ def test_values_below_the_threshold_are_left_out() -> None:
     final, whole = (layer.finalise(8, 2, threshold) for threshold in (1e-3, 0.0))
     assert isinstance(final, StructuredLinear)
     assert isinstance(whole, StructuredLinear)
-    assert final.right.numel() < whole.right.numel()
+    assert final.factors["right"].numel() < whole.factors["right"].numel()
     torch.testing.assert_close(whole.to_dense(), layer.to_dense())
     torch.testing.assert_close(final.to_dense(), layer.to_dense(), rtol=0, atol=1e-2)
 
