@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -132,6 +132,7 @@ def test_values_below_the_threshold_are_left_out() -> None:
     dilation=st.integers(1, 2),
     bias=st.booleans(),
 )
+@example(kernel=(2, 3), stride=1, padding="same", dilation=1, bias=True)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_convolutions(kernel: tuple[int, int], stride: int, padding: int | str, dilation: int, bias: bool) -> None:
     stride = 1 if padding == "same" else stride
