@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structfly.lowering.kronecker.reference import FactorShape, kronecker_reference
-from structfly.patterns.whitening import RIDGE, root
+from structfly.patterns.whitening import root, with_ridge
 from structfly.records.layer import NO_STATISTICS, LayerStatistics
 
 _SWEEPS = 4  # over all factors, at most
@@ -174,8 +174,7 @@ def _metric(matrix: Tensor | None, like: Tensor, width: int) -> Tensor | None:
     if matrix is None:
         return None
     metric = F.pad(matrix.to(like), (0, width - len(matrix), 0, width - len(matrix)))
-    ridge = RIDGE * matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return metric + ridge.to(like) * torch.eye(width, dtype=like.dtype, device=like.device)
+    return with_ridge(metric, like)
 
 
 def _blocks(matrix: Tensor, rows: tuple[int, int, int, int], columns: tuple[int, int, int, int]) -> Tensor:

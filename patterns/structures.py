@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from structfly.patterns.blast import Blast
 from structfly.patterns.block_butterfly import BlockButterfly
+from structfly.patterns.gblr import GBLR
 from structfly.patterns.kronecker import KroneckerSparse
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.monarch import Monarch
 from structfly.patterns.pivoted_low_rank import PivotedLowRank
 from structfly.patterns.structure import Structure
 
-_ALL: tuple[type[Structure], ...] = (LowRank, PivotedLowRank, Monarch, KroneckerSparse, BlockButterfly)
+_ALL: tuple[type[Structure], ...] = (LowRank, PivotedLowRank, Monarch, KroneckerSparse, BlockButterfly, Blast, GBLR)
 STRUCTURES: Mapping[str, type[Structure]] = {each.name: each for each in _ALL}
 
 OFFERED = ("low_rank", "pivoted_low_rank")

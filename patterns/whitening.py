@@ -39,6 +39,15 @@ def root(matrix: Tensor | None, like: Tensor, ridge: float = RIDGE) -> Root | No
     )
 
 
+def with_ridge(matrix: Tensor | None, like: Tensor, ridge: float = RIDGE) -> Tensor | None:
+    """M + ridge mean(diagonal of M) I, of which :func:`root` gives the roots; None for None."""
+    if matrix is None:
+        return None
+    matrix = matrix.to(device=like.device, dtype=like.dtype)
+    mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return matrix + ridge * mean * torch.eye(len(matrix), dtype=like.dtype, device=like.device)
+
+
 class Whitened:
     """A weight with both metrics taken out: ``weight`` = G^(1/2) W A^(1/2), in which
     :meth:`~structfly.records.layer.LayerStatistics.loss_of` is half the squared Frobenius norm."""

@@ -117,14 +117,14 @@ def check_op(structure: Structure, sizes: LayerSizes, op: LayerOp) -> None:
         opcheck(forward, arguments)
     assert torch.autograd.gradgradcheck(layer, (x,))
     allowed = max(tensor.numel() for tensor in layer.factors.values())
-    with _Largest() as largest:
+    with Largest() as largest:
         for kernel, calls in ((op._forward, forwards), (op._backward, backwards)):
             for arguments in calls:
                 kernel(*arguments)
     assert largest.elements < max(sizes.parameters, allowed + 1), f"{op.name} makes {largest.elements} elements"
 
 
-class _Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):
     """The most elements of a tensor that any operation made."""
 
     def __init__(self) -> None:

@@ -1,0 +1,1 @@
+"""A weight of blocks that share their factors."""

@@ -1,0 +1,62 @@
+"""``structfly::gblr_v1``: y = L (R^T x) + bias, L and R tile-sparse; see :mod:`structfly.lowering.gblr.reference`.
+
+With z = R^T x and g the gradient with respect to y,
+
+    dL = g z^T at L's tiles,    dz = L^T g,    dR = x dz^T at R's tiles,    dx = R dz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from structfly.lowering.gblr.tile_products import collect, spread, tiles_of
+from structfly.lowering.layer_op import LayerOp
+
+
+def _forward(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    (right, right_index, left, left_index), (out_features, groups) = factors, static
+    z = collect(x, right, right_index, groups)
+    return spread(z, left, left_index, out_features), [z]
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    static: Sequence[int],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    (right, right_index, left, left_index), (z,), (_, groups) = factors, kept, static
+    dz = collect(grad, left, left_index, groups) if wanted[0] or wanted[1] else None
+    return [
+        spread(dz, right, right_index, x.shape[1]) if dz is not None and wanted[0] else None,
+        tiles_of(x, dz, right, right_index) if dz is not None and wanted[1] else None,
+        None,
+        tiles_of(grad, z, left, left_index) if wanted[3] else None,
+        None,
+    ]
+
+
+def _kept_shapes(rows: int, shapes: Sequence[Any], static: Sequence[int]) -> list[tuple[int, ...]]:
+    return [(rows, static[1] * shapes[0][2])]
+
+
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
+    right, _, left, _ = shapes
+    return rows * sum(int(count) * int(tile) * int(group) for count, tile, group in (right, left))
+
+
+GBLR = LayerOp(
+    "gblr_v1",
+    _forward,
+    _backward,
+    out_features=lambda _, static: static[0],
+    kept_shapes=_kept_shapes,
+    multiply_adds=_multiply_adds,
+)
+"""Takes ``right`` (right_tiles, tile, group), ``right_index`` (2, right_tiles), ``left`` (left_tiles, tile, group) and
+``left_index`` (2, left_tiles); static: out_features, groups."""

@@ -1,0 +1,252 @@
+"""Tile-aligned components near a given weight: a greedy choice under the layer's metric, then least squares.
+
+A group of components is L R^T on a rectangle I x J of the weight, of rank ``group``.  With E what is left of the weight
+and Q = G E A, adding X = L R^T to the structured weight lowers f = tr(G E A E^T) by
+
+    2 <Q_IJ, X> - <G_II X A_JJ, X>,
+
+most for X = P^-T Y S^-1 with G_II = P P^T, A_JJ = S S^T and Y the best approximation of that rank to P^-1 Q_IJ S^-T
+(Eckart and Young), by the sum of its squared singular values.  Subspace iteration finds Y: with V given, U spans
+(P^-1 Q_IJ S^-T) V and V becomes its image of U, two least-squares problems, so that f never rises, whatever V it starts
+from.
+
+1. Rectangles of tiles, of half, once and twice the mean length that the tile counts allow, wait in a heap by their
+   decrease of f per parameter.  The best is taken and Q updated, until all groups are taken.  A decrease is looked at
+   again only when it is at the top (lazy greedy; with what is taken, decreases mostly fall).
+2. Tiles still to be had prolong intervals where the gradient with respect to a neighbouring tile is largest.
+3. Each group in turn is fitted again, a few times.
+
+Under statistics the plain choice is made, too, and what is better under them is returned.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from structfly.patterns.whitening import with_ridge
+from structfly.records.layer import NO_STATISTICS, LayerStatistics
+
+Interval = tuple[int, int]  # tiles, the last excluded
+
+
+class Shape(NamedTuple):
+    """What a projection may use: see :class:`structfly.patterns.gblr.GBLR`."""
+
+    tile: int
+    group: int
+    groups: int
+    left_tiles: int
+    right_tiles: int
+
+
+class Component(NamedTuple):
+    """``left`` (rows, group) ``right``^T (columns, group) on two intervals of tiles."""
+
+    rows: Interval
+    columns: Interval
+    left: Tensor
+    right: Tensor
+
+
+def project(weight: Tensor, statistics: LayerStatistics, shape: Shape, sweeps: int) -> list[Component]:
+    """``shape.groups`` components with ``shape.left_tiles`` and ``shape.right_tiles`` tiles in all."""
+    plain = _Greedy(weight, NO_STATISTICS, shape).run(sweeps)
+    if statistics.input_covariance is None and statistics.output_fisher is None:
+        return plain
+    informed = _Greedy(weight, statistics, shape).run(sweeps)
+
+    def loss(components: list[Component]) -> float:
+        change = weight.clone()
+        for each in components:
+            part = (_features(each.rows, shape.tile, len(weight)), _features(each.columns, shape.tile, weight.shape[1]))
+            change[part] -= each.left @ each.right.t()
+        return statistics.loss_of(change)
+
+    return min(plain, informed, key=loss)
+
+
+def _features(interval: Interval, tile: int, features: int) -> slice:
+    return slice(interval[0] * tile, min(interval[1] * tile, features))
+
+
+class _Side:
+    """Rows or columns: their metric M, None for the identity, and the Cholesky factors of its intervals."""
+
+    def __init__(self, metric: Tensor | None, features: int, tile: int, tiles: int) -> None:
+        self.metric, self.features, self.tile, self.left_over = metric, features, tile, tiles
+        self.places = -(-features // tile)
+        self._factors: dict[Interval, Tensor] = {}
+
+    def slice_of(self, interval: Interval) -> slice:
+        return _features(interval, self.tile, self.features)
+
+    def whitened(self, interval: Interval, rows: Tensor, transposed: bool = False) -> Tensor:
+        """P^-1 rows, or P^-T rows, with P P^T the metric of the interval."""
+        if self.metric is None:
+            return rows
+        if interval not in self._factors:
+            part = self.slice_of(interval)
+            self._factors[interval] = torch.linalg.cholesky(self.metric[part, part])
+        factor = self._factors[interval]
+        solved: Tensor = torch.linalg.solve_triangular(factor.t() if transposed else factor, rows, upper=transposed)
+        return solved
+
+    def coloured(self, interval: Interval, rows: Tensor) -> Tensor:
+        """P^T rows."""
+        return rows if self.metric is None else self._factors[interval].t() @ rows
+
+    def seen(self, interval: Interval, rows: Tensor) -> Tensor:
+        """M[:, interval] rows, for all features."""
+        part = self.slice_of(interval)
+        if self.metric is not None:
+            return self.metric[:, part] @ rows
+        return F.pad(rows, (0, 0, part.start, self.features - part.stop))
+
+    def intervals(self, tiles: float) -> list[Interval]:
+        """All of about so many tiles, side by side; the last may overlap the one before."""
+        length = min(max(round(tiles), 1), self.places)
+        starts = {*range(0, self.places - length + 1, length), self.places - length}
+        return [(start, start + length) for start in sorted(starts)]
+
+    def cut(self, interval: Interval, groups_left: int) -> Interval:
+        """The interval, or its beginning where a tile for each of the other groups would not be left."""
+        return interval[0], min(interval[1], interval[0] + self.left_over - groups_left + 1)
+
+
+class _Greedy:
+    def __init__(self, weight: Tensor, statistics: LayerStatistics, shape: Shape) -> None:
+        outer, inner = with_ridge(statistics.output_fisher, weight), with_ridge(statistics.input_covariance, weight)
+        self.shape = shape
+        self.rows = _Side(outer, weight.shape[0], shape.tile, shape.left_tiles)
+        self.columns = _Side(inner, weight.shape[1], shape.tile, shape.right_tiles)
+        gradient = weight if outer is None else outer @ weight
+        self.gradient = gradient.clone() if inner is None else gradient @ inner
+        self.generator = torch.Generator().manual_seed(0)
+
+    def run(self, sweeps: int) -> list[Component]:
+        components = self._choose()
+        rows = self._prolonged([c.rows for c in components], self.rows, self._scores(components, of_rows=True))
+        columns = self._prolonged([c.columns for c in components], self.columns, self._scores(components, False))
+        for sweep in range(max(sweeps, 1)):
+            for number, old in enumerate(components):
+                self._update(old, sign=1)
+                start = old.right
+                if sweep == 0:
+                    part, whole = self.columns.slice_of(old.columns), self.columns.slice_of(columns[number])
+                    start = F.pad(old.right, (0, 0, part.start - whole.start, whole.stop - part.stop))
+                components[number] = self._fit(rows[number], columns[number], start)
+                self._update(components[number], sign=-1)
+        return [_balanced(each) for each in components]
+
+    def _choose(self) -> list[Component]:
+        shape, chosen = self.shape, list[Component]()
+        mean_rows, mean_columns = shape.left_tiles / shape.groups, shape.right_tiles / shape.groups
+        rectangles = {
+            (rows, columns)
+            for share in (0.5, 1, 2)
+            for rows in self.rows.intervals(share * mean_rows)
+            for columns in self.columns.intervals(share * mean_columns)
+        }
+        heap = [self._entry(rows, columns, 0) for rows, columns in sorted(rectangles)]
+        heapq.heapify(heap)
+        while len(chosen) < shape.groups:
+            _, rows, columns, seen = heap[0]
+            missing = shape.groups - len(chosen)
+            short = self.rows.cut(rows, missing), self.columns.cut(columns, missing)
+            if seen < len(chosen) or short != (rows, columns):
+                heapq.heapreplace(heap, self._entry(*short, len(chosen)))
+                continue
+            chosen.append(self._fit(rows, columns, self._random(columns), iterations=2))
+            self._update(chosen[-1], sign=-1)
+            self.rows.left_over -= rows[1] - rows[0]
+            self.columns.left_over -= columns[1] - columns[0]
+        return chosen
+
+    def _entry(self, rows: Interval, columns: Interval, taken: int) -> tuple[float, Interval, Interval, int]:
+        """Minus the decrease of f per tile, and how many groups had been taken."""
+        found = self._fit(rows, columns, self._random(columns))
+        part = self.gradient[self.rows.slice_of(rows), self.columns.slice_of(columns)]
+        decrease = float((part * (found.left @ found.right.t())).sum())  # <Q, X> = <G X A, X> at a minimum
+        return -decrease / (rows[1] - rows[0] + columns[1] - columns[0]), rows, columns, taken
+
+    def _random(self, columns: Interval) -> Tensor:
+        part = self.columns.slice_of(columns)
+        drawn = torch.randn(part.stop - part.start, self.shape.group, generator=self.generator, dtype=torch.float64)
+        return drawn.to(self.gradient)
+
+    def _fit(self, rows: Interval, columns: Interval, right: Tensor, iterations: int = 1) -> Component:
+        part = self.gradient[self.rows.slice_of(rows), self.columns.slice_of(columns)]
+        # The factor of an interval is made by the first call of whitened().
+        self.columns.whitened(columns, right[:, :1])
+        v = self.columns.coloured(columns, right)
+        for _ in range(iterations):
+            v = _orthonormal(v)
+            image = self.rows.whitened(rows, part @ self.columns.whitened(columns, v, transposed=True))
+            u = self.rows.whitened(rows, _orthonormal(image), transposed=True)
+            v = self.columns.whitened(columns, part.t() @ u)
+        return Component(rows, columns, u, self.columns.whitened(columns, v, transposed=True))
+
+    def _update(self, component: Component, sign: int) -> None:
+        """Put the component back into what is left, or take it away: Q += sign G X A."""
+        left, right = (
+            self.rows.seen(component.rows, component.left),
+            self.columns.seen(component.columns, component.right),
+        )
+        self.gradient.addmm_(left, right.t(), alpha=sign)
+
+    def _scores(self, components: list[Component], of_rows: bool) -> Tensor:
+        """(groups, tiles): about how much f falls if a group's interval gets a tile more."""
+        side, gradient = (self.rows, self.gradient) if of_rows else (self.columns, self.gradient.t())
+        weights = gradient.new_ones(side.features) if side.metric is None else side.metric.diagonal()
+        scores = []
+        for each in components:
+            if of_rows:
+                image = gradient[:, self.columns.slice_of(each.columns)] @ _orthonormal(each.right)
+            else:
+                image = gradient[:, self.rows.slice_of(each.rows)] @ _orthonormal(each.left)
+            energies = image.square().sum(1) / weights
+            padded = F.pad(energies, (0, side.places * side.tile - side.features))
+            scores.append(padded.view(side.places, side.tile).sum(1))
+        return torch.stack(scores)
+
+    def _prolonged(self, intervals: list[Interval], side: _Side, scores: Tensor) -> list[Interval]:
+        values = scores.tolist()
+        heap: list[tuple[float, int, int]] = []
+
+        def offer(number: int) -> None:
+            start, stop = intervals[number]
+            for place in (start - 1, stop):
+                if 0 <= place < side.places:
+                    heapq.heappush(heap, (-values[number][place], number, place))
+
+        for number in range(len(intervals)):
+            offer(number)
+        while side.left_over:
+            _, number, place = heapq.heappop(heap)
+            start, stop = intervals[number]
+            if start <= place < stop:
+                continue
+            intervals[number] = min(start, place), max(stop, place + 1)
+            side.left_over -= 1
+            offer(number)
+        return intervals
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis that spans them, with zeros where it has fewer vectors than there are columns."""
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return F.pad(basis, (0, columns.shape[1] - basis.shape[1]))
+
+
+def _balanced(component: Component) -> Component:
+    """Both sides of the same norm."""
+    left, right = component.left.norm(), component.right.norm()
+    if not (left > 0 and right > 0):
+        return component
+    scale = (right / left).sqrt()
+    return component._replace(left=component.left * scale, right=component.right / scale)
