@@ -28,9 +28,22 @@ def root(matrix: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> Root | N
     if matrix is None:
         return None
     values, vectors = torch.linalg.eigh(matrix.to(device=like.device, dtype=torch.float64))
-    values = values.clamp_min(0) + ridge * values.clamp_min(0).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    values = values.clamp_min(0)
+    values = values + ridge * _at_least_tiny(values.mean())
     roots = values.sqrt()
     return Root(
         ((vectors * roots) @ vectors.t()).to(like.dtype),
         ((vectors / roots) @ vectors.t()).to(like.dtype),
     )
+
+
+def ridged(matrix: Tensor | None, like: Tensor, ridge: float = _RIDGE) -> Tensor | None:
+    """M + ridge mean(diagonal of M) I for a covariance M (n, n), in float64 on ``like``'s device; None for None."""
+    if matrix is None:
+        return None
+    wide = matrix.to(device=like.device, dtype=torch.float64)
+    return wide + ridge * _at_least_tiny(wide.diagonal().mean()) * torch.eye(len(wide)).to(wide)
+
+
+def _at_least_tiny(mean: Tensor) -> Tensor:
+    return mean.clamp_min(torch.finfo(torch.float32).tiny)
