@@ -98,8 +98,8 @@ class StructuredLinear(nn.Module):
         bias: whether there is b (out_features,).
         device, dtype: of the factors and the bias.
 
-    The factors are parameters under their names (those that are not learned: buffers), the bias is ``bias``.  They begin
-    as :meth:`Structure.initial` draws them.
+    The factors are parameters under their names (those that are not learned: buffers), the bias is ``bias``.  They
+    begin as :meth:`Structure.initial` draws them.
 
     Raises:
         ArgumentError: the structure does not fit the sizes.

@@ -10,8 +10,8 @@ column and a row, and g the gradient with respect to y,
 
 The first two are one computation: every part of the result is the sum of some parts of the source, each times a matrix.
 Those parts are gathered side by side, so that the sum is inside one matrix product.  Neighbouring parts of the result
-that have as many blocks are made by one batched product, as many of them as keep what is gathered within the size of the
-source, and on a CPU within :data:`_CACHED`.  How many blocks each has is read by the host, which on a GPU waits for that.
+that have as many blocks are made by one batched product, as many of them as keep what is gathered within the size of
+the source, and on a CPU within :data:`_CACHED`.  The host reads how many blocks each has, and on a GPU waits for that.
 """
 
 from __future__ import annotations
@@ -85,10 +85,11 @@ def _of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tens
 def _of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
     tokens, (_, block_out, block_in) = len(x), values.shape
     made, columns = torch.empty_like(values), layout.columns.flatten()
-    source, parts = x.view(tokens, -1, block_in), grad.view(tokens, -1, block_out)
+    source = x.view(tokens, x.shape[1] // block_in, block_in)
+    parts = grad.view(tokens, layout.block_rows, block_out)
     for run in _runs(layout.counts(), x, block_in):
         if run.each:
-            gathered = source.index_select(1, columns[run.members]).view(tokens, run.count, -1)
+            gathered = source.index_select(1, columns[run.members]).view(tokens, run.count, run.each * block_in)
             products = torch.bmm(parts[:, run.parts].permute(1, 2, 0), gathered.transpose(0, 1))
             blocks = products.view(run.count, block_out, run.each, block_in).transpose(1, 2)
             made[run.members].view(run.count, run.each, block_out, block_in).copy_(blocks)
@@ -107,12 +108,15 @@ def _sums_of_products(
     """
     tokens = len(source)
     made = source.new_empty(tokens, len(counts) * width)
-    blocks, parts = source.view(tokens, -1, side), made.view(tokens, -1, width)
+    blocks = source.view(tokens, source.shape[1] // side, side)
+    parts = made.view(tokens, len(counts), width)
     for run in _runs(counts, source, side):
         of = parts[:, run.parts].transpose(0, 1)
         if run.each:
-            gathered = blocks.index_select(1, members[run.members]).view(tokens, run.count, -1)
-            of.baddbmm_(gathered.transpose(0, 1), matrices(run.members).reshape(run.count, -1, width), beta=0)
+            gathered = blocks.index_select(1, members[run.members]).view(tokens, run.count, run.each * side)
+            of.baddbmm_(
+                gathered.transpose(0, 1), matrices(run.members).reshape(run.count, run.each * side, width), beta=0
+            )
         else:
             of.zero_()
     return made

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from structfly.errors import ArgumentError
 from structfly.lowering.block_sparse import op as module
@@ -17,7 +18,6 @@ from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.lowering.block_sparse.reference import block_sparse_reference
 from structfly.records.layer import LayerSizes
 from tests.oracle import assert_like_eager
-from tests.patterns.structures import _Largest
 
 
 @st.composite
@@ -78,19 +78,38 @@ def test_blocks_of_a_weight_and_back(kept: Tensor, sides: tuple[int, int]) -> No
     assert layout.counts() == kept.sum(1).tolist()
 
 
-def test_tokens_gathered_at_once_are_no_more_than_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = torch.ones(24, 3, dtype=torch.bool)
-    layout = BlockLayout.of(kept, equal_rows=True)
-    x = torch.randn(512, 48)
-    grad, values = torch.randn(512, 24 * 16), torch.randn(72, 16, 16)
-    for cached, calls in ((1, 24), (1 << 18, 24), (1 << 60, 24)):
+class _Gathered(TorchDispatchMode):
+    """The most elements that any index_select made, and how many there were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index_select.default:
+            self.most, self.calls = max(self.most, result.numel()), self.calls + 1
+        return result
+
+
+@pytest.mark.parametrize("equal_rows", [True, False])
+def test_no_more_is_gathered_at_once_than_the_input(monkeypatch: pytest.MonkeyPatch, equal_rows: bool) -> None:
+    kept = torch.arange(24)[:, None] % 3 != torch.arange(3)  # 2 of 3 blocks in every row
+    layout = BlockLayout.of(kept, equal_rows)
+    factors = [torch.randn(48, 16, 16), *(each for each in layout if each is not None)]
+    x, grad = torch.randn(512, 48), torch.randn(512, 24 * 16)
+    with _Gathered() as gathered:
+        module._forward(x, factors, [24 * 16, 3])
+    assert gathered.most <= x.numel()
+    with _Gathered() as gathered:
+        module._backward(grad, x, factors, [], [24 * 16, 3], [False, True, False, False])
+    assert gathered.most <= x.numel()
+    with _Gathered() as gathered:
+        module._backward(grad, x, factors, [], [24 * 16, 3], [True, False, False, False])
+    assert gathered.most <= grad.numel()
+    for cached, runs in ((1, 8), (4 * 512 * 16, 2), (1 << 60, 1)):
         monkeypatch.setattr(module, "_CACHED", cached)
-        with _Largest() as largest:
-            module._of_values(grad, x, values, layout)
-        assert largest.elements <= max(x.numel(), values.numel())
-        assert len(list(module._runs(layout.counts(), x, 16))) == calls
-    kept = torch.eye(24, 3, dtype=torch.bool) | torch.tensor([True, False, False])
-    assert [run.count for run in module._runs(BlockLayout.of(kept, False).counts(), x, 16)] == [1, 1, 1] + [3] * 7
+        assert len(list(module._runs([1] * 8, torch.empty(512, 8 * 16), 16))) == runs
 
 
 @given(

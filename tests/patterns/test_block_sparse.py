@@ -26,7 +26,7 @@ def block_sparse(draw: st.DrawFn) -> BlockSparse:
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(structure=block_sparse(), sizes=st.builds(LayerSizes, st.integers(33, 80), st.integers(33, 80)))
 def test_layer_of_blocks(structure: BlockSparse, sizes: LayerSizes) -> None:
     check_structure(structure, sizes, BLOCK_SPARSE)

@@ -17,7 +17,7 @@ from tests.patterns.structures import check_structure, statistics_of
 GRIDS = [1, 2, 4, 8, 16, 32, 64]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(sizes=st.builds(LayerSizes, st.integers(8, 60), st.integers(8, 60)), data=st.data())
 def test_layer_of_a_butterfly(sizes: LayerSizes, data: st.DataObject) -> None:
     grid = data.draw(st.sampled_from([4, 8]))

@@ -18,7 +18,7 @@ from tests.oracle import assert_like_eager
 from tests.patterns.structures import check_structure, statistics_of
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(sizes=st.builds(LayerSizes, st.integers(12, 60), st.integers(12, 60)), data=st.data())
 def test_layer_of_pixelfly(sizes: LayerSizes, data: st.DataObject) -> None:
     grid = data.draw(st.sampled_from([4, 8]))
