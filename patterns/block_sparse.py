@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from structfly.lowering.block_sparse.layout import BLOCK_SIZES, BlockLayout, Grid
+from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.patterns.block_refit import BlockRefit
 from structfly.patterns.blocks import cost_of_blocks, random_values
@@ -19,6 +19,7 @@ from structfly.records.layer import NO_STATISTICS, LayerCost, LayerSizes, LayerS
 
 BlockSize: TypeAlias = Literal[16, 32, 64, 128]
 
+_SIDES: tuple[BlockSize, ...] = (16, 32, 64, 128)
 _DENSITIES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # that a menu offers, for each of two sizes of blocks
 _FEWEST = 6  # blocks along the weight's short side, so that a menu's densities differ
 
@@ -99,7 +100,7 @@ class BlockSparse(Structure):
 
     @classmethod
     def menu(cls, sizes: LayerSizes) -> list[Self]:
-        sides = [side for side in BLOCK_SIZES if _FEWEST * side <= min(sizes)][-2:]
+        sides = [side for side in _SIDES if _FEWEST * side <= min(sizes)][-2:]
         offered = [
             cls(density=density, block_out=side, block_in=side, equal_rows=True)
             for side in sides

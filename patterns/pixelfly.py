@@ -196,5 +196,7 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
     wide = matrix.double()
     if matrix.shape[0] < matrix.shape[1]:
         vectors = torch.linalg.eigh(wide @ wide.t()).eigenvectors[:, -rank:]
-        return (vectors.t() @ wide).to(matrix.dtype)
-    return torch.linalg.eigh(wide.t() @ wide).eigenvectors[:, -rank:].t().to(matrix.dtype)
+        rows: Tensor = vectors.t() @ wide
+    else:
+        rows = torch.linalg.eigh(wide.t() @ wide).eigenvectors[:, -rank:].t()
+    return rows.to(matrix.dtype)

@@ -36,8 +36,8 @@ class _Run(NamedTuple):
     each: int
 
     @property
-    def count(self) -> int:
-        return self.parts.stop - self.parts.start
+    def length(self) -> int:
+        return int(self.parts.stop - self.parts.start)
 
 
 def _forward(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -89,10 +89,10 @@ def _of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout) -> 
     parts = grad.view(tokens, layout.block_rows, block_out)
     for run in _runs(layout.counts(), x, block_in):
         if run.each:
-            gathered = source.index_select(1, columns[run.members]).view(tokens, run.count, run.each * block_in)
+            gathered = source.index_select(1, columns[run.members]).view(tokens, run.length, run.each * block_in)
             products = torch.bmm(parts[:, run.parts].permute(1, 2, 0), gathered.transpose(0, 1))
-            blocks = products.view(run.count, block_out, run.each, block_in).transpose(1, 2)
-            made[run.members].view(run.count, run.each, block_out, block_in).copy_(blocks)
+            blocks = products.view(run.length, block_out, run.each, block_in).transpose(1, 2)
+            made[run.members].view(run.length, run.each, block_out, block_in).copy_(blocks)
     return made
 
 
@@ -113,9 +113,9 @@ def _sums_of_products(
     for run in _runs(counts, source, side):
         of = parts[:, run.parts].transpose(0, 1)
         if run.each:
-            gathered = blocks.index_select(1, members[run.members]).view(tokens, run.count, run.each * side)
+            gathered = blocks.index_select(1, members[run.members]).view(tokens, run.length, run.each * side)
             of.baddbmm_(
-                gathered.transpose(0, 1), matrices(run.members).reshape(run.count, run.each * side, width), beta=0
+                gathered.transpose(0, 1), matrices(run.members).reshape(run.length, run.each * side, width), beta=0
             )
         else:
             of.zero_()

@@ -40,7 +40,7 @@ def kept_blocks(draw: st.DrawFn) -> Tensor:
 def test_products_are_the_references(
     kept: Tensor, sides: tuple[int, int], beyond: tuple[int, int], tokens: int, gathered: int, dtype: torch.dtype
 ) -> None:
-    grid = Grid(*kept.shape, *sides)
+    grid = Grid(kept.shape[0], kept.shape[1], *sides)
     sizes = LayerSizes(max(1, grid.columns * grid.block_in - beyond[0]), max(1, grid.rows * grid.block_out - beyond[1]))
     equal = bool((kept.sum(1) == kept[0].sum()).all())
     generator = torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def test_products_are_the_references(
 
 @given(kept=kept_blocks(), sides=st.tuples(st.sampled_from([1, 3]), st.sampled_from([2, 4])))
 def test_blocks_of_a_weight_and_back(kept: Tensor, sides: tuple[int, int]) -> None:
-    grid, layout = Grid(*kept.shape, *sides), BlockLayout.of(kept, equal_rows=False)
+    grid, layout = Grid(kept.shape[0], kept.shape[1], *sides), BlockLayout.of(kept, equal_rows=False)
     sizes = LayerSizes(grid.columns * grid.block_in - 1, max(1, grid.rows * grid.block_out - 1))
     weight = torch.randn(sizes.out_features, sizes.in_features)
     mask = kept.repeat_interleave(sides[0], 0).repeat_interleave(sides[1], 1)

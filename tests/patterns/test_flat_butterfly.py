@@ -48,7 +48,8 @@ def test_first_order_part_of_a_product_of_butterflies() -> None:
     ]
 
     def product(t: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.multi_dot([torch.eye(n) + t * factor for factor in factors])
+        made: torch.Tensor = torch.linalg.multi_dot([torch.eye(n) + t * factor for factor in factors])
+        return made
 
     first_order = torch.autograd.functional.jacobian(product, torch.tensor(0.0))
     mask = FlatButterfly(grid=n, n_factors=n.bit_length() - 1).mask()
