@@ -12,13 +12,14 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from structfly.lowering.blast.op import BLAST
+from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.lowering.gblr.op import GBLR
 from structfly.lowering.kronecker.op import KRONECKER
 from structfly.lowering.layer_op import LayerOp
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.lowering.pivoted_low_rank.op import PIVOTED_LOW_RANK
 
-LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK, PIVOTED_LOW_RANK, KRONECKER, BLAST, GBLR)
+LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK, PIVOTED_LOW_RANK, KRONECKER, BLOCK_SPARSE, BLAST, GBLR)
 
 
 def _register(op: LayerOp) -> None:
@@ -28,7 +29,7 @@ def _register(op: LayerOp) -> None:
     def backward(
         grad: Any, x: Any, factors: Any, kept: Any, static: Any, wanted: Any, out_shape: Any = None, **_: Any
     ) -> int:
-        again = not kept
+        again = op.lacks(kept, _rows(x), factors, static)
         return 2 * op.multiply_adds(_rows(x), factors, static) * (bool(wanted[0]) + any(wanted[1:]) + again)
 
     register_flop_formula(getattr(torch.ops.structfly, op.name))(forward)

@@ -91,6 +91,10 @@ class LayerOp:
         y: Tensor = self._overload["forward"](x, list(factors), bias, list(static), keep)[0]
         return y
 
+    def lacks(self, kept: Sequence[Any], rows: int, shapes: Sequence[Any], static: Sequence[int]) -> bool:
+        """Whether a backward that was given ``kept`` must run the forward again."""
+        return not kept and bool(self.kept_shapes(rows, shapes, static))
+
     # ---------------------------------------------------------------------------------------------------- kernels
 
     def _forward(
@@ -112,7 +116,7 @@ class LayerOp:
     ) -> list[Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
-        if not kept:
+        if self.lacks(kept, len(rows), [f.shape for f in factors], static):
             kept = self.forward(rows, factors, static)[1]
         made = self.backward(grad, rows, factors, kept, static, wanted)
         return [

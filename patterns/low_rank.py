@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.patterns.structure import Factor, Factors, Structure
-from structfly.patterns.whitening import Whitened
+from structfly.patterns.whitening import Metric
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
 
 _CHOICES = 40  # ranks that a menu offers, evenly spaced below that of as many parameters as the dense weight
@@ -54,16 +54,16 @@ class LowRank(Structure):
         return {"right": right, "left": left}
 
     def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
-        """The minimum of ``statistics.loss_of``, by the SVD of G^(1/2) W A^(1/2) (Eckart and Young 1936)."""
+        """The minimum of ``statistics.loss_of``, by the SVD of the whitened weight (Eckart and Young 1936)."""
         return next(self.project_each([self], weight, statistics))
 
     @classmethod
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
-        whitened = Whitened(weight, statistics)
-        u, s, vt = torch.linalg.svd(whitened.weight, full_matrices=False)
-        left, right = whitened.left(u * s.sqrt()), whitened.right(s.sqrt()[:, None] * vt)
+        metric = Metric.of(statistics, weight)
+        u, s, vt = torch.linalg.svd(metric.whiten(weight), full_matrices=False)
+        left, right = metric.restore(u * s.sqrt(), s.sqrt()[:, None] * vt)
         for each in choices:
             yield {"right": right[: each.rank].clone(), "left": left[:, : each.rank].clone()}
 
@@ -90,5 +90,5 @@ class LowRank(Structure):
 def tail_losses(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """Half the squared singular values of the whitened weight from each rank on, (min(out, in) + 1,) float64: what the
     best weight of that rank costs."""
-    squares = torch.linalg.svdvals(Whitened(weight, statistics).weight).double().square()
+    squares = torch.linalg.svdvals(Metric.of(statistics, weight).whiten(weight)).double().square()
     return torch.cat((0.5 * squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)))

@@ -6,14 +6,28 @@ from collections.abc import Mapping
 
 from structfly.patterns.blast import Blast
 from structfly.patterns.block_butterfly import BlockButterfly
+from structfly.patterns.block_sparse import BlockSparse
+from structfly.patterns.flat_butterfly import FlatButterfly
 from structfly.patterns.gblr import GBLR
 from structfly.patterns.kronecker import KroneckerSparse
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.monarch import Monarch
 from structfly.patterns.pivoted_low_rank import PivotedLowRank
+from structfly.patterns.pixelfly import Pixelfly
 from structfly.patterns.structure import Structure
 
-_ALL: tuple[type[Structure], ...] = (LowRank, PivotedLowRank, Monarch, KroneckerSparse, BlockButterfly, Blast, GBLR)
+_ALL: tuple[type[Structure], ...] = (
+    LowRank,
+    PivotedLowRank,
+    Monarch,
+    KroneckerSparse,
+    BlockButterfly,
+    BlockSparse,
+    FlatButterfly,
+    Pixelfly,
+    Blast,
+    GBLR,
+)
 STRUCTURES: Mapping[str, type[Structure]] = {each.name: each for each in _ALL}
 
 OFFERED = ("low_rank", "pivoted_low_rank")

@@ -1,8 +1,8 @@
-"""Roots of covariances, with which a distance under them becomes the Frobenius norm."""
+"""Factors of covariances, with which a distance under them becomes the Frobenius norm."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -48,20 +48,34 @@ def with_ridge(matrix: Tensor | None, like: Tensor, ridge: float = RIDGE) -> Ten
     return matrix + ridge * mean * torch.eye(len(matrix), dtype=like.dtype, device=like.device)
 
 
-class Whitened:
-    """A weight with both metrics taken out: ``weight`` = G^(1/2) W A^(1/2), in which
-    :meth:`~structfly.records.layer.LayerStatistics.loss_of` is half the squared Frobenius norm."""
+class Metric(NamedTuple):
+    """Lower Cholesky factors of A and of G, None for the identity.
 
-    def __init__(self, weight: Tensor, statistics: LayerStatistics) -> None:
-        self._inner = root(statistics.input_covariance, weight)
-        self._outer = root(statistics.output_fisher, weight)
-        self.weight = weight if self._inner is None else weight @ self._inner.of
-        self.weight = self.weight if self._outer is None else self._outer.of @ self.weight
+    With A = L L^T and G = K K^T the loss of a change E is half the square of the norm of K^T E L.
+    """
 
-    def left(self, factor: Tensor) -> Tensor:
-        """A left factor (out, rank) of ``weight`` as one of W."""
-        return factor if self._outer is None else self._outer.inverse @ factor
+    inner: Tensor | None
+    outer: Tensor | None
 
-    def right(self, factor: Tensor) -> Tensor:
-        """A right factor (rank, in) of ``weight`` as one of W."""
-        return factor if self._inner is None else factor @ self._inner.inverse
+    @classmethod
+    def of(cls, statistics: LayerStatistics, like: Tensor) -> Self:
+        both = (statistics.input_covariance, statistics.output_fisher)
+        metrics = (with_ridge(each, like.double()) for each in both)
+        return cls(*(None if each is None else torch.linalg.cholesky(each).to(like.dtype) for each in metrics))
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """K^T W L."""
+        whitened = self.whiten_right(weight)
+        return whitened if self.outer is None else self.outer.t() @ whitened
+
+    def whiten_right(self, right: Tensor) -> Tensor:
+        """right L."""
+        return right if self.inner is None else right @ self.inner
+
+    def restore(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of W from factors of what :meth:`whiten` makes of it."""
+        solve = torch.linalg.solve_triangular
+        return (
+            left if self.outer is None else solve(self.outer.t(), left, upper=True),
+            right if self.inner is None else solve(self.inner, right, upper=False, left=False),
+        )

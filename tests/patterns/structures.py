@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from structfly.lowering.layer_op import LayerOp
 from structfly.patterns.structure import Structure, StructuredLinear
@@ -114,7 +115,7 @@ def check_op(structure: Structure, sizes: LayerSizes, op: LayerOp) -> None:
     assert forwards, f"{op.name} was not called"
     assert backwards, f"{op.name} has no backward"
     for arguments in forwards:
-        opcheck(forward, arguments)
+        opcheck(forward, tree_map(_leaf, arguments))
     assert torch.autograd.gradgradcheck(layer, (x,))
     allowed = max(tensor.numel() for tensor in layer.factors.values())
     with Largest() as largest:
@@ -122,6 +123,11 @@ def check_op(structure: Structure, sizes: LayerSizes, op: LayerOp) -> None:
             for arguments in calls:
                 kernel(*arguments)
     assert largest.elements < max(sizes.parameters, allowed + 1), f"{op.name} makes {largest.elements} elements"
+
+
+def _leaf(value: Any) -> Any:
+    """The same value as a leaf, for opcheck reads the gradients of its arguments."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 class Largest(TorchDispatchMode):

@@ -1,0 +1,1 @@
+"""A weight of dense blocks, most of them left out."""
