@@ -138,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--statistics", type=Path, help="a file that keeps the statistics of calibration")
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
-    chosen = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    chosen = parser.parse_args(given)
     console = Console(width=150)
     tokenizer: Any = AutoTokenizer.from_pretrained(chosen.model)
     dense = AutoModel.from_pretrained(chosen.model).eval()
@@ -161,11 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows += rows_of(f"{mode}, {share:.0%} of the parameters", name, values)
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             console.print(f"{share:.0%} {name}: {shown}", highlight=False)
-    if chosen.output:
-        environment = measure.environment("cpu")
-        command = _public_command(arguments or sys.argv[1:])
-        for path in recording.write(chosen.output, rows, environment=environment, command=command):
-            console.print(f"wrote {path}")
+            if chosen.output:  # a run that is stopped leaves what it has
+                environment = measure.environment("cpu")
+                recording.write(chosen.output, rows, environment=environment, command=_public_command(given))
     return 0
 
 

@@ -29,7 +29,7 @@ def amount(candidate: Candidate, resource: str) -> float:
 
 def dense_totals(candidates: Candidates, resources: Sequence[str]) -> dict[str, float]:
     """What the layers cost together while they are dense."""
-    dense = [next(each for each in menu if each.structure is None) for menu in candidates.values()]
+    dense = [_dense(menu) for menu in candidates.values()]
     totals = {resource: sum(amount(each, resource) for each in dense) for resource in resources}
     if ACTIVATIONS in totals:
         totals[ACTIVATIONS] += max(each.costs["transient_bytes"] for each in dense)
@@ -72,7 +72,7 @@ def uniform(candidates: Candidates, budget: Budget, limits: Mapping[str, float])
     def at(share: float) -> dict[str, Candidate] | None:
         chosen = {}
         for name, menu in candidates.items():
-            dense = amount(next(each for each in menu if each.structure is None), resource)
+            dense = amount(_dense(menu), resource)
             fitting = [each for each in menu if amount(each, resource) <= share * dense * (1 + 1e-12)]
             if not fitting:
                 return None
@@ -81,7 +81,7 @@ def uniform(candidates: Candidates, budget: Budget, limits: Mapping[str, float])
 
     shares = sorted(
         {
-            amount(each, resource) / max(amount(next(c for c in menu if c.structure is None), resource), 1e-300)
+            amount(each, resource) / max(amount(_dense(menu), resource), 1e-300)
             for menu in candidates.values()
             for each in menu
         },
@@ -92,6 +92,50 @@ def uniform(candidates: Candidates, budget: Budget, limits: Mapping[str, float])
         if chosen is not None and keeps(chosen, limits):
             return Allocation(chosen)
     raise PlanError(f"no share of {resource} that is the same for all layers keeps the budget")
+
+
+def by_pixelfly(candidates: Candidates, budget: Budget, limits: Mapping[str, float]) -> Allocation:
+    """Pixelated Butterfly's rule (Dao et al., arXiv 2112.00029): every layer is a Pixelfly and gets of the budget the
+    share that it has of the dense compute; its menu gives 1/4 to 1/3 of that to the low-rank part.
+
+    Raises:
+        PlanError: no Pixelfly is offered to a layer, or none fits its share.
+    """
+    dense = {name: _dense(menu).costs["flops"] for name, menu in candidates.items()}
+    chosen = {}
+    for name, menu in _only("pixelfly", candidates).items():
+        share = {resource: limit * dense[name] / sum(dense.values()) for resource, limit in limits.items()}
+        fitting = [each for each in menu if all(amount(each, r) <= limit * (1 + 1e-12) for r, limit in share.items())]
+        if not fitting:
+            raise PlanError(f"no Pixelfly of {name!r} fits its share of the budget, {share}; raise the budget")
+        chosen[name] = min(fitting, key=lambda each: each.loss)
+    return Allocation(chosen)
+
+
+def by_threshold(candidates: Candidates, budget: Budget, limits: Mapping[str, float]) -> Allocation:
+    """The rule that GBLR's learned widths follow (Lee and Kim 2024): every layer is a GBLR, and one threshold for all
+    layers says from which loss a parameter on it is kept; it is the smallest that keeps the budget.
+
+    Raises:
+        PlanError: no GBLR is offered to a layer, or no threshold keeps the budget.
+    """
+    menus = _only("gblr", candidates)
+
+    def at(threshold: float) -> dict[str, Candidate]:
+        return {
+            name: min(menu, key=lambda each: (each.loss + threshold * each.costs["params"], each.costs["params"]))
+            for name, menu in menus.items()
+        }
+
+    low, high = 0.0, 1e-30
+    while not keeps(at(high), limits):
+        low, high = high, high * 10
+        if high > 1e30:
+            raise PlanError("no GBLR that is offered keeps the budget; raise it")
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (low, middle) if keeps(at(middle), limits) else (middle, high)
+    return Allocation(at(high))
 
 
 def keeps(chosen: Mapping[str, Candidate], limits: Mapping[str, float]) -> bool:
@@ -108,7 +152,25 @@ def keeps(chosen: Mapping[str, Candidate], limits: Mapping[str, float]) -> bool:
 STRATEGIES: Mapping[str, Callable[[Candidates, Budget, Mapping[str, float]], Allocation]] = {
     "solver": by_solver,
     "uniform": uniform,
+    "pixelfly": by_pixelfly,
+    "gblr": by_threshold,
 }
+
+
+def _dense(menu: Sequence[Candidate]) -> Candidate:
+    return next(each for each in menu if each.structure is None)
+
+
+def _only(structure: str, candidates: Candidates) -> dict[str, list[Candidate]]:
+    """Each layer's candidates of one structure."""
+    found = {
+        name: [each for each in menu if each.structure is not None and each.structure.name == structure]
+        for name, menu in candidates.items()
+    }
+    for name, menu in found.items():
+        if not menu:
+            raise PlanError(f"the strategy needs {structure!r}, which {name!r} is not offered; name it in structures")
+    return found
 
 
 def _impossible(error: ImpossibleError, limits: Mapping[str, float]) -> str:

@@ -65,7 +65,8 @@ def restructure_(
         include, exclude: globs of qualified names; without ``exclude`` heads are left dense.
         overrides: globs of qualified names, each with the names of the structures offered there; the last that matches
             counts, and an empty list leaves a layer dense.
-        strategy: "solver", or "uniform" to compare with.
+        strategy: "solver", or a rule to compare with: "uniform" shares, "pixelfly" (Pixelated Butterfly's shares by
+            compute) or "gblr" (one threshold for all layers); the last two need those structures to be offered.
         sensitivity: what calibration tells of a change of a layer's output: "fisher", how much it costs in each
             direction (K-FAC), or "inputs", no more than how large it is.
         tokens: of a forward pass, for FLOPs, memory and time; None for as many as a calibration batch has, else 4096.
