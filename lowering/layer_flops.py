@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from structfly.lowering.kronecker.op import KRONECKER
 from structfly.lowering.layer_op import LayerOp
 from structfly.lowering.low_rank.op import LOW_RANK
+from structfly.lowering.pivoted_low_rank.op import PIVOTED_LOW_RANK
 
-LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK,)
+LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK, PIVOTED_LOW_RANK, KRONECKER)
 
 
 def _register(op: LayerOp) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.patterns.structure import Factor, Factors, Structure
-from structfly.patterns.whitening import root
+from structfly.patterns.whitening import Whitened
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
 
 _CHOICES = 24  # ranks that a menu offers, evenly spaced below that of as many parameters as the dense weight
@@ -61,15 +61,19 @@ class LowRank(Structure):
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
-        inner, outer = root(statistics.input_covariance, weight), root(statistics.output_fisher, weight)
-        whitened = weight if inner is None else weight @ inner.of
-        whitened = whitened if outer is None else outer.of @ whitened
-        u, s, vt = torch.linalg.svd(whitened, full_matrices=False)
-        left, right = u * s.sqrt(), s.sqrt()[:, None] * vt
-        left = left if outer is None else outer.inverse @ left
-        right = right if inner is None else right @ inner.inverse
+        whitened = Whitened(weight, statistics)
+        u, s, vt = torch.linalg.svd(whitened.weight, full_matrices=False)
+        left, right = whitened.left(u * s.sqrt()), whitened.right(s.sqrt()[:, None] * vt)
         for each in choices:
             yield {"right": right[: each.rank].clone(), "left": left[:, : each.rank].clone()}
+
+    @classmethod
+    def losses(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[float]:
+        tails = tail_losses(weight, statistics)
+        for each in choices:
+            yield float(tails[each.rank])
 
     def to_dense(self, sizes: LayerSizes, factors: Factors) -> Tensor:
         return factors["left"] @ factors["right"]
@@ -81,3 +85,10 @@ class LowRank(Structure):
     def menu(cls, sizes: LayerSizes) -> list[Self]:
         most = (sizes.parameters - 1) // sum(sizes)  # less than the dense weight has
         return [cls(rank=rank) for rank in sorted({most * k // _CHOICES for k in range(1, _CHOICES + 1)} - {0})]
+
+
+def tail_losses(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Half the squared singular values of the whitened weight from each rank on, (min(out, in) + 1,) float64: what the
+    best weight of that rank costs."""
+    squares = torch.linalg.svdvals(Whitened(weight, statistics).weight).double().square()
+    return torch.cat((0.5 * squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)))

@@ -83,6 +83,16 @@ class Structure(BaseModel, ABC):
         for each in choices:
             yield each.project(weight, statistics)
 
+    @classmethod
+    def losses(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[float]:
+        """The loss that each setting's projection is predicted to cost, one after another."""
+        choices = list(choices)
+        sizes = LayerSizes(weight.shape[1], weight.shape[0])
+        for each, factors in zip(choices, cls.project_each(choices, weight, statistics), strict=True):
+            yield statistics.loss_of(each.to_dense(sizes, factors) - weight)
+
     def check(self, sizes: LayerSizes) -> None:
         """Raise ArgumentError if a layer of these sizes cannot have this structure."""
         if reason := self.why_not(sizes):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.progress import track
 from torch import nn
@@ -14,7 +15,7 @@ from structfly.config.budget import Budget
 from structfly.errors import ArgumentError, PlanError
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns.structure import Structure, StructuredLinear
-from structfly.patterns.structures import STRUCTURES
+from structfly.patterns.structures import OFFERED, STRUCTURES
 from structfly.records.layer import NO_STATISTICS, LayerStatistics
 from structfly.restructure.allocation import STRATEGIES, Allocation, dense_totals
 from structfly.restructure.candidates import Candidate, Conditions, candidates_of
@@ -35,11 +36,12 @@ def restructure_(
     loss_fn: Losses | None = None,
     measure: bool = True,
     refine: int = 0,
-    structures: Sequence[str] | None = None,
+    structures: Sequence[str] = OFFERED,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] | None = None,
     overrides: Mapping[str, Sequence[str]] | None = None,
     strategy: str = "solver",
+    sensitivity: Literal["fisher", "inputs"] = "fisher",
     tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -59,11 +61,13 @@ def restructure_(
         measure: whether the loss on the calibration data is measured before and after; the batches are held for it.
         refine: of how many candidates of each layer the loss is measured, with that layer alone replaced, to correct
             what is predicted of the layer's others.
-        structures: names of those to offer; None for all.
+        structures: names of those to offer, of :data:`~structfly.patterns.structures.STRUCTURES`.
         include, exclude: globs of qualified names; without ``exclude`` heads are left dense.
         overrides: globs of qualified names, each with the names of the structures offered there; the last that matches
             counts, and an empty list leaves a layer dense.
         strategy: "solver", or "uniform" to compare with.
+        sensitivity: what calibration tells of a change of a layer's output: "fisher", how much it costs in each
+            direction (K-FAC), or "inputs", no more than how large it is.
         tokens: of a forward pass, for FLOPs, memory and time; None for as many as a calibration batch has, else 4096.
         seed: of the labels that ``loss_fn`` samples.
         progress: whether bars are shown.
@@ -80,6 +84,8 @@ def restructure_(
     offered = _structures(structures)
     if strategy not in STRATEGIES:
         raise ArgumentError(f"strategy is {strategy!r}; allowed: {', '.join(STRATEGIES)}")
+    if sensitivity not in ("fisher", "inputs"):
+        raise ArgumentError(f"sensitivity is {sensitivity!r}; allowed: fisher, inputs")
     if (calibration is None) != (loss_fn is None):
         raise ArgumentError("calibration and loss_fn go together; give both, or neither")
     layers, left = find_layers(model, include, exclude)
@@ -101,6 +107,8 @@ def restructure_(
             progress=progress,
             resume=None if resume is None else Path(resume),
         )
+        if sensitivity == "inputs":
+            statistics = {name: replace(each, output_fisher=None) for name, each in statistics.items()}
         left |= {name: "no calibration loss depends on it" for name in layers if name not in statistics}
         layers = {name: each for name, each in layers.items() if name in statistics}
         seen = max((each.tokens for each in statistics.values()), default=0) // max(len(batches), 1)
@@ -159,11 +167,11 @@ def apply_(
         replace_module(model, name, module)
 
 
-def _structures(names: Sequence[str] | None) -> list[type[Structure]]:
-    for name in names or ():
+def _structures(names: Sequence[str]) -> list[type[Structure]]:
+    for name in names:
         if name not in STRUCTURES:
             raise ArgumentError(f"there is no structure {name!r}; there are {', '.join(STRUCTURES)}")
-    return [each for name, each in STRUCTURES.items() if names is None or name in names]
+    return [each for name, each in STRUCTURES.items() if name in names]
 
 
 def _offered_to(
@@ -172,7 +180,7 @@ def _offered_to(
     found = list(offered)
     for pattern, names in (overrides or {}).items():
         if fnmatchcase(name, pattern):
-            found = _structures(names) if names else []
+            found = _structures(names)
     return found
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from structfly.patterns.structure import Structure
 from structfly.records import Cost, DeviceProfile
@@ -70,16 +69,9 @@ def candidates_of(
     found = [Candidate(None, 0.0, conditions.costs(dense_cost(layer.sizes, weight.dtype)))]
     for structure in structures:
         menu = [each for each in structure.menu(layer.sizes) if not each.why_not(layer.sizes)]
-        for each, factors in zip(menu, structure.project_each(menu, wide, statistics), strict=True):
-            loss = _loss(each, layer.sizes, factors, wide, statistics)
-            found.append(Candidate(each, loss, conditions.costs(each.cost(layer.sizes, weight.dtype))))
+        for each, loss in zip(menu, structure.losses(menu, wide, statistics), strict=True):
+            found.append(Candidate(each, max(0.0, loss), conditions.costs(each.cost(layer.sizes, weight.dtype))))
     return _undominated(found)
-
-
-def _loss(
-    structure: Structure, sizes: LayerSizes, factors: Mapping[str, Tensor], weight: Tensor, statistics: LayerStatistics
-) -> float:
-    return max(0.0, statistics.loss_of(structure.to_dense(sizes, factors) - weight))
 
 
 def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.library import opcheck
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from structfly.lowering.layer_op import LayerOp
 from structfly.patterns.structure import Structure, StructuredLinear
-from structfly.records.layer import LayerSizes, LayerStatistics
+from structfly.records.layer import NO_STATISTICS, LayerSizes, LayerStatistics
 from tests.oracle import assert_like_eager
 
 
@@ -55,6 +56,7 @@ def check_factors(structure: Structure, sizes: LayerSizes) -> None:
     for made in (structure.initial(sizes), structure.project(weight), structure.project(weight.double())):
         assert {name: tensor.shape for name, tensor in made.items()} == {n: f.shape for n, f in shapes.items()}
         assert structure.to_dense(sizes, made).shape == weight.shape
+    check_losses(structure, sizes, weight.double())
     learned = [name for name, factor in shapes.items() if factor.learned]
     cost = structure.cost(sizes, torch.float32).at(tokens=10)
     layer = layer_of(structure, sizes, torch.float32, bias=False)
@@ -66,6 +68,18 @@ def check_factors(structure: Structure, sizes: LayerSizes) -> None:
     again.reset_parameters()
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again.to_dense(), layer.to_dense())
+
+
+def check_losses(structure: Structure, sizes: LayerSizes, weight: Tensor) -> None:
+    """What a projection is predicted to cost is what it costs, and no more than the projection without statistics."""
+    statistics = statistics_of(sizes)
+    costs = []
+    for known in (statistics, NO_STATISTICS):
+        change = structure.to_dense(sizes, structure.project(weight, known)) - weight
+        (predicted,) = type(structure).losses([structure], weight, known)
+        assert predicted == pytest.approx(known.loss_of(change), rel=2e-2, abs=1e-9 * known.loss_of(weight))
+        costs.append(statistics.loss_of(change))
+    assert costs[0] <= costs[1] * (1 + 1e-2) + 1e-12
 
 
 def check_products(structure: Structure, sizes: LayerSizes, dtype: torch.dtype, roundings: int) -> None:

@@ -1,0 +1,1 @@
+"""Weights that are products of Kronecker-sparse factors: Monarch, lattices, block butterflies."""

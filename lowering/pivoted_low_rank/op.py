@@ -1,0 +1,57 @@
+"""``structfly::pivoted_low_rank_v1``; see :mod:`structfly.lowering.pivoted_low_rank.reference`.
+
+With z = pivots x, y = (z, mixing z) reordered, and (g, h) the gradient with respect to y put back into that order,
+
+    dz = g + h mixing,    dmixing = h^T z,    dpivots = dz^T x,    dx = dz pivots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.layer_op import LayerOp
+
+
+def _forward(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    pivots, mixing, order = factors
+    z = x @ pivots.t()
+    return torch.cat((z, z @ mixing.t()), 1).index_select(1, order), [z]
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    factors: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    _: Sequence[int],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    (pivots, mixing, order), (z,) = factors, kept
+    of_kept, of_mixed = grad.index_select(1, order.argsort()).split((len(pivots), len(mixing)), 1)
+    dz = of_kept + of_mixed @ mixing if wanted[0] or wanted[1] else None
+    return [
+        dz @ pivots if dz is not None and wanted[0] else None,
+        dz.t() @ x if dz is not None and wanted[1] else None,
+        of_mixed.t() @ z if wanted[2] else None,
+        None,
+    ]
+
+
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
+    (rank, in_features), (others, _), _ = shapes
+    return rows * int(rank) * int(in_features + others)
+
+
+PIVOTED_LOW_RANK = LayerOp(
+    "pivoted_low_rank_v1",
+    _forward,
+    _backward,
+    out_features=lambda shapes, _: shapes[2][0],
+    kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],
+    multiply_adds=_multiply_adds,
+)
+"""Takes ``pivots`` (rank, in), ``mixing`` (out - rank, rank) and ``order`` (out,) int32."""
