@@ -7,9 +7,11 @@ saves and not for a rate nobody has seen.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from structfly.records import DeviceProfile
+from structfly.records import DeviceModel, DeviceProfile
 
 MIB = 2**20
 _CPU_FLOPS_PER_THREAD = 50e9
@@ -30,12 +32,19 @@ def device_profile(device: torch.device) -> DeviceProfile:
     return _cuda(device) if device.type == "cuda" else _cpu()
 
 
+@lru_cache(maxsize=16)
+def device_model(device: torch.device) -> DeviceModel:
+    """The :attr:`~structfly.records.DeviceProfile.model` of the profile of ``device``."""
+    return device_profile(device).model
+
+
 def _cpu() -> DeviceProfile:
     threads = torch.get_num_threads()
     single = threads * _CPU_FLOPS_PER_THREAD
     return DeviceProfile(
         name=f"CPU, {threads} threads",
         kind="cpu",
+        capability=None,
         matrix_rate={torch.float32: single, torch.float64: single / 2},
         bandwidth=min(threads * _CPU_BANDWIDTH_PER_THREAD, _CPU_BANDWIDTH_CAP),
         launch_seconds=5e-6,
@@ -49,12 +58,13 @@ def _cpu() -> DeviceProfile:
 
 
 def _cuda(device: torch.device) -> DeviceProfile:
-    name = torch.cuda.get_device_name(device)
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     rates = next((row for prefix, row in _CUDA_RATES.items() if name.startswith(prefix)), _CUDA_OTHER)
     half, tf32, single, double, bandwidth = rates
     return DeviceProfile(
         name=name,
         kind="cuda",
+        capability=capability,
         matrix_rate={
             torch.bfloat16: half,
             torch.float16: half,
@@ -69,5 +79,5 @@ def _cuda(device: torch.device) -> DeviceProfile:
         fast_rows=3072,
         workspace_cap=1024 * MIB,
         processors=torch.cuda.get_device_properties(device).multi_processor_count,
-        generated_products=torch.cuda.get_device_capability(device) == (9, 0),
+        generated_products=capability == (9, 0),
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
@@ -15,7 +17,19 @@ from structfly.lowering.launch import Launch
 from structfly.lowering.template import Parameter, load, render
 
 
-@dataclass(frozen=True)
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("allowed: a power of two")
+    return value
+
+
+Side = Annotated[int, Field(ge=16, le=256), AfterValidator(_power_of_two)]
+"""A side of a tile: what tensor cores take at least and a descriptor at most."""
+Parts = Literal[1, 2, 4, 8, 16]
+Warps = Literal[1, 2, 4, 8, 16]
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Tiles:
     """How a product is cut up.
 
@@ -24,32 +38,28 @@ class Tiles:
         group: rows of tiles that are taken together, so that they share operands in the cache.
         parts: blocks of columns that an epilogue with operands of its own handles one after another.
         warps, stages: Triton's warps per program and depth of software pipelining.
+
+    Raises:
+        ValidationError: a field is no such number.
     """
 
-    m: int
-    n: int
-    k: int
-    group: int
-    parts: int
-    warps: int
-    stages: int
+    m: Side
+    n: Side
+    k: Side
+    group: Annotated[int, Field(ge=1, le=1024)]
+    parts: Parts
+    warps: Warps
+    stages: Annotated[int, Field(ge=1, le=8)]
 
     @property
     def part(self) -> int:
         """Columns of a part."""
         return self.n // self.parts
 
-
-# Eight warps hold a tile's sums in half of their registers, and three steps of both operands take 144 of the 227 KiB of
-# shared memory, which leaves room for an epilogue's part.
-HOPPER = Tiles(m=128, n=256, k=64, group=8, parts=4, warps=8, stages=3)
-# For the interpreter, which runs a program at a time: small, so that small problems have several tiles.
-INTERPRETED = Tiles(m=16, n=32, k=16, group=2, parts=2, warps=1, stages=1)
-
-
-def tiles_for(device: torch.device) -> Tiles:
-    """The tiles of products on ``device``."""
-    return HOPPER if device.type == "cuda" else INTERPRETED
+    @property
+    def step_work(self) -> int:
+        """Multiplications of a tile's step, which its time is in proportion to."""
+        return self.m * self.n * self.k
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,24 @@ class Blocks:
 
     tensor: Tensor
     cut: bool = True
+
+
+class Rounds(NamedTuple):
+    """A product's share in how long the processors are busy, whatever its number of rows.
+
+    Attributes:
+        height: rows of a tile.
+        across: programs that make a row of tiles.
+        work: multiplications of one of those.
+    """
+
+    height: int
+    across: int
+    work: int
+
+
+IDLE = Rounds(1, 0, 0)
+"""Those of no product."""
 
 
 class Product:
@@ -70,8 +98,8 @@ class Product:
         a, b: bfloat16 matrices, rows or columns contiguous.
         arguments: the template's other arguments, in its order.
         parameters: the template's own.
+        tiles: how it is cut up.
         split: programs that share the inner dimension of a tile.
-        tiles: how it is cut up; by default as :func:`tiles_for` says.
 
     Raises:
         UnsupportedError: an operand's layout has no descriptor.
@@ -85,10 +113,9 @@ class Product:
         arguments: Sequence[Tensor | Blocks | int],
         parameters: Mapping[str, Parameter] | None = None,
         *,
+        tiles: Tiles,
         split: int = 1,
-        tiles: Tiles | None = None,
     ) -> None:
-        tiles = tiles or tiles_for(a.device)
         self._tiles, self._split = tiles, split
         (rows, inner), columns = a.shape, b.shape[1]
         (a_stored, a_transposed), (b_stored, b_transposed) = _stored(a), _stored(b)
@@ -122,23 +149,24 @@ class Product:
         self._launch = Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
     @property
-    def rounds(self) -> tuple[int, int, int]:
-        """What says how long the processors are busy with it: tiles across, splits, and steps of a split."""
-        across, splits = -(-self._sizes[1] // self._tiles.n), self._split
-        return across, splits, -(-self._sizes[2] // (self._tiles.k * splits))
+    def rounds(self) -> Rounds:
+        """What says how long the processors are busy with it."""
+        tiles, split = self._tiles, self._split
+        steps = -(-self._sizes[2] // (tiles.k * split))
+        return Rounds(tiles.m, -(-self._sizes[1] // tiles.n) * split, steps * tiles.step_work)
 
     def __call__(self, *arguments: Tensor | int) -> None:
         """Launch it on the current device and stream with the launch's own arguments."""
         self._launch(*self._operands, *arguments, *self._arguments, *self._sizes)
 
 
-def busy(rows: int, columns: int, split: int, processors: int, tiles: Tiles = HOPPER) -> float:
+def busy(rows: int, columns: int, split: int, processors: int, tiles: Tiles) -> float:
     """The share of the processors' time that a product of many equal tiles keeps them busy."""
     programs = -(-rows // tiles.m) * -(-columns // tiles.n) * split
     return programs / (-(-programs // processors) * processors)
 
 
-def best_split(rows: int, columns: int, processors: int, tiles: Tiles = HOPPER) -> int:
+def best_split(rows: int, columns: int, processors: int, tiles: Tiles) -> int:
     """1, or 2 where that keeps clearly more of the processors busy, or where none has a second tile.
 
     A sum of two does not depend on their order.
@@ -148,7 +176,7 @@ def best_split(rows: int, columns: int, processors: int, tiles: Tiles = HOPPER) 
     return 2 if single or two > 1.1 * one else 1
 
 
-def full_row_counts(columns: int, processors: int, most: int, tiles: Tiles = HOPPER) -> list[int]:
+def full_row_counts(columns: int, processors: int, most: int, tiles: Tiles) -> list[int]:
     """Row counts up to ``most`` at which a product of ``columns`` just fills the processors, once or several times."""
     across = -(-columns // tiles.n)
     counts = {waves * processors // (across * split) * tiles.m for split in (1, 2) for waves in range(1, 9)}

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from types import ModuleType
 import jinja2
 
 from structfly.errors import StructflyError
+from structfly.lowering.cache import cache_folder, write_whole
 
 Parameter = bool | int | float | str | tuple[object, ...] | None
 
@@ -46,15 +45,7 @@ class Generated:
     @property
     def path(self) -> Path:
         """Where it is kept."""
-        return cache_folder() / f"{self.template}_{self.digest}.py"
-
-
-def cache_folder() -> Path:
-    """``$STRUCTFLY_CACHE_DIR``, else ``structfly/generated`` in the user's cache folder."""
-    chosen = os.environ.get("STRUCTFLY_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "structfly" / "generated"
+        return cache_folder() / "generated" / f"{self.template}_{self.digest}.py"
 
 
 def render(template: str, **parameters: Parameter) -> Generated:
@@ -115,18 +106,8 @@ def _environment() -> jinja2.Environment:
 def _stored(generated: Generated) -> Path:
     """The file with exactly this source: written whole or not at all, and written again if it was damaged."""
     path = generated.path
-    try:
-        if not path.is_file() or path.read_text() != generated.source:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-            with os.fdopen(handle, "w") as file:
-                file.write(generated.source)
-            Path(temporary).replace(path)
-    except OSError as error:
-        raise StructflyError(
-            f"generated kernels cannot be kept in {path.parent}: {error.strerror}; "
-            "set STRUCTFLY_CACHE_DIR to a folder that can be written"
-        ) from error
+    if not path.is_file() or path.read_text() != generated.source:
+        write_whole(path, generated.source, "generated kernels")
     return path
 
 

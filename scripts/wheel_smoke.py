@@ -49,12 +49,12 @@ def build(folder: Path) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    """The wheel holds exactly the package's modules, templates and type marker."""
+    """The wheel holds exactly the package's modules, templates, tables and type marker."""
     expected = {
         f"{'' if folder == 'structfly' else 'structfly/'}{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")  # does not follow the links in structfly/
-        if path.suffix in (".py", ".jinja") or path.name == "py.typed"
+        if path.suffix in (".py", ".jinja", ".json") or path.name == "py.typed"
     }
     found = {name for name in files(wheel) if ".dist-info/" not in name}
     if found != expected:

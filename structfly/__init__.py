@@ -5,6 +5,7 @@
 """
 
 from structfly import ops
+from structfly.calibration import TuningReport, tune
 from structfly.config import Config
 from structfly.config.budget import Budget
 from structfly.errors import ArgumentError, ConfigError, PlanError, RewriteError, StructflyError, UnsupportedError
@@ -28,6 +29,7 @@ __all__ = [
     "StructflyError",
     "Structure",
     "StructuredLinear",
+    "TuningReport",
     "UnsupportedError",
     "__version__",
     "apply_",
@@ -36,4 +38,5 @@ __all__ = [
     "ops",
     "restructure_",
     "save_pretrained",
+    "tune",
 ]

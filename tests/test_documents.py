@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from structfly.lowering.tuning.table import Table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [
@@ -41,6 +43,12 @@ def test_the_page_of_the_ops_runs() -> None:
     namespace: dict[str, Any] = {}
     for block in code(ROOT / "docs" / "ops.md", "python"):
         exec(compile(block, "docs/ops.md", "exec"), namespace)
+
+
+def test_the_table_of_the_page_on_tuning_is_one() -> None:
+    (table,) = code(ROOT / "docs" / "tuning.md", "json")
+    (entry,) = Table.model_validate_json(table).products
+    assert entry.tiles.m == 128
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

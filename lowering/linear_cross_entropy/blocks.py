@@ -26,12 +26,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import Blocks, Product, programs_on, tiles_for
+from structfly.lowering.gemm import IDLE, Blocks, Product, programs_on
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
-from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass, power_of_two
-from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES, BlockSizes, block_sizes, low_stride
+from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass, power_of_two, tiles_of
+from structfly.lowering.linear_cross_entropy.schedule import BlockSizes, block_sizes, low_stride
 from structfly.lowering.linear_cross_entropy.sums import new_plane, sum_product
 from structfly.lowering.side_stream import SideStream
 from structfly.lowering.template import load, render
@@ -48,15 +48,15 @@ def run_blocks(
     if not rows:
         return head.x.new_zeros(0, dtype=torch.float32), None if wanted is None else _zeros(head, wanted)
     device = head.x.device
-    tiles = SUM_TILES[device.type]
+    tiles = tiles_of(head)
     sizes = block_sizes(rows, hidden, head.num_classes, workspace, processors=programs_on(device), tiles=tiles)
     with on_device(device):
-        each = RowPass(head, coefficients, sizes.rows, "" if wanted is None else "rows")
+        each = RowPass(head, coefficients, sizes.rows, "" if wanted is None else "rows", tiles)
         each.do_all()
         gradients = None
         if wanted is not None:
             gradients = _zeros(head, wanted)
-            _Run(each, wanted, gradients, sizes).run()
+            BlockRun(each, wanted, gradients, sizes).run()
         each.check_targets()
     return each.losses, gradients
 
@@ -69,11 +69,12 @@ def _zeros(head: Head, wanted: Wanted) -> Gradients:
     return gradients
 
 
-class _Run:
+class BlockRun:
     """The blocks' buffers and products, and the loops over them."""
 
     def __init__(self, each: RowPass, wanted: Wanted, gradients: Gradients, sizes: BlockSizes) -> None:
         self.each, self.wanted, self.sizes, self.device = each, wanted, sizes, each.x.device
+        self.tiles = each.tiles
         self.rows, self.of_rows = each.rows, each.statistics
         self.dx, self.dw, self.out = gradients.x, gradients.weight, gradients.x
         if wanted.x and self.dx.stride(1) != 1:  # the products write whole rows
@@ -103,7 +104,7 @@ class _Run:
         if free < sizes.classes:
             return 0
         x = self.dw[free : self.classes]
-        self._take(x)(self.rows.count, 0)
+        self.take(x)(self.rows.count, 0)
         for length, width in (
             (2 * sizes.rows, 2 * sizes.classes),
             (sizes.rows, 2 * sizes.classes),
@@ -121,7 +122,7 @@ class _Run:
 
     def _needed(self, length: int, width: int) -> int:
         """Elements of a buffer for a block and its classes' lower plane."""
-        return length * width + width * low_stride(self.hidden, SUM_TILES[self.device.type]) // 2
+        return length * width + width * low_stride(self.hidden, self.tiles.block_weight_sum) // 2
 
     def _add(self, classes: range, length: int, x: Tensor, buffer: Tensor | None = None) -> None:
         """Add the blocks of these classes to both sums, ``length`` rows at a time.
@@ -131,7 +132,7 @@ class _Run:
         live, width, of_chunk = self.rows.count, classes.step, buffer is None
         buffer = self.buffer[self.chunk.numel() :] if buffer is None else buffer
         block_of, plane = buffer[: length * width].view(length, width), buffer[length * width :].view(torch.uint8)
-        take = self._take(x) if of_chunk else None
+        take = self.take(x) if of_chunk else None
         beside = SideStream(self.device, used=self.wanted.x and self.wanted.weight)
         if self.wanted.weight:
             self.dw[classes.start : classes.stop].zero_()
@@ -139,9 +140,9 @@ class _Run:
         for first in classes:
             part = slice(first, min(first + width, classes.stop))
             dz = block_of[:, : part.stop - first]
-            block = self._block(part, x, dz)
-            add_hidden = self._hidden_product(part, dz) if self.wanted.x else None
-            add_weight = self._weight_products(part, x, dz, plane, add_hidden) if self.wanted.weight else None
+            block = self.block_product(part, x, dz)
+            add_hidden = self.hidden_sum(part, dz) if self.wanted.x else None
+            add_weight = self.weight_sums(part, x, dz, plane, add_hidden) if self.wanted.weight else None
             for start in range(0, len(self.each.x), length):
                 if take is not None:
                     take(live, start)
@@ -166,7 +167,7 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------- products
 
-    def _block(self, part: slice, x: Tensor, dz: Tensor) -> Product:
+    def block_product(self, part: slice, x: Tensor, dz: Tensor) -> Product:
         """Makes dz of the classes ``part``."""
         each, of_rows, terms = self.each, self.of_rows, self.each.terms
         return Product(
@@ -183,34 +184,33 @@ class _Run:
                 part.start,
             ],
             {**each.chain, "smoothing": each.share > 0, "class_weight": terms.weight is not None},
-            tiles=tiles_for(self.device),
+            tiles=self.tiles.block,
         )
 
-    def _hidden_product(self, part: slice, dz: Tensor) -> Product:
+    def hidden_sum(self, part: slice, dz: Tensor) -> Product:
         return sum_product(
             dz,
             self.each.weight[part],
             self.dx,
             self.dx_plane,
+            self.tiles.block_hidden_sum,
             rows="M",
             begins="sums" if part.start else "rounded",
             ends="always" if part.stop == self.classes else "never",
         )
 
-    def _weight_products(
-        self, part: slice, x: Tensor, dz: Tensor, plane: Tensor, beside: Product | None
-    ) -> list[Product]:
+    def weight_sums(self, part: slice, x: Tensor, dz: Tensor, plane: Tensor, beside: Product | None) -> list[Product]:
         """Of the first rows, and of later ones."""
-        rounds = (0, 0, 0) if beside is None else beside.rounds
+        rounds, tiles = IDLE if beside is None else beside.rounds, self.tiles.block_weight_sum
         begins: tuple[Literal["rounded", "sums"], ...] = ("rounded", "sums")
         return [
-            sum_product(dz.t(), x, self.dw[part], plane, rows="K", begins=each, ends="rows", beside=rounds)
+            sum_product(dz.t(), x, self.dw[part], plane, tiles, rows="K", begins=each, ends="rows", beside=rounds)
             for each in begins
         ]
 
     @cached_property
     def dx_plane(self) -> Tensor:
-        return new_plane(self.dx)
+        return new_plane(self.dx, self.tiles.block_hidden_sum)
 
     # --------------------------------------------------------------------------------------------------- kernels
 
@@ -218,7 +218,7 @@ class _Run:
     def row_kernels(self) -> Any:
         return _row_module(not self.each.x.is_cuda)
 
-    def _take(self, out: Tensor) -> Launch:
+    def take(self, out: Tensor) -> Launch:
         x = self.each.x
         arguments = [self.rows.index, x, x.stride(0), out]
         return Launch(self.row_kernels.take, (len(out),), self.each.per_row, arguments)

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import Blocks, Product, best_split, programs_on, tiles_for
+from structfly.lowering.gemm import Blocks, Product, best_split, programs_on
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
-from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass
+from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass, tiles_of
 from structfly.lowering.linear_cross_entropy.schedule import exponential_rows
 from structfly.lowering.linear_cross_entropy.smoothing import weighted_rows
 from structfly.lowering.linear_cross_entropy.weight_sum import WeightSum
@@ -55,17 +55,17 @@ def run_exponentials(
         return head.x.new_zeros(0, dtype=torch.float32), gradients
     length = exponential_rows(rows, head.num_classes, workspace)
     with on_device(head.x.device):
-        each = RowPass(head, coefficients, length, "" if wanted is None else "exponentials")
+        each = RowPass(head, coefficients, length, "" if wanted is None else "exponentials", tiles_of(head))
         gradients = None
         if wanted is None:
             each.do_all()
         else:
-            gradients = _Run(each, wanted).gradients()
+            gradients = ExponentialRun(each, wanted).gradients()
         each.check_targets()
     return each.losses, gradients
 
 
-class _Run:
+class ExponentialRun:
     """The products of each chunk's exponentials, and the loop over chunks."""
 
     def __init__(self, each: RowPass, wanted: Wanted) -> None:
@@ -104,7 +104,7 @@ class _Run:
 
     @cached_property
     def split(self) -> int:
-        return best_split(self.each.length, self.hidden, programs_on(self.device), tiles_for(self.device))
+        return best_split(self.each.length, self.hidden, programs_on(self.device), self.each.tiles.hidden_product)
 
     @cached_property
     def hidden_sums(self) -> Tensor:
@@ -112,8 +112,15 @@ class _Run:
 
     @cached_property
     def hidden_product(self) -> Product:
-        each, sums = self.each, [Blocks(self.hidden_sums)]
-        return Product("linear_cross_entropy_hidden", each.chunk.exps, each.weight, sums, split=self.split)
+        each = self.each
+        return Product(
+            "linear_cross_entropy_hidden",
+            each.chunk.exps,
+            each.weight,
+            [Blocks(self.hidden_sums)],
+            tiles=each.tiles.hidden_product,
+            split=self.split,
+        )
 
     @cached_property
     def scatter(self) -> Launch:
@@ -149,7 +156,7 @@ class _Run:
         each, dw, classes = self.each, self.made.weight, self.each.head.num_classes
         dw[classes:].zero_()
         beside = self.hidden_product if self.wanted.x else None
-        return WeightSum(dw[:classes], each.x, each.chunk, each.rows, self.outer, beside)
+        return WeightSum(dw[:classes], each.x, each.chunk, each.rows, self.outer, beside, each.tiles.weight_sum)
 
 
 @lru_cache(maxsize=64)

@@ -25,18 +25,19 @@ import torch
 from torch import Tensor
 
 from structfly.compat import assert_on_device
-from structfly.lowering.gemm import Blocks, Product, has_descriptor, tiles_for
+from structfly.lowering.device_profile import device_model
+from structfly.lowering.gemm import Blocks, Product, Tiles, has_descriptor
 from structfly.lowering.head.chunks import row_stride
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.chunked import Head, class_terms
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms
 from structfly.lowering.linear_cross_entropy.smoothing import weighted_classes
+from structfly.lowering.linear_cross_entropy.tiles import HeadTiles, head_class, head_tiles
 from structfly.lowering.template import Parameter, load, render
 
 _SAMPLED_CLASSES = 8
 _HIDDEN_BLOCK = 1024
-_GROUP = 32  # rows of tiles of the logits that are taken together: most often all of a chunk's
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class RowPass:
         coefficients: of the rows.
         length: rows of a chunk.
         keeps: "" for the losses alone, "exponentials" for :class:`ChunkRows`, "rows" for :class:`KeptRows`.
+        tiles: of the head's products.
 
     Attributes:
         rows: the rows that count.
@@ -99,9 +101,14 @@ class RowPass:
     """
 
     def __init__(
-        self, head: Head, coefficients: LateCoefficients, length: int, keeps: Literal["", "exponentials", "rows"]
+        self,
+        head: Head,
+        coefficients: LateCoefficients,
+        length: int,
+        keeps: Literal["", "exponentials", "rows"],
+        tiles: HeadTiles,
     ) -> None:
-        self.head, self.length, self.keeps = head, length, keeps
+        self.head, self.length, self.keeps, self.tiles = head, length, keeps, tiles
         self._coefficients = coefficients
         self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
         self.weight = head.weight[: head.num_classes]
@@ -141,8 +148,8 @@ class RowPass:
     def _make_buffers(self, live_classes: Tensor | None) -> None:
         classes, hidden, device = self.head.num_classes, self.x.shape[1], self.x.device
         self.rows = LiveRows(self.head, self._coefficients.chosen, self.length, apart=self.keeps == "exponentials")
-        self.tiles = -(-classes // tiles_for(device).n)
-        self.tile_sums = torch.empty(self.length, self.tiles, device=device)
+        self.across = -(-classes // self.logits_tiles.n)
+        self.tile_sums = torch.empty(self.length, self.across, device=device)
         vectors = torch.empty(6, self.length, device=device).unbind()
         self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors
         stored = (self.length, row_stride(classes)) if self.keeps == "exponentials" else (1, 16)
@@ -183,6 +190,11 @@ class RowPass:
         rows = len(self.x)
         lse, factor, entry, uniform = torch.empty(4, rows, device=self.x.device).unbind()
         return KeptRows(lse, factor, entry, uniform, self.rows.index.new_empty(rows))
+
+    @property
+    def logits_tiles(self) -> Tiles:
+        """Of the products that make the logits."""
+        return self.tiles.exponentials if self.keeps == "exponentials" else self.tiles.losses
 
     @property
     def constant_slope(self) -> float:
@@ -235,9 +247,9 @@ class RowPass:
             "linear_cross_entropy_exponentials",
             self.chunk.factor_x,
             self.weight.t(),
-            [self.reference, self.tile_sums, self.tiles, exps, self.bias, self.mask],
+            [self.reference, self.tile_sums, self.across, exps, self.bias, self.mask],
             {**self.chain, "stored": stored, "largest": largest},
-            tiles=replace(tiles_for(self.x.device), group=_GROUP),
+            tiles=self.logits_tiles,
         )
 
     @cached_property
@@ -248,7 +260,7 @@ class RowPass:
         return Launch(
             self.row_kernels.finish,
             (self.length,),
-            {"TILES": self.tiles, "TILE_BLOCK": power_of_two(self.tiles), **self.per_row},
+            {"TILES": self.across, "TILE_BLOCK": power_of_two(self.across), **self.per_row},
             [
                 *(self.rows.index, self.head.target, self.coefficient, self.given(self.terms.weight)),
                 *(self.class_weight_sum, self.tile_sums, self.reference),
@@ -273,6 +285,20 @@ def _apart(terms: ClassTerms) -> tuple[ClassTerms, Tensor | None]:
         flags = ~flags if step.name == "masked_fill" else flags
         mask = flags if mask is None else mask & flags
     return replace(terms, epilogue=epilogue, operands=(), operand_gradients=()), mask
+
+
+def tiles_of(head: Head) -> HeadTiles:
+    """The tiles of a head's products."""
+    classes, hidden = head.weight.shape
+    return head_tiles(
+        head_class(
+            device_model(head.x.device),
+            hidden=hidden,
+            classes=head.num_classes,
+            weight_row=hidden if head.weight.stride(1) == 1 else classes,
+            nonlinear=not head.epilogue.without_dead_classes()[0].linear,
+        )
+    )
 
 
 def power_of_two(size: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from structfly.lowering.gemm import HOPPER, INTERPRETED, Tiles
+from structfly.lowering.gemm import Tiles
 from structfly.lowering.head.chunks import TILE_ROWS, row_stride
 from structfly.lowering.head.epilogue import Epilogue
+from structfly.lowering.linear_cross_entropy.tiles import HeadTiles
+from structfly.lowering.tuning.choice import INTERPRETED
 
 
 def why_no_exponentials(
@@ -39,21 +41,19 @@ def why_no_exponentials(
     return "the bias needs a gradient" if bias_gradient else ""
 
 
-def exponentials_bytes(length: int, hidden: int, classes: int, *, dx: bool, dw: bool) -> int:
+def exponentials_bytes(length: int, hidden: int, classes: int, tiles: HeadTiles, *, dx: bool, dw: bool) -> int:
     """Bytes that the scheme "exponentials" takes besides inputs and gradients, in chunks of ``length`` rows.
 
     The exponentials themselves are stored only where a gradient is wanted.
     """
     exps = row_stride(classes) * torch.bfloat16.itemsize * (dx or dw)
-    row = exps + hidden * (2 + 4 * dx) + 4 * (-(-classes // HOPPER.n) + 6)
-    return length * row + (classes * low_stride(hidden) if dw else 0)
+    across = tiles.exponentials.n if dx or dw else tiles.losses.n
+    row = exps + hidden * (2 + 4 * dx) + 4 * (-(-classes // across) + 6)
+    stored = (hidden, classes) if tiles.transposed else (classes, hidden)
+    return length * row + (stored[0] * low_stride(stored[1], tiles.weight_sum) if dw else 0)
 
 
-# A sum's tile is taken in two parts, so that what its epilogue reads comes in few pieces, each of which it waits for.
-SUM_TILES = {"cuda": replace(HOPPER, group=4, parts=2), "cpu": INTERPRETED}
-
-
-def low_stride(columns: int, tiles: Tiles = SUM_TILES["cuda"]) -> int:
+def low_stride(columns: int, tiles: Tiles) -> int:
     """Bytes of a row of a sum's lower plane: a part of a tile and the next share theirs."""
     return -(-columns // (2 * tiles.part)) * tiles.part
 
@@ -97,44 +97,46 @@ _SPARE = 2 * 2**20
 
 
 @lru_cache(maxsize=256)
-def block_sizes(
-    rows: int, hidden: int, classes: int, limit: int, *, processors: int, tiles: Tiles = SUM_TILES["cuda"]
-) -> BlockSizes:
+def block_sizes(rows: int, hidden: int, classes: int, limit: int, *, processors: int, tiles: HeadTiles) -> BlockSizes:
     """The fastest block that takes no more than ``limit`` bytes, or where none does, one of at most 8 by 8 tiles.
 
     Many rows make few sums of dW, many classes few sums of dx, and the tiles of each product should fill the
     processors.
     """
-    low = low_stride(hidden, tiles)
-    spare = 0 if tiles == SUM_TILES["cpu"] else _SPARE
+    block, of_dx, of_dw = tiles.block, tiles.block_hidden_sum, tiles.block_weight_sum
+    tall, wide = tiles.block_rows, tiles.block_classes
+    dx_low, dw_low = low_stride(hidden, of_dx), low_stride(hidden, of_dw)
+    spare = 0 if block == INTERPRETED else _SPARE
 
     def bytes_of(m: int, n: int) -> int:
-        statistics = m * (2 * hidden + 4 * -(-classes // tiles.n) + 24)
-        return spare + rows * _ROW_BYTES + max(statistics, 2 * m * max(n, hidden + beside(n)) + (rows + n) * low)
+        statistics = m * (2 * hidden + 4 * -(-classes // tiles.losses.n) + 24)
+        sums = 2 * m * max(n, hidden + beside(n)) + rows * dx_low + n * dw_low
+        return spare + rows * _ROW_BYTES + max(statistics, sums)
 
     def beside(n: int) -> int:
-        return max(tiles.n, (n - hidden) // tiles.n * tiles.n)
+        return max(wide, (n - hidden) // wide * wide)
 
     def steps_of(m: int, n: int) -> float:
-        in_hidden = -(-hidden // tiles.n)
+        """In steps of a block's tile."""
+        dw_sides = (hidden, n) if tiles.transposed else (n, hidden)
         products = (
-            (m // tiles.m * (n // tiles.n), hidden / tiles.k + _BLOCK_STEPS),
-            (m // tiles.m * in_hidden, n / tiles.k + _SUM_STEPS),
-            (-(-n // tiles.m) * in_hidden, m / tiles.k + _SUM_STEPS),
+            (block, m, n, hidden / block.k + _BLOCK_STEPS),
+            (of_dx, m, hidden, n / of_dx.k + _SUM_STEPS),
+            (of_dw, *dw_sides, m / of_dw.k + _SUM_STEPS),
         )
-        block = sum(-(-count // processors) * steps + _LAUNCH_STEPS for count, steps in products)
-        return rows / m * -(-classes // n) * block
+        work = 0.0
+        for cut, height, width, steps in products:
+            count = -(-height // cut.m) * -(-width // cut.n)
+            work += -(-count // processors) * steps * cut.step_work / block.step_work + _LAUNCH_STEPS
+        return rows / m * -(-classes // n) * work
 
     fits = []
-    for m in range(tiles.m, min(_whole(rows, tiles.m), 64 * tiles.m) + 1, tiles.m):
-        most = (
-            min((limit - spare - rows * (_ROW_BYTES + low)) // (2 * m + low), _whole(classes, tiles.n))
-            // tiles.n
-            * tiles.n
-        )
-        fewest = max(tiles.n, most - _TRIED * tiles.n)  # fewer cost more, but for how their tiles fill the processors
-        fits += [(m, n) for n in range(fewest, most + 1, tiles.n) if bytes_of(m, n) <= limit]
-    small = min(8 * tiles.m, _whole(rows, tiles.m)), min(8 * tiles.n, _whole(classes, tiles.n))
+    for m in range(tall, min(_whole(rows, tall), 64 * tall) + 1, tall):
+        most = min((limit - spare - rows * (_ROW_BYTES + dx_low)) // (2 * m + dw_low), _whole(classes, wide))
+        most = most // wide * wide
+        fewest = max(wide, most - _TRIED * wide)  # fewer cost more, but for how their tiles fill the processors
+        fits += [(m, n) for n in range(fewest, most + 1, wide) if bytes_of(m, n) <= limit]
+    small = min(8 * tall, _whole(rows, tall)), min(8 * wide, _whole(classes, wide))
     m, n = min(fits, key=lambda fit: steps_of(*fit), default=small)
     return BlockSizes(m, n, beside(n), bytes_of(m, n))
 

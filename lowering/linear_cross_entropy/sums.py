@@ -11,15 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import Blocks, Product
-from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES, low_stride
+from structfly.lowering.gemm import IDLE, Blocks, Product, Rounds, Tiles
+from structfly.lowering.linear_cross_entropy.schedule import low_stride
 from structfly.lowering.template import Parameter
 
 
-def new_plane(out: Tensor) -> Tensor:
-    """The bytes that stand beside ``out`` (M, N) bfloat16."""
+def new_plane(out: Tensor, tiles: Tiles) -> Tensor:
+    """The bytes that stand beside ``out`` (M, N) bfloat16 where all that is added to it has these tiles."""
     rows, columns = out.shape if out.stride(1) == 1 else out.t().shape
-    return torch.empty(rows * low_stride(columns, SUM_TILES[out.device.type]), dtype=torch.uint8, device=out.device)
+    return torch.empty(rows * low_stride(columns, tiles), dtype=torch.uint8, device=out.device)
 
 
 def sum_product(
@@ -27,11 +27,12 @@ def sum_product(
     b: Tensor,
     out: Tensor,
     plane: Tensor,
+    tiles: Tiles,
     *,
     rows: Literal["M", "K"],
     begins: Literal["zero", "rounded", "sums"],
     ends: Literal["never", "rows", "rows or second", "always"],
-    beside: tuple[int, int, int] = (0, 0, 0),
+    beside: Rounds = IDLE,
     outer: tuple[Tensor, Tensor] | None = None,
 ) -> Product:
     """The product that adds ``a b`` to the sum in ``out`` (M, N) and ``plane``.
@@ -41,6 +42,7 @@ def sum_product(
 
     Args:
         plane: of :func:`new_plane`, or any bytes that are as many.
+        tiles: of every product that is added to the sum.
         rows: the dimension along which the rows lie: of ``out``, or the inner one.
         begins: with nothing, with the bfloat16 in ``out``, or with the sum so far.
         ends: in a later call, in the one that has the last row (but never in the first), or in this one.
@@ -50,12 +52,11 @@ def sum_product(
     """
     if out.stride(1) != 1:  # it lies transposed, and so is what is made
         a, b, out, outer = b.t(), a.t(), out.t(), None if outer is None else outer[::-1]
-    tiles = SUM_TILES[out.device.type]
     stride = low_stride(out.shape[1], tiles)
     low = plane[: len(out) * stride].view(-1, stride)
     arguments: list[Tensor | Blocks | int] = [Blocks(out.view(torch.uint16)), Blocks(low)]
     if rows == "K":
-        arguments.extend(beside)
+        arguments.extend((beside.height, beside.across, beside.work // tiles.step_work))
     arguments.extend(() if outer is None else outer)
     parameters: dict[str, Parameter] = {"rows": rows, "begins": begins, "ends": ends, "uniform": outer is not None}
     return Product("linear_cross_entropy_sum", a, b, arguments, parameters, tiles=tiles)

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import Product
+from structfly.lowering.gemm import IDLE, Product, Tiles
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
 from structfly.lowering.linear_cross_entropy.row_pass import ChunkRows
-from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES
 from structfly.lowering.linear_cross_entropy.sums import new_plane, sum_product
 from structfly.lowering.template import load, render
 
@@ -41,6 +40,7 @@ class WeightSum:
         rows: the rows that count.
         outer: vectors (C,) and (H,) in float32 whose outer product is taken off, or None.
         beside: the product of the same rows that is launched before and runs beside, or None.
+        tiles: of the products.
     """
 
     def __init__(
@@ -51,14 +51,17 @@ class WeightSum:
         rows: LiveRows,
         outer: tuple[Tensor, Tensor] | None,
         beside: Product | None,
+        tiles: Tiles,
     ) -> None:
         self._dw, self._x, self._chunk, self._rows = dw, x, chunk, rows
-        self._plane = new_plane(dw)
-        a, b, rounds = chunk.exps.t(), chunk.factor_x, (0, 0, 0) if beside is None else beside.rounds
+        self._plane, self._part = new_plane(dw, tiles), tiles.part
+        a, b, rounds = chunk.exps.t(), chunk.factor_x, IDLE if beside is None else beside.rounds
         self._first = sum_product(
-            a, b, dw, self._plane, rows="K", begins="zero", ends="never", beside=rounds, outer=outer
+            a, b, dw, self._plane, tiles, rows="K", begins="zero", ends="never", beside=rounds, outer=outer
         )
-        self._later = sum_product(a, b, dw, self._plane, rows="K", begins="sums", ends="rows or second", beside=rounds)
+        self._later = sum_product(
+            a, b, dw, self._plane, tiles, rows="K", begins="sums", ends="rows or second", beside=rounds
+        )
 
     def add_targets(self, start: int) -> None:
         """Add what the product leaves out at the targets of the rows from ``start`` on: before the product of a chunk
@@ -69,13 +72,13 @@ class WeightSum:
     @cached_property
     def _add_targets(self) -> Launch:
         high, x, chunk, rows = self._dw.view(torch.uint16), self._x, self._chunk, self._rows
-        (length, hidden), part = chunk.factor_x.shape, SUM_TILES[x.device.type].part
+        length, hidden = chunk.factor_x.shape
         low = self._plane.view(len(high), -1)
         keys, order = rows.by_target()
         return Launch(
             _module(not x.is_cuda).add_targets,
             (length, -(-low.shape[1] // _BYTES)),
-            {"CLASSES": len(high), "HIDDEN": hidden, "WIDTH": part, "BYTES": _BYTES, "ROWS": _ROWS},
+            {"CLASSES": len(high), "HIDDEN": hidden, "WIDTH": self._part, "BYTES": _BYTES, "ROWS": _ROWS},
             [
                 *(keys, order, rows.index, x, x.stride(0), chunk.factor_x, chunk.factor, chunk.entry),
                 *(high, high.stride(0), low, low.stride(0)),

@@ -15,6 +15,7 @@ from structfly.lowering.linear_cross_entropy.schedule import (
     exponentials_bytes,
     why_no_exponentials,
 )
+from structfly.lowering.linear_cross_entropy.tiles import HeadTiles, head_class, head_tiles
 from structfly.patterns.head.menu import (
     FusedCandidate,
     Head,
@@ -54,12 +55,16 @@ class CrossEntropyHead(Head, Protocol):
 
 
 class ExponentialSizes(HeadSizes):
-    """The same in the scheme of exponentials."""
+    """The same in the scheme of exponentials; ``tiles`` are those of the head's products."""
+
+    def __init__(self, site: Head, tiles: HeadTiles) -> None:
+        super().__init__(site)
+        self.tiles = tiles
 
     def transient_bytes(self, length: int) -> int:
         """Bytes beyond the gradients themselves."""
         wanted = self.site.gradients
-        return exponentials_bytes(length, self.hidden, self.classes, dx=wanted.x, dw=wanted.weight)
+        return exponentials_bytes(length, self.hidden, self.classes, self.tiles, dx=wanted.x, dw=wanted.weight)
 
     def chunk_lengths(self, limit: int, profile: DeviceProfile) -> list[int]:
         """Also those that just fill the device, for rows are a side of a generated product; all in whole tiles."""
@@ -68,7 +73,7 @@ class ExponentialSizes(HeadSizes):
         lengths = super().chunk_lengths(limit, profile)
         if not self.site.gradients.any:
             lengths = [length for length in lengths if self.transient_bytes(length) <= limit]
-        lengths += full_row_counts(self.hidden, profile.processors, self.longest(limit))
+        lengths += full_row_counts(self.hidden, profile.processors, self.longest(limit), self.tiles.hidden_product)
         whole = {exponential_rows(self.rows, self.classes, length * self.row_bytes) for length in lengths}
         return sorted(whole, reverse=True)
 
@@ -81,14 +86,16 @@ class ExponentialSizes(HeadSizes):
 def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSettings) -> Menu:
     """Costs of leaving the head dense and of fusing it with several chunk lengths, and the limit they must keep."""
     schemes = {"logits": HeadSizes(site)}
+    tiles = None
     if profile.generated_products and not _why_no_exponentials(site):
-        schemes["exponentials"] = ExponentialSizes(site)
+        tiles = _tiles_of(site, schemes["logits"], profile)
+        schemes["exponentials"] = ExponentialSizes(site, tiles)
     limit = peak_limit(list(schemes.values()), profile, settings)
     # A program makes its coefficients, and with them the gradients, in the forward pass.
     schedules = ["forward"] if site.row_program else schedules_of(site.gradients, site.recompute)
     candidates: list[Candidate] = [_dense(site)]
-    if "exponentials" in schemes and site.gradients.any:
-        candidates += [_blocks(site, schemes["logits"], limit, schedule, profile) for schedule in schedules]
+    if tiles is not None and site.gradients.any:
+        candidates += [_blocks(site, schemes["logits"], limit, schedule, profile, tiles) for schedule in schedules]
     for scheme, sizes in schemes.items():
         for length in sizes.chunk_lengths(limit, profile):
             for schedule in schedules:
@@ -110,6 +117,19 @@ def _why_no_exponentials(site: CrossEntropyHead) -> str:
     if reason or (row and row % 8 == 0):
         return reason
     return f"its weight's rows of {row} do not begin at multiples of 16 bytes" if row else "its weight is spread out"
+
+
+def _tiles_of(site: CrossEntropyHead, sizes: HeadSizes, profile: DeviceProfile) -> HeadTiles:
+    """The tiles that the op will take."""
+    return head_tiles(
+        head_class(
+            profile.model,
+            hidden=sizes.hidden,
+            classes=sizes.classes,
+            weight_row=int(site.weight_row),
+            nonlinear=not site.epilogue.without_dead_classes()[0].linear,
+        )
+    )
 
 
 def _dense(site: CrossEntropyHead) -> Candidate:
@@ -149,8 +169,11 @@ def _fused(
             saved = sum(sizes.gradient_bytes)
         if site.gradients.x:
             hidden = hidden_product(site, rows, launches)
-            if scheme == "exponentials" and not site.gradients.weight:  # few large tiles, and nothing to fill the gaps
-                share = max(busy(length, sizes.hidden, split, profile.processors) for split in (1, 2))
+            if (
+                isinstance(sizes, ExponentialSizes) and not site.gradients.weight
+            ):  # few large tiles, and nothing to fill the gaps
+                cut = sizes.tiles.hidden_product
+                share = max(busy(length, sizes.hidden, split, profile.processors, cut) for split in (1, 2))
                 hidden = replace(hidden, flops=hidden.flops / share)
             stages.append(hidden)
         if site.gradients.weight:
@@ -169,11 +192,16 @@ def _fused(
 
 
 def _blocks(
-    site: CrossEntropyHead, sizes: HeadSizes, limit: int, schedule: str, profile: DeviceProfile
+    site: CrossEntropyHead,
+    sizes: HeadSizes,
+    limit: int,
+    schedule: str,
+    profile: DeviceProfile,
+    tiles: HeadTiles,
 ) -> FusedCandidate:
     """Blocks as large as the limit lets them be."""
     n, h, c, dtype, wanted = site.rows, site.hidden, site.classes, site.dtype, site.gradients
-    cut = block_sizes(sizes.rows, sizes.hidden, sizes.classes, limit, processors=profile.processors)
+    cut = block_sizes(sizes.rows, sizes.hidden, sizes.classes, limit, processors=profile.processors, tiles=tiles)
     rows, classes = sympy.Integer(min(cut.rows, sizes.rows)), sympy.Integer(min(cut.classes, sizes.classes))
     heights, widths = n / rows, c / classes
     losses = matmul(rows, h, c, heights, dtype)

@@ -1,7 +1,7 @@
 """Plain records that travel between the layers: costs, device profiles, sites, candidates, choices, reports."""
 
 from structfly.records.cost import Cost, CostValues, Stage
-from structfly.records.device import DeviceProfile
+from structfly.records.device import DeviceModel, DeviceProfile
 from structfly.records.report import Report, SiteReport, Status
 from structfly.records.site import Candidate, Menu, Miss, Site
 
@@ -9,6 +9,7 @@ __all__ = [
     "Candidate",
     "Cost",
     "CostValues",
+    "DeviceModel",
     "DeviceProfile",
     "Menu",
     "Miss",

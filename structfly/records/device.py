@@ -9,12 +9,26 @@ import torch
 
 
 @dataclass(frozen=True)
+class DeviceModel:
+    """What kind of device it is.
+
+    Attributes:
+        name: as its driver gives it.
+        capability: a CUDA device's compute capability, None for a CPU.
+    """
+
+    name: str
+    capability: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class DeviceProfile:
     """Rates of one device.
 
     Attributes:
         name: the device, for reports.
         kind: "cpu" or "cuda".
+        capability: a CUDA device's compute capability, None for a CPU.
         matrix_rate: floating-point operations a second of large matrix products, by operand dtype.
         bandwidth: bytes a second through device memory.
         launch_seconds: time of the smallest kernel or ATen call.
@@ -28,6 +42,7 @@ class DeviceProfile:
 
     name: str
     kind: str
+    capability: tuple[int, int] | None
     matrix_rate: Mapping[torch.dtype, float]
     bandwidth: float
     launch_seconds: float
@@ -37,6 +52,11 @@ class DeviceProfile:
     workspace_cap: int
     processors: int
     generated_products: bool
+
+    @property
+    def model(self) -> DeviceModel:
+        """What kind of device it is of."""
+        return DeviceModel(self.name, self.capability)
 
     def rate(self, dtype: torch.dtype) -> float:
         """The matrix rate of ``dtype``, of float32 for a dtype the profile does not list."""

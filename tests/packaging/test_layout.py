@@ -37,14 +37,14 @@ def test_every_module_is_in_a_package() -> None:
     assert outside == []
 
 
-def test_every_template_is_shipped() -> None:
+def test_every_template_and_table_is_shipped() -> None:
     shipped = {
         path.resolve().relative_to(ROOT.resolve())
         for name, patterns in SETUPTOOLS["package-data"].items()
         for pattern in patterns
         for path in (ROOT / name.replace(".", "/")).glob(pattern)
     }
-    assert shipped == {Path("structfly/py.typed"), *sources("*.jinja")}
+    assert shipped == {Path("structfly/py.typed"), *sources("*.jinja"), *sources("*.json")}
 
 
 @pytest.mark.parametrize("name", LINKED)

@@ -12,12 +12,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from structfly.lowering.gemm import HOPPER
+from structfly.lowering.gemm import Tiles
 from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
-from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES
+from structfly.lowering.linear_cross_entropy.tiles import HeadTiles, head_class, shipped_head_tiles
 from structfly.lowering.template import Parameter, load, render
+from structfly.lowering.tuning.choice import SAFE
+from structfly.lowering.tuning.limits import shared_bytes, why_not
+from structfly.records import DeviceModel
 
 SHARED_MEMORY = 227 * 1024  # of a multiprocessor, for one program
+HOPPER = (9, 0)
+HEAD = head_class(DeviceModel("", HOPPER), hidden=2048, classes=131072, weight_row=2048, nonlinear=False)
+SHIPPED = shipped_head_tiles(HEAD)
 CAPPED = parse_epilogue("div:3.0,tanh,mul:3.0")
 # Every operation, with operands of every kind.
 LONG = parse_epilogue(
@@ -27,11 +33,18 @@ LONG = parse_epilogue(
 STEPS = CAPPED.source()
 
 
-def compile_one(function: Any, types: dict[str, str], constants: dict[str, int], warps: int, stages: int = 3) -> None:
-    """Compile one kernel and check that it fits a multiprocessor."""
+def compile_one(
+    function: Any,
+    types: dict[str, str],
+    constants: dict[str, int],
+    warps: int,
+    stages: int = 3,
+    shared: int = SHARED_MEMORY,
+) -> None:
+    """Compile one kernel and check that it takes no more than ``shared`` bytes of a multiprocessor's memory."""
     source = ASTSource(function, types, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
-    assert made.metadata.shared <= SHARED_MEMORY, f"{function}: {made.metadata.shared} bytes of shared memory"
+    assert made.metadata.shared <= shared, f"{function}: {made.metadata.shared} bytes of shared memory, not {shared}"
 
 
 def rows_of_logits() -> None:
@@ -102,9 +115,18 @@ def pointers(*names: str) -> dict[str, str]:
     return {f"{name}_ptr": "*fp32" for name in names}
 
 
-def product(template: str, a_transposed: bool, b_transposed: bool, own: dict[str, str], **own_parameters: Any) -> None:
-    """One product of the shipped tiles; ``own`` are the types of the template's arguments."""
-    tiles, split = own_parameters.pop("tiles", HOPPER), bool(own_parameters.pop("split", False))
+def product(
+    template: str,
+    a_transposed: bool,
+    b_transposed: bool,
+    own: dict[str, str],
+    tiles: Tiles,
+    *,
+    split: bool = False,
+    **own_parameters: Any,
+) -> None:
+    """One product, within what is said of its tiles; ``own`` are the types of the template's arguments."""
+    assert not why_not(template, tiles, HOPPER)
     layout: dict[str, Parameter] = {
         "name": template,
         "a_transposed": a_transposed,
@@ -122,7 +144,7 @@ def product(template: str, a_transposed: bool, b_transposed: bool, own: dict[str
     }
     constants = {"BM": tiles.m, "BN": tiles.n, "BK": tiles.k, "GROUP": tiles.group, "SPLIT": 1 + split, "PROGRAMS": 132}
     kernel = getattr(load(render(template, **layout, **own_parameters)), template)
-    compile_one(kernel, types, constants, tiles.warps, tiles.stages)
+    compile_one(kernel, types, constants, tiles.warps, tiles.stages, shared_bytes(template, tiles))
 
 
 def blocks(kind: str, rows: int, columns: int) -> str:
@@ -130,60 +152,68 @@ def blocks(kind: str, rows: int, columns: int) -> str:
     return f"tensordesc<{kind}[{rows},{columns}]>"
 
 
-def products() -> None:
-    """Each product in each layout that a head can have."""
+def products(cut: HeadTiles, *, all_variants: bool) -> None:
+    """Each product, where asked in each layout that a head can have and with all that it can be asked for."""
+    both = (False, True) if all_variants else (True,)
     window = {"live": "*i32", "start": "i32"}
-    part = (HOPPER.m, HOPPER.n // HOPPER.parts)
-    for b_transposed, largest, stored, steps in itertools.product(
-        (False, True), (False, True), (False, True), ((), STEPS)
+    for b_transposed, stored, largest, steps in itertools.product(
+        both, both, (False, True)[: 1 + all_variants], ((), STEPS)[1 - all_variants :]
     ):
+        tiles = cut.exponentials if stored else cut.losses
         own = {
             **window,
             "overflowed": "*i32",
             "reference": "*fp32",
             "tile_sums": "*fp32",
             "tiles_stride": "i32",
-            "exps": blocks("bf16", HOPPER.m, HOPPER.n) if stored else "*fp32",
+            "exps": blocks("bf16", tiles.m, tiles.n) if stored else "*fp32",
             "bias": "*bf16",
             "mask": "*u8",
         }
-        chain = {"steps": steps, "nonlinear": bool(steps), "has_bias": bool(steps), "has_mask": not steps}
+        chain: dict[str, Any] = {
+            "steps": steps,
+            "nonlinear": bool(steps),
+            "has_bias": bool(steps),
+            "has_mask": not steps,
+        }
         flags = {"largest": largest, "stored": stored}
-        product("linear_cross_entropy_exponentials", False, b_transposed, own, **flags, **chain)
-    for b_transposed, full, steps in itertools.product((False, True), (False, True), ((), STEPS)):
+        product("linear_cross_entropy_exponentials", False, b_transposed, own, tiles, **flags, **chain)
+    for b_transposed, full, steps in itertools.product(both, both, ((), STEPS)[1 - all_variants :]):
         own = {
             **window,
             "x_start": "i32",
             "rows": "i32",
-            "dz": blocks("bf16", HOPPER.m, HOPPER.n),
+            "dz": blocks("bf16", cut.block.m, cut.block.n),
             **floats("lse", "factor", "entry", "uniform"),
         }
         own |= {"label": "*i32", "bias": "*bf16", "mask": "*u8", "class_weight": "*fp32", "first_class": "i32"}
         chain = {"steps": steps, "nonlinear": bool(steps), "has_bias": full, "has_mask": full}
         flags = {"smoothing": full and not steps, "class_weight": full}
-        product("linear_cross_entropy_block", False, b_transposed, own, **flags, **chain)
-    for b_transposed, split in itertools.product((False, True), repeat=2):
-        own = {**window, "c": blocks("fp32", *part)}
-        product("linear_cross_entropy_hidden", False, b_transposed, own, split=split)
-    tiles = SUM_TILES["cuda"]
-    for rows, begins, ends, uniform in (
+        product("linear_cross_entropy_block", False, b_transposed, own, cut.block, **flags, **chain)
+    for b_transposed, split in itertools.product(both, repeat=2):
+        tiles = cut.hidden_product
+        own = {**window, "c": blocks("fp32", tiles.m, tiles.part)}
+        product("linear_cross_entropy_hidden", False, b_transposed, own, tiles, split=split)
+    sums = (
+        ("K", "sums", "rows or second", False),
+        ("M", "sums", "never", False),
         ("K", "zero", "never", True),
         ("K", "zero", "never", False),
-        ("K", "sums", "rows or second", False),
         ("K", "rounded", "rows", False),
         ("K", "sums", "rows", False),
         ("M", "rounded", "never", False),
         ("M", "rounded", "always", False),
-        ("M", "sums", "never", False),
         ("M", "sums", "always", False),
-    ):
+    )
+    for rows, begins, ends, uniform in sums if all_variants else sums[:2]:
+        tiles = cut.weight_sum if rows == "K" else cut.block_hidden_sum
         own = {**window, **({"x_start": "i32"} if rows == "K" else {})}
         own |= {"high": blocks("u16", tiles.m, tiles.part), "low": blocks("u8", tiles.m, tiles.part)}
-        own |= dict.fromkeys(("beside_across", "beside_splits", "beside_steps"), "i32") if rows == "K" else {}
+        own |= dict.fromkeys(("beside_rows", "beside_across", "beside_steps"), "i32") if rows == "K" else {}
         own |= {"along_m": "*fp32", "along_n": "*fp32"} if uniform else {}
         for b_transposed in {False, rows == "M"}:
-            parameters = {"rows": rows, "begins": begins, "ends": ends, "uniform": uniform}
-            product("linear_cross_entropy_sum", rows == "K", b_transposed, own, tiles=tiles, **parameters)
+            parameters: dict[str, Any] = {"rows": rows, "begins": begins, "ends": ends, "uniform": uniform}
+            product("linear_cross_entropy_sum", rows == "K", b_transposed, own, tiles, **parameters)
 
 
 def rows_of_exponentials() -> None:
@@ -260,7 +290,7 @@ def targets_of_exponentials() -> None:
     types = {"live": "*i32", "start": "i32", "keys": "*i32", "order": "*i64", "index": "*i32", "x": "*bf16"}
     types |= {"x_stride": "i32", "factor_x": "*bf16", **floats("factor", "entry")}
     types |= {"high": "*u16", "high_stride": "i32", "low": "*u8", "low_stride": "i32"}
-    constants = {"CLASSES": 50257, "HIDDEN": 768, "WIDTH": SUM_TILES["cuda"].part}
+    constants = {"CLASSES": 50257, "HIDDEN": 768, "WIDTH": SHIPPED.weight_sum.part}
     compile_one(module.add_targets, types, {**constants, "BYTES": 128, "ROWS": 4}, warps=2)
 
 
@@ -271,7 +301,9 @@ def floats(*names: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     rows_of_logits()
-    products()
+    products(SHIPPED, all_variants=True)
+    for tiles in (SAFE, Tiles(m=64, n=256, k=64, group=8, parts=4, warps=4, stages=3)):
+        products(HeadTiles(False, *[tiles] * 7), all_variants=False)
     rows_of_exponentials()
     rows_of_blocks()
     live_rows()

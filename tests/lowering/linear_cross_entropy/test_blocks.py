@@ -13,7 +13,9 @@ from structfly import measure
 from structfly.lowering.linear_cross_entropy import blocks
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
-from structfly.lowering.linear_cross_entropy.schedule import SUM_TILES, BlockSizes, block_sizes
+from structfly.lowering.linear_cross_entropy.schedule import BlockSizes, block_sizes
+from structfly.lowering.linear_cross_entropy.tiles import head_class, head_tiles
+from structfly.records import DeviceModel
 from tests.lowering.linear_cross_entropy.cases import leaves_of, run, run_reference
 from tests.lowering.linear_cross_entropy.served import (
     DEVICE,
@@ -52,14 +54,14 @@ def test_as_accurate_as_the_reference(call: Arguments) -> None:
 def test_while_the_last_classes_gradient_is_room(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of three sizes beside the hidden states in dW, and then those whose memory holds a chunk of them."""
     kinds = set()
-    add = blocks._Run._add
+    add = blocks.BlockRun._add
 
     def noted(run: Any, classes: range, length: int, x: torch.Tensor, buffer: torch.Tensor | None = None) -> None:
         if classes:
             kinds.add((length, classes.step, buffer is None))
         add(run, classes, length, x, buffer)
 
-    monkeypatch.setattr(blocks._Run, "_add", noted)
+    monkeypatch.setattr(blocks.BlockRun, "_add", noted)
     monkeypatch.setattr(blocks, "block_sizes", lambda *sizes, **_: BlockSizes(16, 64, 32, 0))
     check(block_call(rows=50, hidden=24, **options))
     assert len(kinds) == 4
@@ -99,14 +101,15 @@ def test_same_bits_every_time() -> None:
     limit=st.integers(0, 2**31),
 )
 def test_sizes_are_whole_tiles_within_the_limit(rows: int, hidden: int, classes: int, limit: int) -> None:
-    sizes = block_sizes(rows, hidden, classes, limit, processors=132)
-    tiles = SUM_TILES["cuda"]
-    for size, tile, whole in ((sizes.rows, tiles.m, rows), (sizes.classes, tiles.n, classes)):
+    h100 = DeviceModel("NVIDIA H100", (9, 0))
+    tiles = head_tiles(head_class(h100, hidden=hidden, classes=classes, weight_row=hidden, nonlinear=False))
+    sizes = block_sizes(rows, hidden, classes, limit, processors=132, tiles=tiles)
+    for size, tile, whole in ((sizes.rows, tiles.block_rows, rows), (sizes.classes, tiles.block_classes, classes)):
         assert size % tile == 0
         assert 0 < size < whole + tile
     if sizes.bytes > limit:  # nothing fits: neither does a single tile
-        assert (sizes.rows, sizes.classes) <= (8 * tiles.m, 8 * tiles.n)
-    roomier = block_sizes(rows, hidden, classes, 2 * sizes.bytes, processors=132)
+        assert (sizes.rows, sizes.classes) <= (8 * tiles.block_rows, 8 * tiles.block_classes)
+    roomier = block_sizes(rows, hidden, classes, 2 * sizes.bytes, processors=132, tiles=tiles)
     assert roomier.bytes <= 2 * sizes.bytes
 
 

@@ -21,6 +21,7 @@ MIB = 2**20
 H100 = DeviceProfile(
     name="NVIDIA H100",
     kind="cuda",
+    capability=(9, 0),
     matrix_rate={torch.bfloat16: 700e12, torch.float16: 700e12, torch.float32: 50e12, torch.float64: 50e12},
     bandwidth=2.8e12,
     launch_seconds=4e-6,
