@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from structfly import Budget
 from structfly.lowering.tuning.table import Table
+from structfly.patterns.structures import STRUCTURES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +46,22 @@ def test_the_page_of_the_ops_runs() -> None:
     namespace: dict[str, Any] = {}
     for block in code(ROOT / "docs" / "ops.md", "python"):
         exec(compile(block, "docs/ops.md", "exec"), namespace)
+
+
+def test_the_page_on_restructuring_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, Any] = {"__name__": "page"}
+    torch.manual_seed(0)
+    for block in code(ROOT / "docs" / "restructure.md", "python"):
+        exec(compile(block, "docs/restructure.md", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "loss predicted to rise by" in printed
+    assert printed.strip().endswith("True")
+
+
+def test_the_page_on_restructuring_names_every_structure() -> None:
+    text = (ROOT / "docs" / "restructure.md").read_text(encoding="utf-8")
+    assert [name for name in STRUCTURES if f"| `{name}` |" not in text] == []
+    assert [name for name in Budget.model_fields if f"| `{name}` |" not in text] == []
 
 
 def test_the_table_of_the_page_on_tuning_is_one() -> None:

@@ -108,7 +108,7 @@ def find_layers(
                 left[name] = f"it is a {type(module).__name__}, not a plain nn.Linear"
             continue
         layer = Layer(name, module, kind)
-        reason = _why_left(model, layer, uses)
+        reason = _why_left(model, layer, uses) if name else "it is the whole model; put it into a torch.nn.Sequential"
         if id(module) in heads or any(fnmatchcase(name, pattern) for pattern in excluded):
             reason = "it is excluded" if exclude is not None else "it is the head, which is excluded by default"
         elif not any(fnmatchcase(name, pattern) for pattern in include):

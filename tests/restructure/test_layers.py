@@ -62,6 +62,12 @@ def test_layers_that_are_left_have_a_reason() -> None:
     }
 
 
+def test_a_layer_that_is_the_whole_model_is_left() -> None:
+    layers, left = find_layers(nn.Linear(4, 4))
+    assert not layers
+    assert left == {"": "it is the whole model; put it into a torch.nn.Sequential"}
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_kind_computes_the_same_at_full_rank(bias: bool) -> None:
     class Kinds(nn.Module):
