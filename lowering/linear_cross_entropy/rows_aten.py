@@ -31,11 +31,20 @@ def row_step_aten(
     *,
     gradient: bool,
 ) -> RowResults:
-    """Fulfils :class:`~structfly.lowering.linear_cross_entropy.rows.RowStep` block of rows by block of rows."""
+    """Fulfils :class:`~structfly.lowering.linear_cross_entropy.rows.RowStep` block of rows by block of rows, in two
+    sweeps where a group has more rows than a block."""
     rows, classes = logits.shape
     dtype = wide_dtype(logits.dtype)
-    sums = _no_sums(terms, rows, logits.new_empty(0, dtype=dtype)) if gradient else {}
     step = max(1, _BLOCK_BYTES // (classes * dtype.itemsize))
+    if isinstance(coefficients, Coefficients) or coefficients is None:
+        group = 1
+    elif (group := coefficients.group_rows) > step:
+        known = _first_sweep(logits, indices, terms, asked, step)
+        row_losses, factors = coefficients.differentiate(known)
+        made = row_step_aten(logits, indices, factors, terms, (), gradient=True) if gradient else RowResults(known)
+        return made._replace(statistics=known, losses=row_losses)
+    step -= step % group
+    sums = _no_sums(terms, rows, logits.new_empty(0, dtype=dtype)) if gradient else {}
     statistics, losses = [], []
     for start in range(0, max(rows, 1), step):  # one block where there are no rows, for the statistics' shapes
         part = slice(start, min(start + step, rows))
@@ -49,6 +58,17 @@ def row_step_aten(
         if gradient and factors is not None:
             block.gradient(factors, {o: s if terms.by_class(o) else s[part] for o, s in sums.items()})
     return RowResults(joined(statistics), torch.cat(losses) if losses else None, tuple(sums.values()))
+
+
+def _first_sweep(
+    logits: Tensor, indices: Indices, terms: ClassTerms, asked: Sequence[str], step: int
+) -> RowStatistics:
+    """The statistics of all rows; the logits stay."""
+    parts = [slice(start, start + step) for start in range(0, max(logits.shape[0], 1), step)]
+    found = (
+        row_step_aten(logits[p].clone(), indices.rows(p), None, terms.of_rows(p), asked, gradient=False) for p in parts
+    )
+    return joined([each.statistics for each in found])
 
 
 def _no_sums(terms: ClassTerms, rows: int, like: Tensor) -> dict[int, Tensor]:

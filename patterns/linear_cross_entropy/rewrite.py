@@ -189,5 +189,5 @@ def _op(
         workspace=candidate.workspace,
         autocast=False,
     )
-    node = editor.call(torch.ops.structfly.linear_cross_entropy_v3.default, *arguments)
+    node = editor.call(torch.ops.structfly.linear_cross_entropy_v4.default, *arguments)
     return {name: editor.getitem(node, Outputs._fields.index(name)) for name in site.outputs}
