@@ -24,8 +24,8 @@ ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? choices, Tensor? class_weight, Tensor? row_weight, "
     "Tensor? adapter_x, Tensor? adapter_weight, float adapter_scale, str epilogue, Tensor[] operands, "
     "SymInt num_classes, int? ignore_index, float label_smoothing, str reduction, str statistics, str row_loss, "
-    "Tensor[] row_operands, SymInt[] row_group, ScalarType loss_dtype, bool[] gradients, str schedule, str scheme, int workspace, "
-    "bool autocast"
+    "Tensor[] row_operands, SymInt[] row_group, ScalarType loss_dtype, bool[] gradients, str schedule, str scheme, "
+    "int workspace, bool autocast"
 )
 # What may stand in ``statistics``, and what of it can be differentiated.
 STATISTICS = ("losses", "lse", "entropy", "argmax", "chosen")
@@ -66,16 +66,16 @@ class Arguments(NamedTuple):
     ``statistics`` names what is returned beside the loss, of :data:`STATISTICS`, joined by commas (those of
     :data:`DIFFERENTIABLE_STATISTICS` are differentiable with the schedule "backward"), ``row_loss`` is "" or a program
     that makes the loss of each row, or of each group of rows of the shape ``row_group``, of their statistics and of
-    ``row_operands`` without gradients, () or (N, ) or (groups, *sizes) each, sizes the group's or 1
+    ``row_operands``, without gradients: () each, or (N,), or (groups, *sizes) with the group's sizes or 1
     (:mod:`~structfly.lowering.linear_cross_entropy.row_program`), ``loss_dtype`` is the dtype of the returned loss,
     ``gradients`` says for x, weight, bias, adapter_x, adapter_weight and each of the operands whether a gradient will
     be asked for, ``schedule`` is "forward" or "backward", ``scheme`` is "logits"
     (:mod:`~structfly.lowering.linear_cross_entropy.chunked`), "exponentials"
     (:mod:`~structfly.lowering.linear_cross_entropy.exponentials`) or "blocks"
     (:mod:`~structfly.lowering.linear_cross_entropy.blocks`), ``workspace`` the bytes one chunk of the first two, or all
-    of the third, may take (where it does not hold a group's rows, a pass of its own makes their statistics), and ``autocast`` whether an autocast region around the call casts what the linear
-    multiplies, as it does for ``linear`` (a rewrite has put the linear's own casts into the graph, and the loss may
-    stand in another region: it says False).
+    of the third, may take (where that does not hold a group's rows, a pass of its own makes the statistics), and
+    ``autocast`` whether an autocast region around the call casts what the linear multiplies, as it does for ``linear``
+    (a rewrite has put the linear's own casts into the graph, and the loss may stand in another region: it says False).
     """
 
     x: Tensor

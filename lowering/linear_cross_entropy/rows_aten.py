@@ -36,14 +36,10 @@ def row_step_aten(
     rows, classes = logits.shape
     dtype = wide_dtype(logits.dtype)
     step = max(1, _BLOCK_BYTES // (classes * dtype.itemsize))
-    if isinstance(coefficients, Coefficients) or coefficients is None:
-        group = 1
-    elif (group := coefficients.group_rows) > step:
-        known = _first_sweep(logits, indices, terms, asked, step)
-        row_losses, factors = coefficients.differentiate(known)
-        made = row_step_aten(logits, indices, factors, terms, (), gradient=True) if gradient else RowResults(known)
-        return made._replace(statistics=known, losses=row_losses)
-    step -= step % group
+    if coefficients is not None and not isinstance(coefficients, Coefficients):
+        if coefficients.group_rows > step:
+            return _two_sweeps(logits, indices, coefficients, terms, asked, step, gradient=gradient)
+        step -= step % coefficients.group_rows
     sums = _no_sums(terms, rows, logits.new_empty(0, dtype=dtype)) if gradient else {}
     statistics, losses = [], []
     for start in range(0, max(rows, 1), step):  # one block where there are no rows, for the statistics' shapes
@@ -60,15 +56,27 @@ def row_step_aten(
     return RowResults(joined(statistics), torch.cat(losses) if losses else None, tuple(sums.values()))
 
 
-def _first_sweep(
-    logits: Tensor, indices: Indices, terms: ClassTerms, asked: Sequence[str], step: int
-) -> RowStatistics:
-    """The statistics of all rows; the logits stay."""
+def _two_sweeps(
+    logits: Tensor,
+    indices: Indices,
+    function: RowFunction,
+    terms: ClassTerms,
+    asked: Sequence[str],
+    step: int,
+    *,
+    gradient: bool,
+) -> RowResults:
+    """Statistics from copies of blocks of ``step`` rows, then the coefficients, and with these the gradient."""
     parts = [slice(start, start + step) for start in range(0, max(logits.shape[0], 1), step)]
-    found = (
+    blocks = (
         row_step_aten(logits[p].clone(), indices.rows(p), None, terms.of_rows(p), asked, gradient=False) for p in parts
     )
-    return joined([each.statistics for each in found])
+    found = joined([block.statistics for block in blocks])
+    losses, coefficients = function.differentiate(found)
+    sums: tuple[Tensor, ...] = ()
+    if gradient:
+        sums = row_step_aten(logits, indices, coefficients, terms, (), gradient=True).operand_sums
+    return RowResults(found, losses, sums)
 
 
 def _no_sums(terms: ClassTerms, rows: int, like: Tensor) -> dict[int, Tensor]:

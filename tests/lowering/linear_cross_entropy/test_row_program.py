@@ -134,7 +134,7 @@ def test_groups_as_accurate_as_the_reference(
         assert_like_eager(mine, reference, leaves_of(call), dtype, torch.tensor([-0.75, 0.0]))
 
 
-@pytest.mark.parametrize("name", (*PROGRAMS, *GROUP_PROGRAMS))
+@pytest.mark.parametrize("name", [*PROGRAMS, *GROUP_PROGRAMS])
 def test_triton_rows_give_the_same(name: str) -> None:
     call = call_of(name, rows=9, ignored=0.3) if name in PROGRAMS else group_call_of(name)
     program = parse_row_program(call.row_loss)
