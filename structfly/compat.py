@@ -150,6 +150,19 @@ def size_hints(value: Tensor) -> dict[sympy.Symbol, int]:
     return hints
 
 
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The example value of a size, None for one that depends on data; reading it adds no guard."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
+def equal_sizes(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal; where only the example says so, with a guard."""
+    hint = size_hint(one)
+    return hint is not None and hint == size_hint(other) and bool(one == other)
+
+
 def fake_mode_of(values: Iterable[object]) -> Any:
     """The fake mode that example values were made under, or None for real tensors."""
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)

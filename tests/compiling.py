@@ -59,7 +59,7 @@ class Rewritten:
     @property
     def calls(self) -> list[fx.Node]:
         """Calls of structfly's head op in all graphs and their bodies."""
-        return self.calls_of(torch.ops.structfly.linear_cross_entropy_v3.default)
+        return self.calls_of(torch.ops.structfly.linear_cross_entropy_v4.default)
 
     def calls_of(self, op: Any) -> list[fx.Node]:
         """Calls of an op in all graphs and their bodies."""

@@ -53,6 +53,7 @@ class HeadAutograd:
         ctx.schedule, ctx.gradients = call.schedule, tuple(call.gradients)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in sources]
         ctx.constants = len(getattr(call, self.constants)) if self.constants else 0
+        ctx.empty = [name for name, value in call._asdict().items() if isinstance(value, (list, tuple)) and not value]
         if self.statistics:
             kept = set(call.named_statistics) if call.schedule == "backward" else set()
             beside = zip(self.statistics.items(), output[1:], strict=False)
@@ -120,6 +121,7 @@ class HeadAutograd:
             entries[self.listed] = in_order[count:]
         if self.constants:
             entries[self.constants] = [None] * ctx.constants
+        entries.update((name, []) for name in ctx.empty)  # torch takes any empty list for one of tensors
         return tuple(entries.values())
 
     def _one_by_one(self, made: Sequence[Any]) -> list[Tensor]:

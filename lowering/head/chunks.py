@@ -24,11 +24,20 @@ def row_stride(classes: int) -> int:
     return -(-classes // _ALIGNMENT) * _ALIGNMENT
 
 
-def rows_per_chunk(rows: int, classes: int, dtype: torch.dtype, workspace: int) -> int:
-    """Rows whose logits fit in ``workspace`` bytes, at least 1, evened out over the chunks they make."""
-    fit = max(1, workspace // (row_stride(classes) * dtype.itemsize))
+def rows_that_fit(classes: int, dtype: torch.dtype, workspace: int) -> int:
+    """Rows whose logits fit in ``workspace`` bytes, at least 1."""
+    return max(1, workspace // (row_stride(classes) * dtype.itemsize))
+
+
+def rows_per_chunk(rows: int, classes: int, dtype: torch.dtype, workspace: int, group: int = 1) -> int:
+    """Rows whose logits fit in ``workspace`` bytes, at least 1, evened out over the chunks they make; whole groups of
+    ``group`` rows, at least one."""
+    fit = rows_that_fit(classes, dtype, workspace)
     if fit >= rows:
         return max(rows, 1)
+    if group > 1:
+        groups = rows // group
+        return -(-groups // -(-groups // max(1, fit // group))) * group
     if fit >= TILE_ROWS:
         fit -= fit % TILE_ROWS
     chunks = -(-rows // fit)

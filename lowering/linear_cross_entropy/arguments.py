@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from structfly.lowering.head.chunks import rows_that_fit
 from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.head.linear import DIFFERENTIABLE, Wanted
 from structfly.lowering.linear_cross_entropy.chunked import Head
@@ -15,15 +17,15 @@ from structfly.lowering.linear_cross_entropy.row_program import parse_row_progra
 
 # The ABI version goes up with any change of the schema, of the fakes or of the autograd formula, so that a compile
 # cache filled by another version is never served.
-NAME = "structfly::linear_cross_entropy_v3"
-BACKWARD_NAME = "structfly::linear_cross_entropy_backward_v3"
+NAME = "structfly::linear_cross_entropy_v4"
+BACKWARD_NAME = "structfly::linear_cross_entropy_backward_v4"
 
 ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? target, Tensor? choices, Tensor? class_weight, Tensor? row_weight, "
     "Tensor? adapter_x, Tensor? adapter_weight, float adapter_scale, str epilogue, Tensor[] operands, "
     "SymInt num_classes, int? ignore_index, float label_smoothing, str reduction, str statistics, str row_loss, "
-    "Tensor[] row_operands, ScalarType loss_dtype, bool[] gradients, str schedule, str scheme, int workspace, "
-    "bool autocast"
+    "Tensor[] row_operands, SymInt[] row_group, ScalarType loss_dtype, bool[] gradients, str schedule, str scheme, "
+    "int workspace, bool autocast"
 )
 # What may stand in ``statistics``, and what of it can be differentiated.
 STATISTICS = ("losses", "lse", "entropy", "argmax", "chosen")
@@ -63,16 +65,17 @@ class Arguments(NamedTuple):
 
     ``statistics`` names what is returned beside the loss, of :data:`STATISTICS`, joined by commas (those of
     :data:`DIFFERENTIABLE_STATISTICS` are differentiable with the schedule "backward"), ``row_loss`` is "" or a program
-    that makes each row's loss of its statistics and of ``row_operands``, (N,) or () each, without gradients
+    that makes the loss of each row, or of each group of rows of the shape ``row_group``, of their statistics and of
+    ``row_operands``, without gradients: () each, or (N,), or (groups, *sizes) with the group's sizes or 1
     (:mod:`~structfly.lowering.linear_cross_entropy.row_program`), ``loss_dtype`` is the dtype of the returned loss,
     ``gradients`` says for x, weight, bias, adapter_x, adapter_weight and each of the operands whether a gradient will
     be asked for, ``schedule`` is "forward" or "backward", ``scheme`` is "logits"
     (:mod:`~structfly.lowering.linear_cross_entropy.chunked`), "exponentials"
     (:mod:`~structfly.lowering.linear_cross_entropy.exponentials`) or "blocks"
     (:mod:`~structfly.lowering.linear_cross_entropy.blocks`), ``workspace`` the bytes one chunk of the first two, or all
-    of the third, may take, and ``autocast`` whether an autocast region around the call casts what the linear
-    multiplies, as it does for ``linear`` (a rewrite has put the linear's own casts into the graph, and the loss may
-    stand in another region: it says False).
+    of the third, may take (where that does not hold a group's rows, a pass of its own makes the statistics), and
+    ``autocast`` whether an autocast region around the call casts what the linear multiplies, as it does for ``linear``
+    (a rewrite has put the linear's own casts into the graph, and the loss may stand in another region: it says False).
     """
 
     x: Tensor
@@ -94,6 +97,7 @@ class Arguments(NamedTuple):
     statistics: str
     row_loss: str
     row_operands: Sequence[Tensor]
+    row_group: Sequence[int]
     loss_dtype: torch.dtype
     gradients: Sequence[bool]
     schedule: str
@@ -133,6 +137,12 @@ class Arguments(NamedTuple):
         if self.row_loss:  # of which the gradients need lse
             names.extend(("lse", *parse_row_program(self.row_loss).statistics))
         return tuple(dict.fromkeys((*(("loss",) if self.target is not None else ()), *names)))
+
+    @property
+    def statistics_first(self) -> bool:
+        """Whether a pass of its own makes the statistics that a group's loss takes: no chunk holds a group."""
+        group = math.prod(self.row_group)
+        return group > 1 and rows_that_fit(self.num_classes, self.x.dtype, self.workspace) < group
 
     @property
     def wanted(self) -> Wanted:

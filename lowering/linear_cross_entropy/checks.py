@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -81,8 +83,8 @@ def _check_statistics(call: Arguments) -> None:
         raise StructflyError(f"statistics {unknown[0]!r} of {call.statistics!r} is not known; allowed: {STATISTICS}")
     if call.row_loss:
         _check_row_loss(call)
-    elif call.row_operands:
-        raise StructflyError("row_operands go with a row_loss")
+    elif call.row_operands or call.row_group:
+        raise StructflyError("row_operands and row_group go with a row_loss")
     elif call.target is None and (call.reduction != "none" or "losses" in names or not names):
         raise StructflyError("without a target there is no loss; use reduction='none' and name other statistics")
     if call.reduction == "none" and "losses" in names:
@@ -99,9 +101,29 @@ def _check_row_loss(call: Arguments) -> None:
         raise StructflyError(f"row_loss of {call.x.dtype}, which has not the range for coefficients of any size")
     if program.operands != len(call.row_operands):
         raise StructflyError(f"row_loss reads {program.operands} operands, there are {len(call.row_operands)}")
+    _check_group(call, program.dimensions)
     for name, given in (("loss", call.target), ("chosen", call.choices)):
         if name in program.statistics and given is None:
             raise StructflyError(f"row_loss reads {name!r}, for which the call has no indices")
+
+
+def _check_group(call: Arguments, dimensions: int) -> None:
+    rows, group = call.x.shape[0], tuple(call.row_group)
+    size = math.prod(group)
+    if len(group) < dimensions or size < 1 or rows % size:
+        raise StructflyError(
+            f"row_group is {list(group)}; allowed are {dimensions} sizes or more, from 1 up, whose product divides the "
+            f"{rows} rows"
+        )
+    for number, operand in enumerate(call.row_operands):
+        shape = tuple(operand.shape)
+        places = zip(shape[1:], group, strict=False)
+        fits = len(shape) == 1 + len(group) and shape[0] == rows // size and all(n in (1, d) for n, d in places)
+        if shape and not fits:
+            raise StructflyError(
+                f"row operand {number} has shape {shape}; allowed are () and {(rows // size, *group)}, where each size "
+                "but the first may be 1"
+            )
 
 
 def _why_no_exponentials(call: Arguments) -> str:

@@ -64,8 +64,8 @@ def class_terms(head: Head, operand_gradients: tuple[bool, ...] = ()) -> ClassTe
 
 
 class Made(NamedTuple):
-    """What a pass over all rows makes: what was asked of them, the gradients that were wanted, and the (N,) losses of a
-    function of the rows."""
+    """What a pass over all rows makes: what was asked of them, the gradients that were wanted, and the losses of a
+    function of the rows, one a group."""
 
     statistics: RowStatistics
     gradients: Gradients | None
@@ -85,13 +85,14 @@ def run_chunks(
     Args:
         coefficients: of all N rows, or the function of the rows' statistics that gives them.
         wanted: which gradients; None makes none (2NHC operations).
-        workspace: bytes the logits of one chunk may take.
+        workspace: bytes the logits of one chunk may take; a chunk is at least one group of a function.
         row_step: the row step for the device.
     """
     rows, dtype = head.x.shape[0], head.x.dtype
     terms = class_terms(head, () if wanted is None else wanted.operands)
     indices = Indices(head.target if "loss" in head.asked else None, head.choices)
-    length = rows_per_chunk(rows, head.num_classes, dtype, workspace)
+    group = 1 if isinstance(coefficients, Coefficients) else coefficients.group_rows
+    length = rows_per_chunk(rows, head.num_classes, dtype, workspace, group)
     sums = None if wanted is None else GradientSums(head, wanted, -(-rows // length), terms.gradient_scale)
     buffer = head.x.new_empty(length, row_stride(head.num_classes))
     statistics: list[RowStatistics] = []

@@ -17,20 +17,21 @@ from structfly.lowering.linear_cross_entropy import op as _op  # noqa: F401  def
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 
 
-@register_flop_formula(torch.ops.structfly.linear_cross_entropy_v3)
-def _forward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    call = Arguments(*shapes)
+@register_flop_formula(torch.ops.structfly.linear_cross_entropy_v4, get_raw=True)
+def _forward_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+    call = Arguments(*arguments)
     return _operations(call, call.wanted_in_forward)
 
 
-@register_flop_formula(torch.ops.structfly.linear_cross_entropy_backward_v3)
-def _backward_flops(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    call = Arguments(*shapes[-len(Arguments._fields) :])
+@register_flop_formula(torch.ops.structfly.linear_cross_entropy_backward_v4, get_raw=True)
+def _backward_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+    call = Arguments(*arguments[-len(Arguments._fields) :])
     return _operations(call, call.wanted)
 
 
 def _operations(call: Arguments, wanted: Wanted | None) -> int:
-    """Operations of a pass; tensors among the arguments are shapes."""
-    logits_again = call.scheme == "blocks" and wanted is not None
-    again = products(call.x, call.adapter_x, call.num_classes, None) if logits_again else 0
-    return products(call.x, call.adapter_x, call.num_classes, wanted) + again
+    """Operations of a pass."""
+    x, adapter = call.x.shape, None if call.adapter_x is None else call.adapter_x.shape
+    logits_again = wanted is not None and (call.scheme == "blocks" or call.statistics_first)
+    again = products(x, adapter, call.num_classes, None) if logits_again else 0
+    return products(x, adapter, call.num_classes, wanted) + again

@@ -37,7 +37,19 @@ def _run_generated(call: Arguments, head: Head, rows: Weighing, wanted: Wanted |
 
 def _row_loss(call: Arguments, head: Head) -> RowLoss:
     operands = (each if each.dtype == torch.bool else each.to(head.accumulation) for each in call.row_operands)
-    return RowLoss(parse_row_program(call.row_loss), tuple(operands))
+    return RowLoss(parse_row_program(call.row_loss), tuple(operands), tuple(call.row_group))
+
+
+def _run_statistics_first(call: Arguments, head: Head, loss: RowLoss, wanted: Wanted | None) -> Made:
+    """The loss of groups that are longer than a chunk: their statistics take a pass of their own."""
+    row_step = _row_step(call.x)
+    found = run_chunks(head, Coefficients(), None, call.workspace, row_step).statistics
+    losses, coefficients = loss.differentiate(found)
+    gradients = None
+    if wanted is not None:
+        head = call._replace(statistics="", row_loss="").head  # nothing but what the gradients need is made again
+        gradients = run_chunks(head, coefficients, wanted, call.workspace, row_step).gradients
+    return Made(found, gradients, losses)
 
 
 def _of_loss(coefficient: Tensor | None) -> Coefficients:
@@ -58,7 +70,10 @@ def forward(*arguments: Any) -> Outputs:
                 coefficients = _row_loss(call, head)
             elif call.target is not None:
                 coefficients = _of_loss(rows.coefficients[0])
-            made = run_chunks(head, coefficients, wanted, call.workspace, _row_step(call.x))
+            if isinstance(coefficients, RowLoss) and call.statistics_first:
+                made = _run_statistics_first(call, head, coefficients, wanted)
+            else:
+                made = run_chunks(head, coefficients, wanted, call.workspace, _row_step(call.x))
         found, gradients, row_losses = made
         losses = found.loss if row_losses is None else row_losses
         loss = call.x.new_empty(0) if losses is None else rows.reduced(losses)

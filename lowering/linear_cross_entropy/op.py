@@ -1,4 +1,4 @@
-"""``structfly::linear_cross_entropy_v3``: schema, fake, autograd, autocast, vmap and FLOP count of the loss head.
+"""``structfly::linear_cross_entropy_v4``: schema, fake, autograd, autocast, vmap and FLOP count of the loss head.
 
 The name carries an ABI version: it goes up with any change of the schema, of the fake or of the autograd formula, so
 that a compile cache filled by another version is never served.  Every decision that changes what runs (epilogue,
@@ -47,7 +47,7 @@ torch.library.impl(BACKWARD_NAME, DEVICES)(kernels.backward)
 
 def linear_cross_entropy(*arguments: Any) -> Outputs:
     """Call the op; see :class:`Arguments`."""
-    return Outputs(*torch.ops.structfly.linear_cross_entropy_v3.default(*arguments))
+    return Outputs(*torch.ops.structfly.linear_cross_entropy_v4.default(*arguments))
 
 
 def _forward_fake(*arguments: Any) -> Outputs:
@@ -78,7 +78,7 @@ HeadAutograd(
     "linear_cross_entropy",
     Arguments,
     DIFFERENTIABLE,
-    torch.ops.structfly.linear_cross_entropy_backward_v3.default,
+    torch.ops.structfly.linear_cross_entropy_backward_v4.default,
     listed="operands",
     constants="row_operands",
     statistics={name: name in DIFFERENTIABLE_STATISTICS for name in STATISTICS},

@@ -55,6 +55,7 @@ def linear_cross_entropy_reference(
     statistics: Sequence[str] = (),
     row_loss: str = "",
     row_operands: Sequence[Tensor] = (),
+    row_group: Sequence[int] = (),
 ) -> HeadValues:
     """Cross-entropy of ``epilogue(x weight^T + adapter_scale adapter_x adapter_weight^T + bias)`` against ``target``,
     and other statistics of the rows of these logits.
@@ -75,9 +76,11 @@ def linear_cross_entropy_reference(
         ignore_index: rows with this target are left out; None if no value is ignored.
         reduction: "none", "sum" or "mean".
         statistics: names of further fields of :class:`HeadValues` that are wanted.
-        row_loss: a program that makes each row's loss of its statistics, instead of the cross-entropy; only with
-            ``reduction="sum"``, see :mod:`~structfly.lowering.linear_cross_entropy.row_program`.
-        row_operands: (N,) or () each, what the program takes besides.
+        row_loss: a program that makes the loss of each row or group of rows of their statistics, instead of the
+            cross-entropy; only with ``reduction="sum"``, see
+            :mod:`~structfly.lowering.linear_cross_entropy.row_program`.
+        row_operands: what the program takes besides.
+        row_group: the shape of a group, whose rows follow one another; () for single rows.
     """
     classes = weight.shape[0] if num_classes is None else num_classes
     logits = logits_reference(
@@ -118,7 +121,7 @@ def linear_cross_entropy_reference(
             loss = losses.sum() if row_weight is None else (losses * row_weight).sum()
     if row_loss:
         found = RowStatistics(None if target is None else losses, lse, values["entropy"], argmax, values.get("chosen"))
-        loss = parse_row_program(row_loss).run(found, row_operands).sum()
+        loss = parse_row_program(row_loss).run(found, row_operands, row_group).sum()
     return HeadValues(loss, *(values[name] if name in statistics else None for name in HeadValues._fields[1:]))
 
 

@@ -1,8 +1,13 @@
-"""A loss of single rows, written by the user, as a program over their statistics.
+"""A loss of single rows, or of groups of rows, written by the user, as a program over their statistics.
 
 With l_n = program(statistics of row n, operands of row n) and L = sum_n l_n, the coefficients of the row's statistics
 are dl_n / dloss_n, dl_n / dlse_n and so on: functions of that row alone, known as soon as its chunk's statistics are.
 So the gradients are made in the same pass (coefficient class B), whatever the program is.
+
+The same holds for groups of rows that follow one another, with l_g = program(statistics and operands of group g) and
+L = sum_g l_g, as long as a chunk holds whole groups (class C).  A group of shape (d_1, ..., d_k) has d_1 ... d_k rows,
+and the program sees values (G, d_1, ..., d_k) of G groups, with a size of 1 where a value is the same along a
+dimension: all is pointwise and broadcasts, but for ``sum`` over a dimension of the group and ``part``, one place of it.
 
 The program is a string, an argument of the op: instructions joined by ``;``, each an operation and its arguments joined
 by spaces.  Arguments are statistics (``loss``, ``lse``, ``entropy``, ``argmax``, ``chosen0``, ``chosen1``, ...),
@@ -11,14 +16,19 @@ For instance, the clipped ratio of PPO with the old log-probability r0 and the a
 log-probability):
 
     neg loss;sub %0 r0;exp %1;mul %2 r1;clamp %2 0.8 1.2;mul %4 r1;min %3 %5;neg %6
+
+DPO, for groups (2, T), a better and a worse sequence of T tokens, with the mask r0 and the references' difference r1:
+
+    mul loss r0;sum %0 2;part %1 1 1;part %1 1 0;sub %2 %3;sub %4 r1;mul %5 0.1;logsigmoid %6;neg %7
 """
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -67,7 +77,11 @@ OPERATIONS: dict[str, tuple[int, Callable[..., Any]]] = {
     "relu": (1, torch.relu),
     "detach": (1, torch.detach),
     "number": (1, lambda flag: flag * 1.0),  # 0 or 1
+    # Of dimensions of the group, counted from 1; sizes of 1 stay.
+    "sum": (2, lambda value, dim: value.sum(int(dim), keepdim=True)),
+    "part": (3, lambda value, dim, place: value.narrow(int(dim), int(place), 1)),
 }
+_OF_GROUPS = ("sum", "part")
 _STATISTIC = re.compile(r"(loss|lse|entropy|argmax)|chosen(\d+)")
 
 Argument = str | float
@@ -93,19 +107,36 @@ class RowProgram:
         names = [each for _, given in self.instructions for each in given if isinstance(each, str)]
         return max((int(name[1:]) + 1 for name in names if name[0] == "r"), default=0)
 
-    def run(self, found: RowStatistics, operands: Sequence[Tensor]) -> Tensor:
-        """l_n of R rows (R,), differentiable; ``operands`` are (R,) or ()."""
+    @property
+    def dimensions(self) -> int:
+        """How many dimensions a group must have."""
+        return max((int(given[1]) for name, given in self.instructions if name in _OF_GROUPS), default=0)
+
+    def run(self, found: RowStatistics, operands: Sequence[Tensor], group: Sequence[int] = ()) -> Tensor:
+        """l_g (G,) of the G groups that R rows make, or without a group l_n (R,), differentiable.
+
+        Args:
+            operands: (G, *sizes), each size the group's or 1, or ().
+            group: the shape of a group, whose rows follow one another.
+        """
         results: list[Any] = []
         for name, given in self.instructions:
-            values = [_read(each, found, operands, results) for each in given]
+            values = [_read(each, found, operands, results, group) for each in given]
             results.append(OPERATIONS[name][1](*values))
         some = next(value for value in found if value is not None)
         dtype = some.dtype if some.is_floating_point() else operands[0].dtype
-        result: Tensor = results[-1]
-        return result.to(dtype).expand(some.shape[0])
+        result: Tensor = results[-1].to(dtype)
+        groups = some.shape[0] // math.prod(group)
+        return result.flatten(1).sum(1) if result.ndim > 1 else result.expand(groups)
 
 
-def _read(argument: Argument, found: RowStatistics, operands: Sequence[Tensor], results: Sequence[Any]) -> Any:
+def _read(
+    argument: Argument,
+    found: RowStatistics,
+    operands: Sequence[Tensor],
+    results: Sequence[Any],
+    group: Sequence[int],
+) -> Any:
     if not isinstance(argument, str):
         return argument
     if argument[0] == "%":
@@ -115,7 +146,8 @@ def _read(argument: Argument, found: RowStatistics, operands: Sequence[Tensor], 
     match = _STATISTIC.fullmatch(argument)
     assert match is not None
     value = getattr(found, match[1] or "chosen")
-    return value if match[1] else value[:, int(match[2])]
+    value = value if match[1] else value[:, int(match[2])]
+    return value.view(-1, *group) if group else value
 
 
 @lru_cache(maxsize=256)
@@ -132,7 +164,12 @@ def parse_row_program(text: str) -> RowProgram:
         if count != len(words):
             known = f"{count} arguments" if count >= 0 else f"one of {', '.join(OPERATIONS)}"
             raise StructflyError(f"row program {text!r}: instruction {line!r}; expected {known}")
-        instructions.append((name, tuple(_argument(word, place, text) for word in words)))
+        given = tuple(_argument(word, place, text) for word in words)
+        if name in _OF_GROUPS and (any(isinstance(each, str) for each in given[1:]) or int(given[1]) < 1):
+            raise StructflyError(
+                f"row program {text!r}: instruction {line!r}; a group's dimensions count from 1 and its places from 0"
+            )
+        instructions.append((name, given))
     return RowProgram(tuple(instructions))
 
 
@@ -151,24 +188,31 @@ def _argument(word: str, place: int, text: str) -> Argument:
 
 @dataclass(frozen=True)
 class RowLoss:
-    """A program with its operands, (N,) or () each, in the accumulation dtype, or bool."""
+    """A program with its operands, as :meth:`RowProgram.run` takes them, in the accumulation dtype, or bool."""
 
     program: RowProgram
     operands: tuple[Tensor, ...]
+    group: tuple[int, ...] = ()
+
+    @property
+    def group_rows(self) -> int:
+        """How many rows make a group."""
+        return math.prod(self.group)
 
     def rows(self, part: slice) -> RowLoss:
-        """That of some rows."""
-        return RowLoss(self.program, tuple(each[part] if each.ndim else each for each in self.operands))
+        """That of some rows, which are whole groups."""
+        groups = slice(part.start // self.group_rows, part.stop // self.group_rows)
+        return replace(self, operands=tuple(each[groups] if each.ndim else each for each in self.operands))
 
     def differentiate(self, found: RowStatistics) -> tuple[Tensor, Coefficients]:
-        """l_n (R,), and its derivatives by each row's statistics; none by ``argmax``."""
+        """The groups' losses (G,), and the derivatives of their sum by each row's statistics; none by ``argmax``."""
         with recording_gradients():
             leaves = {
                 name: value.clone().requires_grad_()
                 for name in self.program.statistics
                 if name != "argmax" and (value := getattr(found, name)) is not None
             }
-            losses = self.program.run(found._replace(**leaves), [each.clone() for each in self.operands])
+            losses = self.program.run(found._replace(**leaves), [each.clone() for each in self.operands], self.group)
             factors: tuple[Tensor | None, ...] = (None,) * len(leaves)
             if losses.requires_grad:
                 factors = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)

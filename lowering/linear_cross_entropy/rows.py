@@ -130,14 +130,19 @@ class Coefficients(NamedTuple):
 
 
 class RowFunction(Protocol):
-    """A loss of each row as a function of the row's statistics, from which the coefficients follow."""
+    """A loss of each group of rows as a function of their statistics, from which the coefficients follow."""
+
+    @property
+    def group_rows(self) -> int:
+        """How many rows, one after another, make a group."""
+        ...
 
     def rows(self, part: slice) -> RowFunction:
-        """That of some rows."""
+        """That of some rows, which are whole groups."""
         ...
 
     def differentiate(self, found: RowStatistics) -> tuple[Tensor, Coefficients]:
-        """The losses (R,), and their derivatives by the statistics."""
+        """The losses of R rows' groups, (R / group_rows,), and the derivatives of their sum by the statistics."""
         ...
 
 
@@ -146,7 +151,7 @@ class RowResults(NamedTuple):
 
     Attributes:
         statistics: what was asked for.
-        losses: (R,) those of a :class:`RowFunction`, else None.
+        losses: those of a :class:`RowFunction`, one a group, else None.
         operand_sums: for each operand whose gradient is wanted, in order, the rows' share of it: (C,) for one that is
             the classes', else (R,), each row's part of the sum.  Empty without gradients.
     """
@@ -168,7 +173,7 @@ class RowStep(Protocol):
 
     Args:
         logits: (R, C), unit column stride, any row stride, overwritten: by dz where it is wanted, else by scratch
-            values.
+            values.  The rows are whole groups of a function.
         indices: the target, which a loss needs, and the choices, which ``chosen`` needs.
         coefficients: of the statistics, or the function that gives them once the statistics are known, or None.
         terms: what all rows share, and the operands of these rows.

@@ -31,11 +31,16 @@ def row_step_aten(
     *,
     gradient: bool,
 ) -> RowResults:
-    """Fulfils :class:`~structfly.lowering.linear_cross_entropy.rows.RowStep` block of rows by block of rows."""
+    """Fulfils :class:`~structfly.lowering.linear_cross_entropy.rows.RowStep` block of rows by block of rows, in two
+    sweeps where a group has more rows than a block."""
     rows, classes = logits.shape
     dtype = wide_dtype(logits.dtype)
-    sums = _no_sums(terms, rows, logits.new_empty(0, dtype=dtype)) if gradient else {}
     step = max(1, _BLOCK_BYTES // (classes * dtype.itemsize))
+    if coefficients is not None and not isinstance(coefficients, Coefficients):
+        if coefficients.group_rows > step:
+            return _two_sweeps(logits, indices, coefficients, terms, asked, step, gradient=gradient)
+        step -= step % coefficients.group_rows
+    sums = _no_sums(terms, rows, logits.new_empty(0, dtype=dtype)) if gradient else {}
     statistics, losses = [], []
     for start in range(0, max(rows, 1), step):  # one block where there are no rows, for the statistics' shapes
         part = slice(start, min(start + step, rows))
@@ -49,6 +54,29 @@ def row_step_aten(
         if gradient and factors is not None:
             block.gradient(factors, {o: s if terms.by_class(o) else s[part] for o, s in sums.items()})
     return RowResults(joined(statistics), torch.cat(losses) if losses else None, tuple(sums.values()))
+
+
+def _two_sweeps(
+    logits: Tensor,
+    indices: Indices,
+    function: RowFunction,
+    terms: ClassTerms,
+    asked: Sequence[str],
+    step: int,
+    *,
+    gradient: bool,
+) -> RowResults:
+    """Statistics from copies of blocks of ``step`` rows, then the coefficients, and with these the gradient."""
+    parts = [slice(start, start + step) for start in range(0, max(logits.shape[0], 1), step)]
+    blocks = (
+        row_step_aten(logits[p].clone(), indices.rows(p), None, terms.of_rows(p), asked, gradient=False) for p in parts
+    )
+    found = joined([block.statistics for block in blocks])
+    losses, coefficients = function.differentiate(found)
+    sums: tuple[Tensor, ...] = ()
+    if gradient:
+        sums = row_step_aten(logits, indices, coefficients, terms, (), gradient=True).operand_sums
+    return RowResults(found, losses, sums)
 
 
 def _no_sums(terms: ClassTerms, rows: int, like: Tensor) -> dict[int, Tensor]:

@@ -43,7 +43,9 @@ class CrossEntropyHead(Head, Protocol):
     Attributes:
         label_smoothing: the loss's.
         consumers: how many read the logits where they are left dense.
-        row_program: what makes a row's loss of its statistics, or "".
+        row_program: what makes the loss of a row, or of a group of rows, of their statistics, or "".
+        group_rows: how many rows make a group, at the example's sizes.
+        regrouped: whether the op takes the rows in another order than the user's.
     """
 
     @property
@@ -52,6 +54,32 @@ class CrossEntropyHead(Head, Protocol):
     def consumers(self) -> int: ...
     @property
     def row_program(self) -> str: ...
+    @property
+    def group_rows(self) -> int: ...
+    @property
+    def regrouped(self) -> bool: ...
+
+
+class LogitSizes(HeadSizes):
+    """The same in the scheme of logits, where chunks hold whole groups of rows."""
+
+    def __init__(self, site: CrossEntropyHead) -> None:
+        super().__init__(site)
+        self.group_rows = site.group_rows
+        # Rows in another order are a copy of the hidden states.
+        self.copied = self.rows * self.hidden * site.dtype.itemsize if site.regrouped else 0
+
+    def transient_bytes(self, length: int) -> int:
+        return super().transient_bytes(length) + self.copied
+
+    def chunk_lengths(self, limit: int, profile: DeviceProfile) -> list[int]:
+        """Whole groups where one fits a length."""
+        lengths = super().chunk_lengths(limit, profile)
+        whole = {length - length % self.group_rows if length >= self.group_rows else length for length in lengths}
+        return sorted(whole, reverse=True)
+
+    def longest(self, limit: int) -> int:
+        return super().longest(limit - self.copied)
 
 
 class ExponentialSizes(HeadSizes):
@@ -85,7 +113,7 @@ class ExponentialSizes(HeadSizes):
 
 def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSettings) -> Menu:
     """Costs of leaving the head dense and of fusing it with several chunk lengths, and the limit they must keep."""
-    schemes = {"logits": HeadSizes(site)}
+    schemes: dict[str, HeadSizes] = {"logits": LogitSizes(site)}
     tiles = None
     if profile.generated_products and not _why_no_exponentials(site):
         tiles = _tiles_of(site, schemes["logits"], profile)
@@ -155,7 +183,8 @@ def _fused(
         logits.append(Stage(0, sweeps * chunk, launches))  # the row step
     if site.row_program:  # each instruction, and two for its derivative
         logits.append(Stage(0, 3 * rows * 4, 3 * len(site.row_program.split(";")) * launches))
-    stages = list(logits)
+    first = length < site.group_rows and site.gradients.any
+    stages = [*logits, matmul(rows, h, c, launches, dtype), Stage(0, 2 * chunk, launches)] if first else list(logits)
     operands = site.epilogue.operands
     calls = 1
     saved: Expression = 0
@@ -182,8 +211,9 @@ def _fused(
             else:
                 stages.append(weight_product(site, rows, launches, weight_sum_bytes(site, sizes, length)))
     cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
+    why = f", logits made twice: a group of {site.group_rows} rows is more than a chunk" if first else ""
     return FusedCandidate(
-        f"{scheme}, {length} rows a chunk, {passes(site, schedule)}",
+        f"{scheme}, {length} rows a chunk, {passes(site, schedule)}{why}",
         cost,
         schedule=schedule,
         scheme=scheme,

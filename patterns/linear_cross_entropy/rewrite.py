@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +17,7 @@ from structfly.patterns.head.weighted_sum import Weights, write_weights
 from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.pieces import Pieces, part_losses, whole_target
-from structfly.patterns.linear_cross_entropy.row_operands import add_terms, write_operands
+from structfly.patterns.linear_cross_entropy.row_operands import RowWriter, add_terms
 from structfly.patterns.linear_cross_entropy.same_rows import SameRows, choices, values
 from structfly.patterns.linear_cross_entropy.site import CrossEntropySite
 from structfly.rewriter.editor import Editor
@@ -42,13 +43,13 @@ def _rewrite_same_rows(site: CrossEntropySite, same: SameRows, candidate: FusedC
     form = None if same.loss is None else same.loss[1]
     target = None if form is None else _row_targets(form, editor)
     weights = None if same.total is None or target is None else write_weights(same.total, target, editor)
-    operands: list[fx.Node] = []
+    writer = None
     if same.row_loss is not None:
         shapes = {each.anchor: (path, each) for path, each in same.consumers}
-        operands = write_operands(same.row_loss, lambda anchor: _ones(*shapes[anchor], site, editor), editor)
+        writer = RowWriter(same.row_loss, lambda anchor: _ones(*shapes[anchor], site, editor), editor)
     rows = _hidden(site, site.path.views, editor)
     row_weight = None if weights is None else weights.rows
-    made = _op(site, candidate, editor, rows, target, row_weight, choices(same, editor), operands)
+    made = _op(site, candidate, editor, rows, target, row_weight, choices(same, editor), writer)
     if same.row_loss is not None:
         editor.before(same.row_loss.root, same.place)
         scalar = add_terms(same.row_loss, made["loss"], editor)
@@ -148,10 +149,10 @@ def _op(
     target: fx.Node | None,
     row_weight: fx.Node | None,
     indices: fx.Node | None,
-    row_operands: Sequence[fx.Node] = (),
+    writer: RowWriter | None = None,
 ) -> dict[str, fx.Node]:
     """The op's loss and statistics, by name, for hidden states ``rows`` of shape (..., H), targets of as many entries,
-    (N, K) choices and the row program's operands."""
+    (N, K) choices, all in the user's order, and what writes the row program's operands."""
     path, form = site.path, site.form
     linear, adapter = path.linear, path.linear.adapter
     views = path.views if site.pieces is None else path.views[: site.pieces.shared_views]
@@ -162,15 +163,22 @@ def _op(
     if target is not None:
         target = cast(editor.call(torch.reshape, target, (-1,)), torch.int64, editor)
     operands = [chain_operand(o, path, views, weight, classes, site.dtype, editor) for o in path.chain.operands]
+
+    def grouped(node: fx.Node | None) -> Any:
+        return node if node is None or writer is None else writer.grouped(node)
+
+    for place, operand in enumerate(path.chain.operands):
+        if operand.kind == "row":
+            operands[place] = grouped(operands[place])
     arguments = Arguments(
-        x=matrix(rows, editor),  # type: ignore[arg-type]
+        x=grouped(matrix(rows, editor)),
         weight=weight,  # type: ignore[arg-type]
         bias=class_bias(path, site.dtype, editor),  # type: ignore[arg-type]
-        target=target,  # type: ignore[arg-type]
-        choices=indices,  # type: ignore[arg-type]
+        target=grouped(target),
+        choices=grouped(indices),
         class_weight=None if form is None else form.class_weight,  # type: ignore[arg-type]
         row_weight=row_weight,  # type: ignore[arg-type]
-        adapter_x=adapter_x,  # type: ignore[arg-type]
+        adapter_x=grouped(adapter_x),
         adapter_weight=adapter_weight,  # type: ignore[arg-type]
         adapter_scale=linear.adapter_scale,
         epilogue=str(path.chain.epilogue),
@@ -181,7 +189,8 @@ def _op(
         reduction=site.reduction,
         statistics=",".join(site.statistics),
         row_loss=site.row_program,
-        row_operands=list(row_operands),  # type: ignore[arg-type]
+        row_operands=[] if writer is None else writer.operands(),
+        row_group=[] if writer is None else writer.group(),  # type: ignore[arg-type]
         loss_dtype=site.loss_dtype,
         gradients=list(site.gradients.flags),
         schedule=candidate.schedule,
@@ -189,5 +198,8 @@ def _op(
         workspace=candidate.workspace,
         autocast=False,
     )
-    node = editor.call(torch.ops.structfly.linear_cross_entropy_v3.default, *arguments)
-    return {name: editor.getitem(node, Outputs._fields.index(name)) for name in site.outputs}
+    node = editor.call(torch.ops.structfly.linear_cross_entropy_v4.default, *arguments)
+    made = {name: editor.getitem(node, Outputs._fields.index(name)) for name in site.outputs}
+    if writer is None:
+        return made
+    return {name: value if name == "loss" else writer.as_given(value) for name, value in made.items()}

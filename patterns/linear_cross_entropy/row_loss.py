@@ -1,10 +1,13 @@
-"""A scalar that statistics of rows end in, row by row: coefficient class B.
+"""A scalar that statistics of rows end in, row by row or group by group: coefficient classes B and C.
 
 Between the statistics and the scalar stand pointwise operations on values of single rows, then sums over rows, then
 operations that are linear in these sums.  Such a scalar is sum_n l_n with l_n a function of row n alone: a sum is left
 out, and what multiplies or divides a sum does so to every summand.  ``row_reader`` reads l_n as a program of
 :mod:`~structfly.lowering.linear_cross_entropy.row_program`; its operands are what the user's code takes besides, in the
 order of the rows.
+
+Where something that is not linear is done to sums over some rows, or to different rows at once, l is a function of a
+group of rows.  ``row_axes`` says which.
 """
 
 from __future__ import annotations
@@ -14,23 +17,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from structfly.patterns.linear_cross_entropy.loss import LossForm
-
-
-@dataclass(frozen=True)
-class Level:
-    """A shape that values of rows take on the way to the scalar.
-
-    Attributes:
-        node: a node with a value of that shape: a consumer's anchor, a reshape or a sum.
-        parent: the level it was made from, None at a consumer.
-        dims: for a sum the dimensions it goes over.
-        keeps_dims: whether it keeps them.
-    """
-
-    node: fx.Node
-    parent: Level | None = None
-    dims: tuple[int, ...] | None = None
-    keeps_dims: bool = False
+from structfly.patterns.linear_cross_entropy.row_axes import Dims, RowAxes
 
 
 @dataclass(frozen=True)
@@ -38,14 +25,14 @@ class Operand:
     """An operand of the program.
 
     Attributes:
-        node: a value of the graph, () or broadcast to ``level``; None for what the rewrite makes.
-        level: where it is used; None for a scalar.
-        count: it is how many values the sum of ``level`` adds up.
+        node: a value of the graph, broadcast to ``dims``; None for what the rewrite makes.
+        dims: the axes of the value that it meets; None for a scalar.
+        count: it is how many values the axes of ``dims`` have.
         loss: it is what a mean loss divides by, or with ``live`` which of its rows are not ignored.
     """
 
     node: fx.Node | None = None
-    level: Level | None = None
+    dims: Dims | None = None
     count: bool = False
     loss: LossForm | None = None
     live: bool = False
@@ -64,11 +51,12 @@ class Term:
 
 @dataclass(frozen=True)
 class RowLoss:
-    """A scalar that is a sum over rows.
+    """A scalar that is a sum over rows, or over groups of rows.
 
     Attributes:
         root: the node whose value it is.
         program: l_n.
+        axes: those of the rows; a group has some inside.
         operands: what the program takes, in order.
         terms: what is added to the sum.
         nodes: the nodes between the consumers and the root, the root included, in the order of the graph.
@@ -76,14 +64,20 @@ class RowLoss:
 
     root: fx.Node
     program: str
+    axes: RowAxes
     operands: tuple[Operand, ...]
     terms: tuple[Term, ...]
     nodes: tuple[fx.Node, ...]
 
     @property
+    def coefficient_class(self) -> str:
+        """B where every row is a group, C where groups have more."""
+        return "C" if self.axes.inner else "B"
+
+    @property
     def inputs(self) -> tuple[fx.Node, ...]:
         """What has to exist where the op stands; terms are added at the root."""
-        return tuple(operand.node for operand in self.operands if operand.node is not None)
+        return (*self.axes.inputs, *(operand.node for operand in self.operands if operand.node is not None))
 
 
 @dataclass(frozen=True)

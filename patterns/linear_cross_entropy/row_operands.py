@@ -1,27 +1,27 @@
-"""Writing a row program's operands: values of the user's graph in the order and the number of the rows."""
+"""Writing a row program's operands, values of the user's graph in the order of the rows, and that order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
+from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.mean import live_rows, mean_divisor
-from structfly.patterns.linear_cross_entropy.row_loss import Level, Operand, RowLoss
+from structfly.patterns.linear_cross_entropy.row_axes import (
+    Axis,
+    OfConsumer,
+    OfReshape,
+    Quotient,
+    leaves_of,
+)
+from structfly.patterns.linear_cross_entropy.row_loss import Operand, RowLoss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import example
-
-
-def write_operands(loss: RowLoss, ones: Callable[[fx.Node], fx.Node], editor: Editor) -> list[fx.Node]:
-    """The operands as nodes, (N,) or () each.
-
-    Args:
-        ones: makes ones, contiguous, in the shape of a consumer's anchor.
-    """
-    writer = _Writer(ones, editor)
-    return [writer.write(operand) for operand in loss.operands]
 
 
 def add_terms(loss: RowLoss, value: fx.Node, editor: Editor) -> fx.Node:
@@ -34,53 +34,114 @@ def add_terms(loss: RowLoss, value: fx.Node, editor: Editor) -> fx.Node:
     return value
 
 
-class _Writer:
-    def __init__(self, ones: Callable[[fx.Node], fx.Node], editor: Editor) -> None:
-        self.make_ones, self.editor = ones, editor
-        self.shapes: dict[Level, fx.Node] = {}
+class RowWriter:
+    """Writes what depends on the axes of the rows.
 
-    def write(self, operand: Operand) -> fx.Node:
-        editor = self.editor
+    Args:
+        ones: makes ones, contiguous, in the shape of a consumer's rows.
+    """
+
+    def __init__(self, loss: RowLoss, ones: Callable[[fx.Node], fx.Node], editor: Editor) -> None:
+        self._loss, self._make_ones, self._editor = loss, ones, editor
+        self.axes = loss.axes
+        self._ones: dict[fx.Node, fx.Node] = {}
+        self._sizes: dict[Axis, int | fx.Node] = {}
+
+    # ------------------------------------------------------------------------------------------- the order
+
+    def grouped(self, node: fx.Node) -> fx.Node:
+        """Values (N, ...) in the user's order, as the op takes them: groups one after another."""
+        return self._moved(node, self.axes.given, (*self.axes.outer, *self.axes.inner))
+
+    def as_given(self, node: fx.Node) -> fx.Node:
+        """Values (N, ...) in the op's order, in the user's."""
+        return self._moved(node, (*self.axes.outer, *self.axes.inner), self.axes.given)
+
+    def group(self) -> list[int | fx.Node]:
+        """The shape of a group."""
+        return [self._size(axis) for axis in self.axes.inner]
+
+    def _moved(self, node: fx.Node, before: tuple[Axis, ...], after: tuple[Axis, ...]) -> fx.Node:
+        if before == after:
+            return node
+        editor = self._editor
+        node = editor.call(torch.unflatten, node, 0, [self._size(axis) for axis in before])
+        rest = range(len(before), example_of(node).ndim)
+        node = editor.call(torch.permute, node, [*(before.index(axis) for axis in after), *rest])
+        return editor.call(torch.flatten, node, 0, len(before) - 1)
+
+    # ------------------------------------------------------------------------------------------- operands
+
+    def operands(self) -> list[Any]:
+        """What the program takes: (), or (groups, *sizes) with the group's sizes, or 1 where it is the same."""
+        return [self._operand(operand) for operand in self._loss.operands]
+
+    def _operand(self, operand: Operand) -> fx.Node:
+        editor = self._editor
         if operand.loss is not None:
             return self._of_loss(operand.loss, operand.live)
-        if operand.count and operand.level is not None and operand.level.parent is not None:
-            counts = editor.call(torch.ones_like, self._shape(operand.level.parent), dtype=torch.float32)
-            return self._rows(self._sum(counts, operand.level), operand.level)
+        if operand.count:
+            return self._number(self._product(leaves_of(operand.dims or ())))
         node = operand.node
         assert node is not None
         if example(node) is None:  # a size
-            return editor.call(torch.full, (), node, dtype=torch.float32)
-        return node if operand.level is None else self._rows(node, operand.level)
+            return self._number(node)
+        if operand.dims is None:
+            return node
+        node = editor.call(torch.broadcast_to, node, [self._product(axes) for axes in operand.dims])
+        return self._spread(node, leaves_of(operand.dims))
+
+    def _number(self, size: int | fx.Node) -> fx.Node:
+        return self._editor.call(torch.full, (), size, dtype=torch.float32)
 
     def _of_loss(self, form: LossForm, live: bool) -> fx.Node:
-        return live_rows(form, self.editor) if live else mean_divisor(form, self.editor)
+        if not live:
+            return mean_divisor(form, self._editor)
+        return self._spread(live_rows(form, self._editor), self.axes.given)
 
-    def _sum(self, node: fx.Node, level: Level) -> fx.Node:
-        return self.editor.call(torch.sum, node, level.dims, level.keeps_dims) if level.dims else node
+    def _spread(self, node: fx.Node, there: Sequence[Axis]) -> fx.Node:
+        """``node`` with one entry for each place along the axes ``there``, as an operand."""
+        editor, outer, inner = self._editor, self.axes.outer, self.axes.inner
+        node = editor.call(torch.reshape, node, [self._size(axis) for axis in there])
+        order = [axis for axis in (*outer, *inner) if axis in there]
+        if order != list(there):
+            node = editor.call(torch.permute, node, [list(there).index(axis) for axis in order])
+        if order != [*outer, *inner]:
+            sizes = [self._size(axis) if axis in there else 1 for axis in (*outer, *inner)]
+            node = editor.call(torch.reshape, node, sizes)
+        if not set(outer).issubset(there):
+            node = editor.method("expand", node, [*map(self._size, outer), *[-1] * len(inner)])
+        sizes = [self._size(axis) if axis in there else 1 for axis in inner]
+        return editor.call(torch.reshape, node, (-1, *sizes))
 
-    def _shape(self, level: Level) -> fx.Node:
-        """Something with the shape of a level."""
-        if level not in self.shapes:
-            if level.parent is None:
-                self.shapes[level] = self.make_ones(level.node)
-            elif level.dims is not None:
-                self.shapes[level] = self._sum(self._shape(level.parent), level)
+    # ------------------------------------------------------------------------------------------- sizes
+
+    def _product(self, axes: Sequence[Axis]) -> int | fx.Node:
+        product: int | fx.Node = 1
+        for size in map(self._size, axes):
+            if isinstance(size, int) and isinstance(product, int):
+                product *= size
             else:
-                call, source = level.node, self._shape(level.parent)
-                self.shapes[level] = self.editor.like(call, source, *call.args[1:], **call.kwargs)
-        return self.shapes[level]
+                product = size if product == 1 else self._editor.call(operator.mul, product, size)
+        return product
 
-    def _rows(self, node: fx.Node, level: Level) -> fx.Node:
-        """``node``, broadcast to ``level``, as one value for each row that goes into it."""
-        editor = self.editor
-        node = editor.method("expand_as", node, self._shape(level))
-        while level.parent is not None:
-            before = self._shape(level.parent)
-            if level.dims is None:
-                node = editor.method("reshape_as", node, before)
-            else:
-                for dim in () if level.keeps_dims else level.dims:
-                    node = editor.call(torch.unsqueeze, node, dim)
-                node = editor.method("expand_as", node, before)
-            level = level.parent
-        return editor.call(torch.reshape, node, (-1,))
+    def _size(self, axis: Axis) -> int | fx.Node:
+        if isinstance(axis.size, int):
+            return axis.size
+        if axis not in self._sizes:
+            self._sizes[axis] = self._found(axis)
+        return self._sizes[axis]
+
+    def _found(self, axis: Axis) -> int | fx.Node:
+        editor, origin = self._editor, axis.origin
+        if isinstance(origin, OfConsumer):
+            if origin.anchor not in self._ones:
+                self._ones[origin.anchor] = self._make_ones(origin.anchor)
+            return editor.size(self._ones[origin.anchor], origin.dim)
+        if isinstance(origin, Quotient):
+            return editor.call(operator.floordiv, self._size(origin.axis), origin.parts)
+        assert isinstance(origin, OfReshape)
+        shape = [self._product(axes) for axes in origin.source]
+        rows = editor.call(torch.empty, shape)
+        call = origin.node
+        return editor.size(editor.like(call, rows, *call.args[1:], **call.kwargs), origin.dim)

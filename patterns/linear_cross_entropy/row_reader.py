@@ -1,22 +1,35 @@
-"""Reading a scalar that is a sum over rows: from its node back to the statistics, into a program."""
+"""Reading a scalar that is a sum over rows or groups of rows: from its node back to the statistics, into a program."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from structfly.compat import storage_key
+from structfly.compat import expression, storage_key
 from structfly.patterns.head.gradients import carries_gradient, may_ask_for_gradients
 from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.class_values import shape_of
 from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
 from structfly.patterns.linear_cross_entropy.loss import LossForm
-from structfly.patterns.linear_cross_entropy.row_loss import Level, NoRowLoss, Operand, RowLoss, Term
+from structfly.patterns.linear_cross_entropy.picks import PICKS, is_split, read_picks
+from structfly.patterns.linear_cross_entropy.row_axes import (
+    Axis,
+    Dims,
+    OfConsumer,
+    OfReshape,
+    RowAxes,
+    Size,
+    leaves,
+    leaves_of,
+    part_of,
+    reshaped,
+)
+from structfly.patterns.linear_cross_entropy.row_loss import NoRowLoss, Operand, RowLoss, Term
 from structfly.rewriter.calls import Call, flat, read
 from structfly.rewriter.linear import changes_dtype
 from structfly.rewriter.region import Region, example, example_tensors, needs_gradient
@@ -95,7 +108,8 @@ class _Value:
 
     Attributes:
         token: how the program calls it; for a sum, its summands.
-        level: its shape.
+        dims: its axes.
+        over: for a sum, the axes that it goes over, which its summands have besides.
         summed: it is a sum over rows.
         live: gradients come back through it.
         flag: it is a truth value.
@@ -103,11 +117,17 @@ class _Value:
     """
 
     token: str
-    level: Level
+    dims: Dims
+    over: tuple[Axis, ...] = ()
     summed: bool = False
     live: bool = True
     flag: bool = False
     terms: tuple[Term, ...] = ()
+
+    @property
+    def axes(self) -> frozenset[Axis]:
+        """Those of the value, or of a sum's summands."""
+        return frozenset((*leaves_of(self.dims), *leaves(self.over)))
 
 
 @dataclass
@@ -118,7 +138,8 @@ class _Reader:
     choices: Mapping[int, int]
     region: Region
     root: fx.Node
-    instructions: list[str] = field(default_factory=list)
+    rows: RowAxes | None = None
+    instructions: list[tuple[str | Axis, ...]] = field(default_factory=list)
     operands: list[Operand] = field(default_factory=list)
     known: dict[fx.Node, _Value] = field(default_factory=dict)
 
@@ -126,9 +147,12 @@ class _Reader:
         depends = self._dependent()
         self._refuse_writes(depends)
         for node in depends:
-            self.known[node] = self._end(node) if node in dict(self.ends) else self._node(node, depends)
+            if node in dict(self.ends):
+                self.known[node] = self._end(node)
+            elif not is_split(node):
+                self.known[node] = self._node(node, depends)
         value = self.known[self.root]
-        if not value.summed:
+        if not value.summed and any(value.dims):
             raise _NoProgramError("D", f"{self.root.name} is not a sum over rows")
         if not value.live:
             raise _NoProgramError("D", f"{self.root.name} has no gradient in the statistics")
@@ -136,7 +160,16 @@ class _Reader:
             self._emit("mul", value.token, "1.0")
         anchors = dict(self.ends)
         nodes = tuple(node for node in depends if node not in anchors)
-        return RowLoss(self.root, ";".join(self.instructions), tuple(self.operands), value.terms, nodes)
+        assert self.rows is not None
+        return RowLoss(self.root, self._program(self.rows.inner), self.rows, tuple(self.operands), value.terms, nodes)
+
+    def _program(self, inner: tuple[Axis, ...]) -> str:
+        """The instructions, with a group's dimensions counted from 1."""
+        words = (
+            (str(inner.index(word) + 1) if isinstance(word, Axis) else word for word in line)
+            for line in self.instructions
+        )
+        return ";".join(map(" ".join, words))
 
     def _refuse_writes(self, depends: Sequence[fx.Node]) -> None:
         """A write through another tensor into the memory of a value would pass the program by."""
@@ -168,8 +201,9 @@ class _Reader:
 
     def _end(self, node: fx.Node) -> _Value:
         place = next(number for number, (end, _) in enumerate(self.ends) if end is node)
-        form, level = self.ends[place][1], Level(node)
-        summed = False
+        form = self.ends[place][1]
+        dims, summed = self._dims_of_end(node, form), False
+        over: tuple[Axis, ...] = ()
         if isinstance(form, StatisticForm):
             token = self._statistic(form, place)
         else:
@@ -180,12 +214,35 @@ class _Reader:
                     token = self._emit("where", self._operand(Operand(loss=form, live=True)), token, "0.0")
             token = self._emit("neg", token) if form.negated else token
             summed = form.reduction != "none"
+            if summed:
+                dims, over = (), leaves_of(dims)
             if form.reduction == "mean":
                 token = self._emit("div", token, self._operand(Operand(loss=form)))
         live = needs_gradient(node)
         if not live and token != "argmax":
             token = self._emit("detach", token)
-        return _Value(token, level, summed, live)
+        return _Value(token, dims, over, summed, live)
+
+    def _dims_of_end(self, node: fx.Node, form: LossForm | StatisticForm) -> Dims:
+        """The axes of a consumer's rows; the first consumer's are those of all rows."""
+        sizes = list(example_of(form.target if isinstance(form, LossForm) else node).shape)
+        if isinstance(form, LossForm) and form.target_dim is not None:
+            del sizes[form.target_dim]
+        if self.rows is None:
+            dims = tuple(() if size == 1 else (Axis(size, OfConsumer(node, d)),) for d, size in enumerate(sizes))
+            self.rows = RowAxes(leaves_of(dims))
+            return dims
+        return self._reshaped(node, (self.rows.given,), sizes, lambda dim: OfConsumer(node, dim))
+
+    def _reshaped(
+        self, node: fx.Node, source: Dims, sizes: Sequence[Size], origin: Callable[[int], OfConsumer | OfReshape]
+    ) -> Dims:
+        dims = reshaped(source, sizes, origin)
+        if dims is None:
+            raise _NoProgramError(
+                "D", f"{node.name} has another shape of the rows, in which their places are not known"
+            )
+        return dims
 
     def _statistic(self, form: StatisticForm, place: int) -> str:
         if form.kind == "chosen":
@@ -211,15 +268,20 @@ class _Reader:
         if call.op in ("sum", "mean"):
             value = self._sum(call, self._carrier(call))
         elif call.op in _RESHAPES:
-            carrier = self._carrier(call)
-            value = replace(carrier, level=Level(node, carrier.level))
+            value = self._carrier(call)
+            source = value.dims
+            dims = self._reshaped(node, source, result.shape, lambda dim: OfReshape(node, source, dim))
+            value = replace(value, dims=dims)
         elif call.op in _COPIES or changes_dtype(call):
             value = self._cast(call, self._carrier(call))
+        elif call.op in PICKS:
+            value = self._picked(call)
         else:
             value = self._pointwise(call)
         if value.live and not result.requires_grad and not value.flag:
-            if value.summed:
+            if self._over_all(value):
                 raise _NoProgramError("D", f"{node.name} takes a sum over rows out of the gradient")
+            value = self._whole(value) if value.summed else value
             return replace(value, token=self._emit("detach", value.token), live=False)
         return value
 
@@ -258,18 +320,57 @@ class _Reader:
             raise _NoProgramError("D", f"{call.node.name} goes over dimensions that are not constants")
         dims = tuple(sorted(dim % max(source.ndim, 1) for dim in dims)) if source.ndim else ()
         token = self._emit("number", value.token) if value.flag else value.token
-        level = Level(call.node, value.level, dims, bool(call.get("keepdim", False)))
+        over = tuple(value.dims[dim] for dim in dims)
+        keeps = bool(call.get("keepdim", False))
+        left = tuple(() if dim in dims else axes for dim, axes in enumerate(value.dims) if keeps or dim not in dims)
         terms = value.terms
         if call.op == "mean":
             sizes = [source.shape[dim] for dim in dims]
             if all(isinstance(size, int) for size in sizes):
                 count: str = repr(float(math.prod(sizes)))
             else:
-                count = self._operand(Operand(level=level, count=True))
+                count = self._operand(Operand(dims=over, count=True))
             if terms:
                 raise _NoProgramError("D", f"{call.node.name} is a mean of a sum to which something was added")
             token = self._emit("div", token, count)
-        return _Value(token, level, summed=True, live=value.live, terms=terms)
+        return _Value(token, left, (*value.over, *leaves_of(over)), summed=True, live=value.live, terms=terms)
+
+    def _whole(self, value: _Value) -> _Value:
+        """A sum over some rows as a value of its own: what it goes over is inside a group."""
+        return replace(value, token=self._summed(value.token, value.over), over=(), summed=False)
+
+    def _over_all(self, value: _Value) -> bool:
+        """Whether it is a sum over all rows."""
+        assert self.rows is not None
+        return value.summed and set(self.rows.given).issubset(leaves(value.over))
+
+    def _summed(self, token: str, over: Iterable[Axis]) -> str:
+        assert self.rows is not None
+        gone = leaves(over)
+        for axis in self.rows.given:
+            if axis not in gone:
+                continue
+            axis.inner = True
+            token = self._emit("sum", token, axis)
+        return token
+
+    def _picked(self, call: Call) -> _Value:
+        """One of equal parts of the rows, or a place among few."""
+        pick = read_picks(call)
+        if pick is None:
+            raise _NoProgramError("D", f"{call.node.name} picks rows in a way that is not read")
+        value = self.known.get(pick.source)
+        if value is None:
+            raise _NoProgramError("D", f"{call.node.name} takes values of rows in an unknown place")
+        dims, token = list(value.dims), value.token
+        for each in pick.intervals:
+            part = part_of(dims[each.dim], each.size, each.start, each.count, each.step)
+            if part is None:
+                raise _NoProgramError("D", f"{call.node.name} does not cut the rows in equal parts")
+            token = self._emit("part", token, part.axis, str(part.place))
+            dims[each.dim] = part.rest
+        left = tuple(() if dim is None else dims[dim] for dim in pick.result)
+        return replace(value, token=token, dims=left)
 
     # ------------------------------------------------------------------------------------------- pointwise
 
@@ -287,22 +388,50 @@ class _Reader:
         values = [self.known.get(each) if isinstance(each, fx.Node) else None for each in given]
         found = [value for value in values if value is not None]
         if any(value.summed for value in found):
-            return self._linear(call, operation, given, values)
+            try:
+                return self._linear(call, operation, given, values)
+            except _NoProgramError:
+                if any(self._over_all(value) for value in found):
+                    raise
+            values = [self._whole(value) if value is not None and value.summed else value for value in values]
+            found = [value for value in values if value is not None]
         if operation in ("and", "or", "not") and not all(value.flag for value in found):
             raise _NoProgramError("D", f"{call.node.name} works on the bits of numbers")
-        shape = shape_of(call.node)
-        for name, value in zip(given, values, strict=True):
-            if value is not None and shape_of(name) != shape:
-                raise _NoProgramError("D", f"{call.node.name} spreads values of rows over others")
-        level = found[0].level
+        dims = self._met(call, found)
         defaults = ("0.0", "-inf", "inf")
         tokens = [
-            defaults[place] if each is None else self._token(call, each, value, level)
+            defaults[place] if each is None else self._token(call, each, value, dims)
             for place, (each, value) in enumerate(zip(given, values, strict=True))
         ]
         flag = example_of(call.node).dtype == torch.bool
         live = any(value.live for value in found) and not flag and operation != "detach"
-        return _Value(self._emit(operation, *tokens), level, live=live, flag=flag)
+        return _Value(self._emit(operation, *tokens), dims, live=live, flag=flag)
+
+    def _met(self, call: Call, found: Sequence[_Value]) -> Dims:
+        """The axes of what values make together; operands may spread it over an axis that is inside the groups."""
+        shape = shape_of(call.node) or ()
+        sizes = example_of(call.node).shape
+        dims: list[tuple[Axis, ...]] = []
+        for place in range(-len(shape), 0):
+            there = {leaves(value.dims[place]) for value in found if -place <= len(value.dims)} - {()}
+            if len(there) > 1:
+                raise _NoProgramError("D", f"{call.node.name} takes rows in different places")
+            dims.append(there.pop() if there else self._spread(call, sizes[place], found))
+        every = leaves_of(tuple(dims))
+        if len(set(every)) < len(every):
+            raise _NoProgramError("D", f"{call.node.name} spreads values of rows over others")
+        return tuple(dims)
+
+    def _spread(self, call: Call, size: Size, found: Sequence[_Value]) -> tuple[Axis, ...]:
+        """An axis of ``size`` along which no value changes yet."""
+        if size == 1:
+            return ()
+        assert self.rows is not None
+        used = frozenset[Axis]().union(*(value.axes for value in found))
+        free = [axis for axis in self.rows.inner if axis not in used and expression(axis.size) == expression(size)]
+        if not free:
+            raise _NoProgramError("D", f"{call.node.name} spreads values of rows over others")
+        return (free[0],)
 
     def _linear(self, call: Call, operation: str, given: Sequence[Any], values: Sequence[_Value | None]) -> _Value:
         """What may be done to sums."""
@@ -325,18 +454,24 @@ class _Reader:
         carrier = given[0] if first is not None else given[1] if len(given) > 1 else None
         if len(sums) != 1 or not plain or operand is None or shape_of(carrier) != shape:
             raise _NoProgramError(self._class(call), f"{node.name} is not linear in a sum over rows")
-        token = self._token(call, operand, None, value.level)
+        token = self._token(call, operand, None, value.dims)
         terms = tuple(term.then(operation, operand) for term in value.terms)
         return replace(value, token=self._emit(operation, value.token, token), terms=terms)
 
     def _added(self, call: Call, operation: str, sums: Sequence[_Value]) -> _Value:
         first, second = sums
         shapes = {shape_of(each) for each in (call.node, call["input"], call["other"])}
-        if shapes != {()} and (len(shapes) > 1 or not _same_sums(first.level, second.level)):
+        one, other = first.axes, second.axes
+        if shapes != {()} and (len(shapes) > 1 or leaves_of(first.dims) != leaves_of(second.dims) or one != other):
             raise _NoProgramError("C", f"{call.node.name} adds sums over different rows")
         terms = second.terms if operation == "add" else tuple(term.then("mul", -1.0) for term in second.terms)
-        token = self._emit(operation, first.token, second.token)
-        return _Value(token, first.level, True, first.live or second.live, terms=(*first.terms, *terms))
+        assert self.rows is not None
+        both = [axis for axis in self.rows.given if axis in one and axis in other]
+        tokens = [self._summed(value.token, value.axes.difference(both)) for value in sums]
+        token = self._emit(operation, *tokens)
+        dims = first.dims
+        over = tuple(axis for axis in both if axis not in leaves_of(dims))
+        return _Value(token, dims, over, True, first.live or second.live, terms=(*first.terms, *terms))
 
     def _with_term(self, operation: str, given: Sequence[Any], values: Sequence[_Value | None]) -> _Value:
         """A sum, and something else added to it or subtracted, or it from that."""
@@ -356,7 +491,7 @@ class _Reader:
 
     # ------------------------------------------------------------------------------------------- writing
 
-    def _token(self, call: Call, given: Any, value: _Value | None, level: Level) -> str:
+    def _token(self, call: Call, given: Any, value: _Value | None, dims: Dims) -> str:
         if value is not None:
             return value.token
         if isinstance(given, (int, float)) and not isinstance(given, bool):
@@ -369,26 +504,13 @@ class _Reader:
         scalar = tensor is None or tensor.ndim == 0
         if tensor is None and not isinstance(given.meta.get("example_value"), (torch.SymInt, torch.SymFloat)):
             raise _NoProgramError("D", f"{given.name} is no tensor")
-        return self._operand(Operand(given, None if scalar else level))
+        return self._operand(Operand(given, None if scalar else dims))
 
     def _operand(self, operand: Operand) -> str:
         if operand not in self.operands:
             self.operands.append(operand)
         return f"r{self.operands.index(operand)}"
 
-    def _emit(self, *words: str) -> str:
-        self.instructions.append(" ".join(words))
+    def _emit(self, *words: str | Axis) -> str:
+        self.instructions.append(words)
         return f"%{len(self.instructions) - 1}"
-
-
-def _same_sums(first: Level, second: Level) -> bool:
-    """Whether two sums go over the same rows: the same dimensions of values of the same shape, at every step."""
-    one, other = ([(level.dims, shape_of(level.parent.node)) for level in _sums(each)] for each in (first, second))
-    return one == other
-
-
-def _sums(level: Level | None) -> Iterator[Any]:
-    while level is not None:
-        if level.dims is not None:
-            yield level
-        level = level.parent

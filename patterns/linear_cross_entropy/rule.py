@@ -182,11 +182,12 @@ class LinearCrossEntropy:
             scalar = read_scalar(same, region) if in_a_sum else _SUMMED_ELSEWHERE
             if isinstance(scalar, NoRowLoss):
                 coefficient_class, recompute = scalar.coefficient_class, scalar.reason
-            elif dtype == torch.float16:
-                coefficient_class, recompute = "B", "float16 has not the range for coefficients that are not yet known"
             else:
-                coefficient_class = "B"
-                same = same if region.checkpointed else scalar
+                coefficient_class = "B" if scalar.row_loss is None else scalar.row_loss.coefficient_class
+                if dtype == torch.float16:
+                    recompute = "float16 has not the range for coefficients that are not yet known"
+                elif not region.checkpointed:
+                    same = scalar
         if region.checkpointed:
             recompute = "inside a checkpointed region"
         end = same.end(first) if same.row_loss is None else same.row_loss.root

@@ -37,7 +37,7 @@ class SameRows:
         others: all other consumers.
         path: the way to the first of all in the graph.
         total: set if the loss is per-token losses that end in a weighted sum (coefficient class A).
-        row_loss: set if differentiated consumers end in a sum over rows (class B).
+        row_loss: set if differentiated consumers end in a sum over rows or groups of rows (classes B and C).
         carrying: the ends through which gradients come back.
         place: the node before which the op has to stand.
         moved: nodes that the op needs and that stand later, in the order of the graph.
@@ -164,7 +164,7 @@ def read_same_rows(traced: Sequence[Traced], region: Region) -> SameRows | tuple
 
 
 def read_scalar(same: SameRows, region: Region) -> SameRows | NoRowLoss:
-    """The same consumers with the scalar that they end in, if that is a sum over rows."""
+    """The same consumers with the scalar that they end in, if that is a sum over rows or groups of rows."""
     same = replace(same, total=None)
     ends = [(form.anchor, form) for _, form in same.consumers]
     found = read_row_loss(ends, same.columns, region)
@@ -173,7 +173,8 @@ def read_scalar(same: SameRows, region: Region) -> SameRows | NoRowLoss:
     placed = _placed(replace(same, row_loss=found), found.inputs, region)
     if isinstance(placed, SameRows):
         return placed
-    return NoRowLoss("B", f"{placed[0].name}, which {found.root.name} needs, is made after a statistic was used")
+    late = f"{placed[0].name}, which {found.root.name} needs, is made after a statistic was used"
+    return NoRowLoss(found.coefficient_class, late)
 
 
 def _preference(form: LossForm, region: Region) -> tuple[bool, bool, bool]:

@@ -48,6 +48,16 @@ class CrossEntropySite(HeadSite):
         return "" if self.row_loss is None else self.row_loss.program
 
     @property
+    def group_rows(self) -> int:
+        """How many rows make a group of the program's, at the example's sizes."""
+        return 1 if self.row_loss is None else self.row_loss.axes.group_rows
+
+    @property
+    def regrouped(self) -> bool:
+        """Whether the op takes the rows in another order than the user's."""
+        return self.row_loss is not None and self.row_loss.axes.moves
+
+    @property
     def consumers(self) -> int:
         """How many read the logits."""
         return 1 if self.same is None else len(self.same.consumers)

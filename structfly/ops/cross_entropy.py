@@ -167,6 +167,7 @@ def _composed(
         statistics="",
         row_loss="",
         row_operands=[],
+        row_group=[],
         loss_dtype=called.loss_dtype,
         gradients=called.gradients.flags,
         schedule=chosen.schedule,

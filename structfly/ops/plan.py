@@ -105,6 +105,14 @@ class CalledCrossEntropy(CalledHead):
     def row_program(self) -> str:
         return ""
 
+    @property
+    def group_rows(self) -> int:
+        return 1
+
+    @property
+    def regrouped(self) -> bool:
+        return False
+
     def menu(self, profile: DeviceProfile, settings: SiteSettings) -> Menu:
         return head_menu(self, profile, settings)
 

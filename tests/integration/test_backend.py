@@ -279,8 +279,8 @@ def another_version(folder: Path) -> None:
     """A copy of the package in which the autograd formula is another (twice the gradient) and so is the ABI version."""
     shutil.copytree(Path(structfly.__file__).parent, folder / "structfly", ignore=shutil.ignore_patterns("__pycache__"))
     for file in (folder / "structfly").rglob("*.py"):
-        text = file.read_text(encoding="utf-8").replace("cross_entropy_v3", "cross_entropy_v4")
-        text = text.replace("cross_entropy_backward_v3", "cross_entropy_backward_v4")
+        text = file.read_text(encoding="utf-8").replace("cross_entropy_v4", "cross_entropy_v5")
+        text = text.replace("cross_entropy_backward_v4", "cross_entropy_backward_v5")
         if file.parent.name == "head" and file.name == "autograd.py":
             assert "(gradient.to(scale.dtype) * scale)" in text
             text = text.replace("(gradient.to(scale.dtype) * scale)", "(gradient.to(scale.dtype) * scale * 2)")

@@ -135,6 +135,7 @@ def make_call(
         statistics=statistics,
         row_loss="",
         row_operands=[],
+        row_group=[],
         loss_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         gradients=(),
         schedule="forward",
@@ -225,6 +226,7 @@ def run_reference_all(call: Arguments, *leaves: Tensor) -> dict[str, Tensor]:
         statistics=call.named_statistics,
         row_loss=call.row_loss,
         row_operands=[each if each.dtype == torch.bool else each.to(call.x.dtype) for each in call.row_operands],
+        row_group=call.row_group,
     )
     values: dict[str, Tensor] = {name: getattr(made, name) for name in names_of(call)}
     narrow = (torch.float16, torch.bfloat16)

@@ -31,8 +31,8 @@ from tests.lowering.linear_cross_entropy.cases import (
 )
 from tests.oracle import FEW, assert_as_accurate, assert_like_eager, in_float64
 
-OP = torch.ops.structfly.linear_cross_entropy_v3
-BACKWARD = torch.ops.structfly.linear_cross_entropy_backward_v3
+OP = torch.ops.structfly.linear_cross_entropy_v4
+BACKWARD = torch.ops.structfly.linear_cross_entropy_backward_v4
 _REGISTERED = (flops, transforms)  # imported for what they register
 
 

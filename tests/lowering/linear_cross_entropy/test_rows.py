@@ -204,6 +204,8 @@ def assert_sums(made: RowResults, true: Exact, terms: ClassTerms) -> None:
 class Known:
     """A function of the rows whose derivatives are known."""
 
+    group_rows = 1
+
     def __init__(self, coefficients: Coefficients, losses: Tensor) -> None:
         self.coefficients, self.losses = coefficients, losses
 

@@ -839,11 +839,135 @@ def logged_after_the_scalar_was_used(x: Tensor, w: Tensor, b: Tensor, ids: Tenso
     return loss * (1 + _log_p(z, ids.roll(1, 1)).detach().mean())
 
 
-@form("backward")
-def dpo(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+@form()
+def dpo_of_one_pair(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     log_p = (_log_p(F.linear(x, w, b), ids) * (ids > 2)).sum(-1)
-    margin = log_p[:1] - log_p[1:2] - 0.3
+    margin = log_p[0] - log_p[1] - 0.3
     return -F.logsigmoid(0.1 * margin).mean()
+
+
+def _of_pairs(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch of better sequences, then as many worse ones."""
+    return torch.cat([x, torch.tanh(x.flip(0))]), torch.cat([labels, labels.flip(1)])
+
+
+def _sequence_log_p(x: Tensor, w: Tensor, b: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the log-probabilities of each sequence's next tokens, as TRL has them, and how many they are."""
+    labels = labels[:, 1:].clone()
+    mask = labels != -100
+    labels[labels == -100] = 0
+    logits = F.linear(x, w, b)[:, :-1]
+    log_p = torch.gather(logits.log_softmax(-1), dim=2, index=labels.unsqueeze(2)).squeeze(2)
+    return (log_p * mask).sum(-1), mask.sum(-1)
+
+
+@form()
+def dpo(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    x, labels = _of_pairs(x, labels)
+    better, worse = _sequence_log_p(x, w, b, labels)[0].chunk(2)
+    reference_better, reference_worse = ids[:, 0] * -0.3, ids[:, 1] * -0.4
+    return -F.logsigmoid(0.1 * ((better - worse) - (reference_better - reference_worse))).mean()
+
+
+@form()
+def dpo_with_logged_rewards(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    x, labels = _of_pairs(x, labels)
+    logits = F.linear(x, w, b)
+    losses = F.cross_entropy(_rows(logits), labels.view(-1), reduction="none").view(labels.shape)
+    log_p = -losses.sum(1) / (labels != -100).sum(1).clamp(min=1)
+    better, worse = log_p[: len(ids)], log_p[len(ids) :]
+    rewards = (0.1 * (better - worse)).detach()
+    loss = -(F.logsigmoid(better - worse) * 0.9 + F.logsigmoid(worse - better) * 0.1).mean()
+    return loss * (1 + rewards.mean())
+
+
+@form()
+def ipo_of_alternating_sequences(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    x, labels = _of_pairs(x, labels)
+    log_p, count = _sequence_log_p(x, w, b, labels)
+    average = log_p / count
+    return ((average[::2] - average[1::2] - 0.2) ** 2).mean()
+
+
+@form()
+def simpo_of_stacked_pairs(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    x, labels = _of_pairs(x, labels)
+    log_p, count = _sequence_log_p(x, w, b, labels)
+    better, worse = (log_p / count).view(-1, 2).unbind(1)
+    return F.softplus(-2.0 * (better - worse - 0.5)).sum() / len(ids)
+
+
+@form()
+def orpo_with_the_better_ones_loss(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    x, labels = _of_pairs(x, labels)
+    log_p, count = _sequence_log_p(x, w, b, labels)
+    (better, worse), n = (log_p / count).split(len(ids)), len(ids)
+    odds = (better - worse) - (torch.log1p(-torch.exp(better)) - torch.log1p(-torch.exp(worse)))
+    return -log_p[:n].sum() / count[:n].sum() - 0.1 * F.logsigmoid(odds).mean()
+
+
+@form()
+def kto(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    rewards = _sequence_log_p(x, w, b, labels)[0] + 0.5 * ids[:, 0]
+    desirable, divergence = ids[:, 1] > 15, 0.2
+    margins = torch.where(desirable, rewards - divergence, divergence - rewards)
+    return (1 - torch.sigmoid(0.1 * margins)).mean()
+
+
+@form()
+def gspo(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p, mask = _log_p(F.linear(x, w, b), ids), (ids > 2).to(x.dtype)
+    old = log_p.detach() * 0.9 - 0.1
+    log_ratio = ((log_p - old) * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
+    ratio = torch.exp(log_ratio.unsqueeze(-1))
+    advantages = _advantages(ids, x)[:, :1]
+    losses = -torch.min(ratio * advantages, torch.clamp(ratio, 0.97, 1.04) * advantages)
+    return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+
+
+@form()
+def gspo_per_token(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p, mask = _log_p(F.linear(x, w, b), ids), (ids > 2).to(x.dtype)
+    log_ratio = ((log_p + 3.0) * mask).mean(-1, keepdim=True)
+    ratio = torch.exp(log_p - log_p.detach() + log_ratio.detach())
+    return -(torch.min(ratio * _advantages(ids, x), ratio.clamp(0.8, 1.2)) * mask).sum() / mask.sum()
+
+
+@form()
+def normalised_in_each_sequence(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(F.linear(x, w, b).transpose(1, 2), ids, reduction="none")
+    return (losses / losses.mean(1, keepdim=True)).square().sum()
+
+
+@form()
+def sums_of_columns(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    temperature = x[..., :1].square() + 1.0
+    z = F.linear(x, w, b) / temperature
+    return _log_p(z, ids).sum(0).exp().sqrt().sum() + z.logsumexp(-1).detach().mean()
+
+
+@form("backward")
+def sequences_of_chosen_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids).sum(-1)
+    return -F.logsigmoid(log_p[ids[:, 0] % 3] - log_p).mean()
+
+
+@form("backward")
+def unequal_parts(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids).sum(-1)
+    return -F.logsigmoid(log_p[:2].sum() - log_p[2:].sum())
+
+
+@form("backward")
+def products_of_all_pairs(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids).sum(-1)
+    return -F.logsigmoid(log_p.unsqueeze(0) - log_p.unsqueeze(1)).mean()
+
+
+@form("backward")
+def windows_of_tokens(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    log_p = _log_p(F.linear(x, w, b), ids)
+    return (log_p[:, :-2] + log_p[:, 2:]).exp().sum()
 
 
 @form("backward", "backward")
