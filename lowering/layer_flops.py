@@ -24,13 +24,14 @@ LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK, PIVOTED_LOW_RANK, KRONECKER, BLOCK_S
 
 def _register(op: LayerOp) -> None:
     def forward(x: Any, factors: Any, bias: Any, static: Any, keep: bool, out_shape: Any = None, **_: Any) -> int:
-        return 2 * op.multiply_adds(_rows(x), factors, static)
+        return 2 * sum(op.multiply_adds(_rows(x), factors, static))
 
     def backward(
         grad: Any, x: Any, factors: Any, kept: Any, static: Any, wanted: Any, out_shape: Any = None, **_: Any
     ) -> int:
-        again = op.lacks(kept, _rows(x), factors, static)
-        return 2 * op.multiply_adds(_rows(x), factors, static) * (bool(wanted[0]) + any(wanted[1:]) + again)
+        between, rest = op.multiply_adds(_rows(x), factors, static)
+        again = between if op.lacks(kept, _rows(x), factors, static) else 0
+        return 2 * ((between + rest) * (bool(wanted[0]) + any(wanted[1:])) + again)
 
     register_flop_formula(getattr(torch.ops.structfly, op.name))(forward)
     register_flop_formula(getattr(torch.ops.structfly, f"{op.name}_backward"))(backward)

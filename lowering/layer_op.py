@@ -20,8 +20,10 @@ from structfly.lowering.vmap import one_by_one
 DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
 
-# (x (N, in), factors, static) -> y (N, out) without bias, and what backward needs beside x and the factors
-Forward = Callable[[Tensor, Sequence[Tensor], Sequence[int]], tuple[Tensor, list[Tensor]]]
+# (x (N, in), factors, static) -> what is made on the way to y, which backward needs beside x and the factors
+Between = Callable[[Tensor, Sequence[Tensor], Sequence[int]], list[Tensor]]
+# (x, factors, static, what is made between) -> y (N, out) without bias
+Finish = Callable[[Tensor, Sequence[Tensor], Sequence[int], Sequence[Tensor]], Tensor]
 # (gradient (N, out), x, factors, kept, static, wanted: of x and each factor) -> their gradients, None where not wanted
 Backward = Callable[
     [Tensor, Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], Sequence[bool]], list[Tensor | None]
@@ -34,18 +36,21 @@ class LayerOp:
 
     Attributes:
         name: with an ABI version, which goes up with any change of the schema, the fake or the autograd formula.
-        forward, backward: what it computes, on matrices.
+        between, finish: the forward in two steps, on matrices; backward makes the first again where nothing was kept.
+        backward: the gradients, on matrices.
         out_features: of the factors' shapes and the static numbers.
-        kept_shapes: of N rows, the factors and the static numbers: the shapes of what the forward keeps.
-        multiply_adds: the same arguments: of a forward; its backward has as many for every gradient of its products.
+        kept_shapes: of N rows, the factors and the static numbers: the shapes of what is made between.
+        multiply_adds: of the same: those of each of the two steps; the backward has as many as both for x, and again
+            for the factors.
     """
 
     name: str
-    forward: Forward
+    between: Between
+    finish: Finish
     backward: Backward
     out_features: Callable[[Sequence[Any], Sequence[int]], int]
     kept_shapes: Callable[[int, Sequence[Any], Sequence[int]], list[tuple[int, ...]]]
-    multiply_adds: Callable[[int, Sequence[Any], Sequence[int]], int]
+    multiply_adds: Callable[[int, Sequence[Any], Sequence[int]], tuple[int, int]]
     _overload: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -92,7 +97,7 @@ class LayerOp:
         return y
 
     def lacks(self, kept: Sequence[Any], rows: int, shapes: Sequence[Any], static: Sequence[int]) -> bool:
-        """Whether a backward that was given ``kept`` must run the forward again."""
+        """Whether a backward that was given ``kept`` must make again what the forward makes between."""
         return not kept and bool(self.kept_shapes(rows, shapes, static))
 
     # ---------------------------------------------------------------------------------------------------- kernels
@@ -100,7 +105,9 @@ class LayerOp:
     def _forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        y, kept = self.forward(x.reshape(-1, x.shape[-1]), factors, static)
+        rows = x.reshape(-1, x.shape[-1])
+        kept = self.between(rows, factors, static)
+        y = self.finish(rows, factors, static, kept)
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], y.shape[1]), kept if keep else []
@@ -117,7 +124,7 @@ class LayerOp:
         rows = x.reshape(-1, x.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
         if self.lacks(kept, len(rows), [f.shape for f in factors], static):
-            kept = self.forward(rows, factors, static)[1]
+            kept = self.between(rows, factors, static)
         made = self.backward(grad, rows, factors, kept, static, wanted)
         return [
             x.new_empty(0) if gradient is None else gradient.contiguous().view(source.shape)

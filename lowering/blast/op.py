@@ -37,12 +37,14 @@ def _rows(blocks: Tensor, features: int) -> Tensor:
     return blocks.transpose(0, 1).reshape(rows, count * width)[:, :features]
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    right, scale, left = factors
+def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Tensor]:
+    right, scale = factors[:2]
     z = right @ _blocks(x, len(right), right.shape[2]).mT
-    h = scale @ z.transpose(0, 1)
-    y = _rows(h.permute(1, 2, 0) @ left.mT, static[0])
-    return y.contiguous(), [z, h]
+    return [z, scale @ z.transpose(0, 1)]
+
+
+def _finish(x: Tensor, factors: Sequence[Tensor], static: Sequence[int], between: Sequence[Tensor]) -> Tensor:
+    return _rows(between[1].permute(1, 2, 0) @ factors[2].mT, static[0]).contiguous()
 
 
 def _backward(
@@ -78,13 +80,15 @@ def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tup
     return [(column_blocks, rank, rows), (rank, row_blocks, rows)]
 
 
-def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
-    return rows * sum(int(a) * int(b) * int(c) for a, b, c in shapes)
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
+    right, scale, left = (rows * int(a) * int(b) * int(c) for a, b, c in shapes)
+    return right + scale, left
 
 
 BLAST = LayerOp(
     "blast_v1",
-    _forward,
+    _between,
+    _finish,
     _backward,
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,

@@ -40,7 +40,11 @@ class _Run(NamedTuple):
         return int(self.parts.stop - self.parts.start)
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+def _between(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> list[Tensor]:
+    return []
+
+
+def _finish(x: Tensor, factors: Sequence[Tensor], static: Sequence[int], between: Sequence[Tensor]) -> Tensor:
     values, layout, grid = _read(factors, static)
 
     def matrices(members: slice) -> Tensor:
@@ -48,7 +52,7 @@ def _forward(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> tup
 
     x = _padded(x, grid.columns * grid.block_in)
     y = _sums_of_products(x, grid.block_in, layout.columns.flatten(), layout.counts(), grid.block_out, matrices)
-    return y[:, : static[0]].contiguous(), []
+    return y[:, : static[0]].contiguous()
 
 
 def _backward(
@@ -139,14 +143,15 @@ def _padded(x: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, width - x.shape[1])) if width > x.shape[1] else x.contiguous()
 
 
-def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
     blocks, block_out, block_in = shapes[0]
-    return rows * int(blocks) * int(block_out) * int(block_in)
+    return 0, rows * int(blocks) * int(block_out) * int(block_in)
 
 
 BLOCK_SPARSE = LayerOp(
     "block_sparse_v1",
-    _forward,
+    _between,
+    _finish,
     _backward,
     out_features=lambda _, static: static[0],
     kept_shapes=lambda *_: [],

@@ -16,10 +16,14 @@ from structfly.lowering.gblr.tile_products import collect, spread, tiles_of
 from structfly.lowering.layer_op import LayerOp
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    (right, right_index, left, left_index), (out_features, groups) = factors, static
-    z = collect(x, right, right_index, groups)
-    return spread(z, left, left_index, out_features), [z]
+def _between(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> list[Tensor]:
+    right, right_index, _, _ = factors
+    return [collect(x, right, right_index, static[1])]
+
+
+def _finish(x: Tensor, factors: Sequence[Tensor], static: Sequence[int], between: Sequence[Tensor]) -> Tensor:
+    _, _, left, left_index = factors
+    return spread(between[0], left, left_index, static[0])
 
 
 def _backward(
@@ -45,14 +49,16 @@ def _kept_shapes(rows: int, shapes: Sequence[Any], static: Sequence[int]) -> lis
     return [(rows, static[1] * shapes[0][2])]
 
 
-def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
     right, _, left, _ = shapes
-    return rows * sum(int(count) * int(tile) * int(group) for count, tile, group in (right, left))
+    first, second = (rows * int(count) * int(tile) * int(group) for count, tile, group in (right, left))
+    return first, second
 
 
 GBLR = LayerOp(
     "gblr_v1",
-    _forward,
+    _between,
+    _finish,
     _backward,
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,

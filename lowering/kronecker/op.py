@@ -24,16 +24,21 @@ from structfly.lowering.kronecker.reference import FactorShape
 from structfly.lowering.layer_op import LayerOp
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    (out_features,) = static
+def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Tensor]:
     shapes = [FactorShape(*factor.shape) for factor in factors]
     features, made = _padded(x, shapes[0].features_in).t(), []
-    for factor, shape in zip(factors, shapes, strict=True):
+    for factor, shape in zip(factors[:-1], shapes, strict=False):
         made.append(torch.bmm(_matrices(factor, shape), _inputs(features, shape)))
         features = _as_outputs(made[-1], shape)
+    return made
+
+
+def _finish(x: Tensor, factors: Sequence[Tensor], static: Sequence[int], between: Sequence[Tensor]) -> Tensor:
+    shapes = [FactorShape(*factor.shape) for factor in factors]
     last = shapes[-1]
-    y = features.permute(4, 0, 1, 2, 3).reshape(x.shape[0], last.features_out)[:, :out_features].contiguous()
-    return y, made[:-1]
+    features = _as_outputs(between[-1], shapes[-2]) if between else _padded(x, last.features_in).t()
+    features = _as_outputs(torch.bmm(_matrices(factors[-1], last), _inputs(features, last)), last)
+    return features.permute(4, 0, 1, 2, 3).reshape(x.shape[0], last.features_out)[:, : static[0]].contiguous()
 
 
 def _backward(
@@ -102,13 +107,15 @@ def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tup
     return [(d * a, i * q, rows) for d, a, i, q, _, _ in shapes[:-1]]
 
 
-def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
-    return rows * sum(FactorShape(*map(int, shape)).parameters for shape in shapes)
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
+    *first, last = (rows * FactorShape(*map(int, shape)).parameters for shape in shapes)
+    return sum(first), last
 
 
 KRONECKER = LayerOp(
     "kronecker_v1",
-    _forward,
+    _between,
+    _finish,
     _backward,
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,

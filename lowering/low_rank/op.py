@@ -15,10 +15,12 @@ from torch import Tensor
 from structfly.lowering.layer_op import LayerOp
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    right, left = factors
-    z = x @ right.t()
-    return z @ left.t(), [z]
+def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Tensor]:
+    return [x @ factors[0].t()]
+
+
+def _finish(x: Tensor, factors: Sequence[Tensor], _: Sequence[int], between: Sequence[Tensor]) -> Tensor:
+    return between[0] @ factors[1].t()
 
 
 def _backward(
@@ -38,14 +40,15 @@ def _backward(
     ]
 
 
-def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
     (rank, in_features), (out_features, _) = shapes
-    return rows * int(rank) * int(in_features + out_features)
+    return rows * int(rank) * int(in_features), rows * int(rank) * int(out_features)
 
 
 LOW_RANK = LayerOp(
     "low_rank_v1",
-    _forward,
+    _between,
+    _finish,
     _backward,
     out_features=lambda shapes, _: shapes[1][0],
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],

@@ -16,10 +16,13 @@ from torch import Tensor
 from structfly.lowering.layer_op import LayerOp
 
 
-def _forward(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    pivots, mixing, order = factors
-    z = x @ pivots.t()
-    return torch.cat((z, z @ mixing.t()), 1).index_select(1, order), [z]
+def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Tensor]:
+    return [x @ factors[0].t()]
+
+
+def _finish(x: Tensor, factors: Sequence[Tensor], _: Sequence[int], between: Sequence[Tensor]) -> Tensor:
+    (z,), (mixing, order) = between, factors[1:]
+    return torch.cat((z, z @ mixing.t()), 1).index_select(1, order)
 
 
 def _backward(
@@ -41,14 +44,15 @@ def _backward(
     ]
 
 
-def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> int:
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
     (rank, in_features), (others, _), _ = shapes
-    return rows * int(rank) * int(in_features + others)
+    return rows * int(rank) * int(in_features), rows * int(rank) * int(others)
 
 
 PIVOTED_LOW_RANK = LayerOp(
     "pivoted_low_rank_v1",
-    _forward,
+    _between,
+    _finish,
     _backward,
     out_features=lambda shapes, _: shapes[2][0],
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],

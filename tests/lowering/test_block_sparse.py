@@ -99,7 +99,7 @@ def test_no_more_is_gathered_at_once_than_the_input(monkeypatch: pytest.MonkeyPa
     factors = [torch.randn(48, 16, 16), *(each for each in layout if each is not None)]
     x, grad = torch.randn(512, 48), torch.randn(512, 24 * 16)
     with _Gathered() as gathered:
-        module._forward(x, factors, [24 * 16, 3])
+        module._finish(x, factors, [24 * 16, 3], [])
     assert gathered.most <= x.numel()
     with _Gathered() as gathered:
         module._backward(grad, x, factors, [], [24 * 16, 3], [False, True, False, False])
