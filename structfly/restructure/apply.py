@@ -72,7 +72,8 @@ def restructure_(
         tokens: of a forward pass, for FLOPs, memory and time; None for as many as a calibration batch has, else 4096.
         seed: of the labels that ``loss_fn`` samples.
         progress: whether bars are shown.
-        resume: a file that keeps the statistics of calibration; a run that was stopped goes on from it.
+        resume: a file that keeps the statistics of calibration, and beside it one with what ``refine`` measured; a run
+            of the same model and data that was stopped goes on from them.
 
     Returns:
         the plan, which says what each layer became.
@@ -123,7 +124,8 @@ def restructure_(
     for name, layer in track(layers.items(), "candidates", disable=not progress):
         menus[name] = candidates_of(layer, _offered_to(name, offered, overrides), conditions, statistics[name])
     if refine and loss is not None:
-        menus = refined(model, layers, menus, statistics, loss, refine, progress=progress)
+        beside = None if resume is None else Path(f"{resume}.refinement.json")
+        menus = refined(model, layers, menus, statistics, loss, refine, progress=progress, resume=beside)
     totals = dense_totals(menus, list(budget.limits))
     limits = {resource: limit.of(totals[resource]) for resource, limit in budget.limits.items()}
     allocation = STRATEGIES[strategy](menus, budget, limits)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from rich.progress import Progress
@@ -28,26 +30,44 @@ def refined(
     count: int,
     *,
     progress: bool = True,
+    resume: Path | None = None,
 ) -> dict[str, list[Candidate]]:
     """The menus with what is predicted multiplied by measured over predicted.
 
     That ratio is measured at ``count`` candidates of each layer, evenly spaced by the predicted loss's rank, and
     between them interpolated along its logarithm.
+
+    Args:
+        resume: a file that keeps what was measured; a run that was stopped goes on from it.
     """
     dense = loss.of(model)
+    measured: dict[str, dict[str, float]] = {}
+    if resume is not None and resume.exists():
+        measured = json.loads(resume.read_text(encoding="utf-8"))
     found: dict[str, list[Candidate]] = {}
     with Progress(disable=not progress) as bar:
         task = bar.add_task("refinement", total=len(layers))
         for name, layer in layers.items():
-            rises = []
+            known, rises = measured.setdefault(name, {}), []
             for each in _spread([each for each in menus[name] if each.structure is not None], count):
                 assert each.structure is not None
-                made = StructuredLinear.from_linear(layer.as_linear(), each.structure, statistics[name])
-                with replaced(model, name, layer.in_place_of(made)):
-                    rises.append((each.loss, loss.of(model) - dense))
+                key = f"{each.structure!r} {each.loss!r}"  # what was predicted otherwise is measured anew
+                if key not in known:
+                    made = StructuredLinear.from_linear(layer.as_linear(), each.structure, statistics[name])
+                    with replaced(model, name, layer.in_place_of(made)):
+                        known[key] = loss.of(model) - dense
+                rises.append((each.loss, known[key]))
+            if resume is not None:
+                _write(resume, measured)
             found[name] = _corrected(menus[name], rises)
             bar.advance(task)
     return found
+
+
+def _write(path: Path, measured: Mapping[str, Mapping[str, float]]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _spread(candidates: Sequence[Candidate], count: int) -> list[Candidate]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from structfly import Budget, Distillation, StructuredLinear, apply_, restructure_
 from structfly.errors import ArgumentError, PlanError
 from structfly.restructure import Plan
+from structfly.restructure.measuring import Loss
 from tests.compiling import Rewritten
 from tests.restructure.models import DISTILLATION, batches, logits, make
 
@@ -66,6 +70,34 @@ def test_refinement_brings_the_prediction_nearer() -> None:
     assert refined.measured is not None
     off = [abs(p.predicted_loss / p.measured.structured - 1) for p in (plain, refined) if p.measured is not None]
     assert off[1] < off[0]
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what was kept neither a backward nor a measurement is made again, and the plan is the same."""
+    path = tmp_path / "statistics"
+    first = plan_for(Budget(params=0.5), refine=2, resume=path)
+    calls: list[str] = []
+    measured = Loss.of
+
+    def noted(self: Loss, model: nn.Module) -> float:
+        calls.append("measured")
+        return measured(self, model)
+
+    monkeypatch.setattr(Loss, "of", noted)
+    again = plan_for(Budget(params=0.5), refine=2, resume=path, loss_fn=Counted(logits, "logits"))
+    assert again == first
+    assert len(calls) == 3  # dense before refining, before, after
+    assert Counted.sampled == 1  # the one forward that looks for weights that are read elsewhere
+
+
+class Counted(Distillation):
+    """Counts the calls that sample."""
+
+    sampled = 0
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        type(self).sampled += 1
+        return super().__call__(model, batch)
 
 
 def test_calibration_beats_the_weights_alone() -> None:
