@@ -64,6 +64,17 @@ def test_the_page_on_restructuring_names_every_structure() -> None:
     assert [name for name in Budget.model_fields if f"| `{name}` |" not in text] == []
 
 
+@pytest.mark.parametrize("share", [75, 60, 50, 40, 30])
+def test_the_recalls_on_the_page_are_committed_results(share: int) -> None:
+    mode = f"2000 pairs, seed 0, {share}% of the parameters"
+    providers = ("uniform plain SVD", "uniform whitened SVD", "solver")
+    recalls = [median("reverse_dictionary_minilm", mode, each, "recall_at_1") for each in providers]
+    losses = [median("reverse_dictionary_minilm", mode, "solver", f"{each}_loss") for each in ("predicted", "measured")]
+    row = f"| {share}% | " + " | ".join(f"{each:.3f}" for each in recalls) + f" | {losses[0]:.3f}, {losses[1]:.3f} |"
+    assert row in (ROOT / "docs" / "restructure.md").read_text(encoding="utf-8")
+    assert recalls[2] >= max(recalls[:2])
+
+
 def test_the_table_of_the_page_on_tuning_is_one() -> None:
     (table,) = code(ROOT / "docs" / "tuning.md", "json")
     (entry,) = Table.model_validate_json(table).products
