@@ -159,7 +159,7 @@ def test_gradients_are_made_once_in_a_checkpoint_that_says_so(monkeypatch: pytes
 def test_less_memory_makes_shorter_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     workspaces: list[int] = []
 
-    def one_row(rows: int, classes: int, dtype: torch.dtype, workspace: int) -> int:
+    def one_row(rows: int, classes: int, dtype: torch.dtype, workspace: int, group: int) -> int:
         workspaces.append(workspace)
         return 1
 
