@@ -36,12 +36,26 @@ def _distilled(head: Logits, x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.kl_div(F.log_softmax(head(x, w), 1), F.log_softmax(teacher, 1), reduction="batchmean", log_target=True)
 
 
+def _preferences(rows: Tensor) -> Tensor:
+    """Direct preference optimisation (Rafailov et al. 2023) of sequences' losses, against a reference model's of 0.
+
+    The rows are 16 sequences of as many tokens, or 2; the first half of them is preferred to the second, one by one.
+    """
+    preferred, other = (-rows.view(16 if len(rows) % 16 == 0 else 2, -1).sum(1)).chunk(2)
+    return -F.logsigmoid(0.1 * (preferred - other)).mean()
+
+
+# What is made of the rows' losses (N,), by name.
+ROW_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"preferences": _preferences}
 # What is made of x, w and targets, by name; ``head`` makes logits.
 LOSSES: dict[str, Callable[[Logits, Tensor, Tensor, Tensor], Tensor]] = {
     "plain": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED),
     "capped": lambda head, x, w, t: F.cross_entropy(torch.tanh(head(x, w) / 30.0) * 30.0, t, ignore_index=IGNORED),
     "smoothed": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED, label_smoothing=0.1),
     "distilled": _distilled,
+    "preferences": lambda head, x, w, t: _preferences(
+        F.cross_entropy(head(x, w), t, ignore_index=IGNORED, reduction="none")
+    ),
 }
 
 
@@ -141,23 +155,46 @@ def truth(inputs: Inputs, loss: str = "plain") -> Truth:
     """The exact answer, rows in chunks: in float64 for float32 inputs, else in float32 without TF32."""
     dtype = torch.float64 if inputs.x.dtype == torch.float32 else torch.float32
     x, w = (tensor.detach().to(dtype).requires_grad_() for tensor in (inputs.x, inputs.w))
-    count = (inputs.t != IGNORED).sum()
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        for start in range(0, len(x), REFERENCE_ROWS):
-            t = inputs.t[start : start + REFERENCE_ROWS]
-            counted = (t != IGNORED).sum()
-            if counted:
-                mean = LOSSES[loss](F.linear, x[start : start + REFERENCE_ROWS], w, t)
-                (mean * (counted.double() / count).to(dtype)).backward()
-                total += mean.detach().double() * counted
+        total = _of_rows(x, w, inputs.t, loss) if loss in ROW_LOSSES else _mean(x, w, inputs.t, loss)
     finally:
         torch.set_float32_matmul_precision(precision)
     assert x.grad is not None
     assert w.grad is not None
-    return Truth(total / count, x.grad, w.grad)
+    return Truth(total, x.grad, w.grad)
+
+
+def _of_rows(x: Tensor, w: Tensor, t: Tensor, loss: str) -> Tensor:
+    """A loss of ``ROW_LOSSES``, and its gradients in the leaves: what each row's loss weighs, then the rows."""
+
+    def chunk(start: int) -> Tensor:
+        part = slice(start, start + REFERENCE_ROWS)
+        return F.cross_entropy(F.linear(x[part], w), t[part], ignore_index=IGNORED, reduction="none")
+
+    starts = range(0, len(x), REFERENCE_ROWS)
+    with torch.no_grad():
+        rows = torch.cat([chunk(start) for start in starts]).double()
+    value = ROW_LOSSES[loss](rows.requires_grad_())
+    (weights,) = torch.autograd.grad(value, rows)
+    for start in starts:
+        chunk(start).backward(weights[start : start + REFERENCE_ROWS].to(x.dtype))
+    return value.detach()
+
+
+def _mean(x: Tensor, w: Tensor, t: Tensor, loss: str) -> Tensor:
+    """A loss that is a mean over rows, and its gradients in the leaves."""
+    count = (t != IGNORED).sum()
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), REFERENCE_ROWS):
+        part = t[start : start + REFERENCE_ROWS]
+        counted = (part != IGNORED).sum()
+        if counted:
+            mean = LOSSES[loss](F.linear, x[start : start + REFERENCE_ROWS], w, part)
+            (mean * (counted.double() / count).to(x.dtype)).backward()
+            total += mean.detach().double() * counted
+    return total / count
 
 
 def errors(loss: Tensor, inputs: Inputs, exact: Truth) -> dict[str, float]:
