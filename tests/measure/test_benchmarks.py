@@ -40,7 +40,9 @@ def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch:
 # Inductor's workers and Dynamo warn of torch's own deprecations.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("provider", ["eager", "eager-float", "inductor", "structfly", "structfly@1MiB"])
-@pytest.mark.parametrize(("loss", "training"), [("capped", True), ("capped", False), ("distilled", True), ("preferences", True)])
+@pytest.mark.parametrize(
+    ("loss", "training"), [("capped", True), ("capped", False), ("distilled", True), ("preferences", True)]
+)
 def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: str, training: bool) -> None:
     torch._dynamo.reset()
     problem = case(loss=loss, training=training, ignored=0.0)
