@@ -6,6 +6,7 @@ structfly must not do.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,10 +39,7 @@ def _register(op: LayerOp) -> None:
 
 
 def _rows(shape: Any) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= int(size)
-    return rows
+    return math.prod(map(int, shape[:-1]))
 
 
 for _op in LAYER_OPS:

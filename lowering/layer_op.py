@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,59 +19,72 @@ from structfly.lowering.vmap import one_by_one
 DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
 
-# (x (N, in), factors, static) -> what is made on the way to y, which backward needs beside x and the factors
-Between = Callable[[Tensor, Sequence[Tensor], Sequence[int]], list[Tensor]]
-# (x, factors, static, what is made between) -> y (N, out) without bias
-Finish = Callable[[Tensor, Sequence[Tensor], Sequence[int], Sequence[Tensor]], Tensor]
-# (gradient (N, out), x, factors, kept, static, wanted: of x and each factor) -> their gradients, None where not wanted
-Backward = Callable[
-    [Tensor, Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[int], Sequence[bool]], list[Tensor | None]
-]
+
+class Applied(NamedTuple):
+    """What an op is applied to: hidden states, the weight's factors, and the op's numbers.
+
+    ``x`` (N, in); ``factors`` in the op's order, with the integer tensors that say where they stand.
+    """
+
+    x: Tensor
+    factors: Sequence[Tensor]
+    static: Sequence[int]
 
 
-@dataclass(frozen=True)
+# What is made on the way to y, and y (N, out) without bias from that.
+Between = Callable[[Applied], list[Tensor]]
+Finish = Callable[[Applied, Sequence[Tensor]], Tensor]
+# (gradient (N, out), applied to, made between, wanted: of x and each factor) -> gradients, None where not wanted
+Backward = Callable[[Tensor, Applied, Sequence[Tensor], Sequence[bool]], list[Tensor | None]]
+Shapes = Sequence[Sequence[int]]
+
+
 class LayerOp:
     """One op, registered as ``structfly::{name}`` when the object is made.
 
-    Attributes:
+    Args:
         name: with an ABI version, which goes up with any change of the schema, the fake or the autograd formula.
         between, finish: the forward in two steps, on matrices; backward makes the first again where nothing was kept.
         backward: the gradients, on matrices.
         out_features: of the factors' shapes and the static numbers.
-        kept_shapes: of N rows, the factors and the static numbers: the shapes of what is made between.
+        kept_shapes: of N rows, the factors' shapes and the static numbers: the shapes of what is made between.
         multiply_adds: of the same: those of each of the two steps; the backward has as many as both for x, and again
             for the factors.
     """
 
-    name: str
-    between: Between
-    finish: Finish
-    backward: Backward
-    out_features: Callable[[Sequence[Any], Sequence[int]], int]
-    kept_shapes: Callable[[int, Sequence[Any], Sequence[int]], list[tuple[int, ...]]]
-    multiply_adds: Callable[[int, Sequence[Any], Sequence[int]], tuple[int, int]]
-    _overload: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        name, backward = f"structfly::{self.name}", f"structfly::{self.name}_backward"
+    def __init__(
+        self,
+        name: str,
+        *,
+        between: Between,
+        finish: Finish,
+        backward: Backward,
+        out_features: Callable[[Shapes, Sequence[int]], int],
+        kept_shapes: Callable[[int, Shapes, Sequence[int]], list[tuple[int, ...]]],
+        multiply_adds: Callable[[int, Shapes, Sequence[int]], tuple[int, int]],
+    ) -> None:
+        self.name, self.between, self.finish, self.backward = name, between, finish, backward
+        self.out_features, self.kept_shapes, self.multiply_adds = out_features, kept_shapes, multiply_adds
+        forward_name, backward_name = f"structfly::{name}", f"structfly::{name}_backward"
         torch.library.define(
-            name, "(Tensor x, Tensor[] factors, Tensor? bias, int[] static, bool keep) -> (Tensor y, Tensor[] kept)"
+            forward_name,
+            "(Tensor x, Tensor[] factors, Tensor? bias, int[] static, bool keep) -> (Tensor y, Tensor[] kept)",
         )
         torch.library.define(
-            backward,
+            backward_name,
             "(Tensor grad, Tensor x, Tensor[] factors, Tensor[] kept, int[] static, bool[] wanted) -> Tensor[]",
         )
-        torch.library.impl(name, DEVICES)(self._forward)
-        torch.library.impl(backward, DEVICES)(self._backward)
-        torch.library.register_fake(name, self._forward_fake)
-        torch.library.register_fake(backward, self._backward_fake)
-        torch.library.register_autograd(name, self._differentiate, setup_context=self._setup_context)
-        self._overload["forward"] = getattr(torch.ops.structfly, self.name).default
-        self._overload["backward"] = getattr(torch.ops.structfly, f"{self.name}_backward").default
+        torch.library.impl(forward_name, DEVICES)(self._forward)
+        torch.library.impl(backward_name, DEVICES)(self._backward)
+        torch.library.register_fake(forward_name, self._forward_fake)
+        torch.library.register_fake(backward_name, self._backward_fake)
+        torch.library.register_autograd(forward_name, self._differentiate, setup_context=self._setup_context)
+        self._forward_op: Any = getattr(torch.ops.structfly, name).default
+        self._backward_op: Any = getattr(torch.ops.structfly, f"{name}_backward").default
         for device in DEVICES:
-            _LIBRARY.impl(self.name, self._under_autocast(device), f"Autocast{device.upper()}")
-        for each, op in zip((name, backward), self._overload.values(), strict=True):
-            torch.library.register_vmap(each, one_by_one(op))
+            _LIBRARY.impl(name, self._under_autocast(device), f"Autocast{device.upper()}")
+        torch.library.register_vmap(forward_name, one_by_one(self._forward_op))
+        torch.library.register_vmap(backward_name, one_by_one(self._backward_op))
 
     def __call__(
         self,
@@ -93,7 +105,7 @@ class LayerOp:
         """
         learned = any(tensor.requires_grad for tensor in (x, *factors))
         keep = torch.is_grad_enabled() and learned and not rematerialise
-        y: Tensor = self._overload["forward"](x, list(factors), bias, list(static), keep)[0]
+        y: Tensor = self._forward_op(x, list(factors), bias, list(static), keep)[0]
         return y
 
     def lacks(self, kept: Sequence[Any], rows: int, shapes: Sequence[Any], static: Sequence[int]) -> bool:
@@ -105,9 +117,9 @@ class LayerOp:
     def _forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        rows = x.reshape(-1, x.shape[-1])
-        kept = self.between(rows, factors, static)
-        y = self.finish(rows, factors, static, kept)
+        call = Applied(x.reshape(-1, x.shape[-1]), factors, static)
+        kept = self.between(call)
+        y = self.finish(call, kept)
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], y.shape[1]), kept if keep else []
@@ -121,11 +133,10 @@ class LayerOp:
         static: Sequence[int],
         wanted: Sequence[bool],
     ) -> list[Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        grad = grad.reshape(-1, grad.shape[-1])
-        if self.lacks(kept, len(rows), [f.shape for f in factors], static):
-            kept = self.between(rows, factors, static)
-        made = self.backward(grad, rows, factors, kept, static, wanted)
+        call = Applied(x.reshape(-1, x.shape[-1]), factors, static)
+        if self.lacks(kept, len(call.x), [factor.shape for factor in factors], static):
+            kept = self.between(call)
+        made = self.backward(grad.reshape(-1, grad.shape[-1]), call, kept, wanted)
         return [
             x.new_empty(0) if gradient is None else gradient.contiguous().view(source.shape)
             for gradient, source in zip(made, (x, *factors), strict=True)
@@ -165,29 +176,21 @@ class LayerOp:
 
     def _differentiate(self, ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
         need_x, need_factors, need_bias, *_ = ctx.needs_input_grad
+        of_static: list[Any] | None = None if ctx.static else []  # torch takes an empty list for a list of tensors
         x, *tensors = ctx.saved_tensors
         factors, kept = tensors[: ctx.count], tensors[ctx.count :]
+        if grad is None:
+            return None, [None] * ctx.count, None, of_static, None
         wanted = [need_x, *(need and f.is_floating_point() for need, f in zip(need_factors, factors, strict=True))]
         made: list[Tensor | None] = [None] * len(wanted)
-        if grad is not None and any(wanted):
-            differentiate = self._recorded if torch.is_grad_enabled() else self._overload["backward"]
-            found = differentiate(grad, x, factors, kept, ctx.static, wanted)
+        if any(wanted):
+            if torch.is_grad_enabled():  # create_graph=True: differentiable operations, on nothing made before them
+                found = self._backward(grad, x, factors, [], ctx.static, wanted)
+            else:
+                found = self._backward_op(grad, x, factors, kept, ctx.static, wanted)
             made = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-        biased = grad is not None and need_bias
-        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if grad is not None and biased else None
-        return made[0], made[1:], of_bias, None if ctx.static else [], None
-
-    def _recorded(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        factors: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        static: Sequence[int],
-        wanted: Sequence[bool],
-    ) -> list[Tensor]:
-        """The backward under create_graph=True: made of differentiable operations, from what is recorded itself."""
-        return self._backward(grad, x, factors, [], static, wanted)
+        of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return made[0], made[1:], of_bias, of_static, None
 
     def _under_autocast(self, device: str) -> Callable[..., Any]:
         """As autocast treats ``linear``: what is multiplied is cast, float64 is left alone."""
@@ -201,6 +204,6 @@ class LayerOp:
             x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
         ) -> Any:
             with torch.autocast(device, enabled=False):
-                return self._overload["forward"](cast(x), [cast(f) for f in factors], cast(bias), static, keep)
+                return self._forward_op(cast(x), [cast(f) for f in factors], cast(bias), static, keep)
 
         return autocast

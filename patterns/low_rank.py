@@ -71,9 +71,11 @@ class LowRank(Structure):
     def losses(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[float]:
-        tails = tail_losses(weight, statistics)
+        """Half the squared singular values of the whitened weight beyond each rank."""
+        squares = torch.linalg.svdvals(Metric.of(statistics, weight).whiten(weight)).double().square()
+        tails = torch.cat((squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)))
         for each in choices:
-            yield float(tails[each.rank])
+            yield 0.5 * float(tails[each.rank])
 
     def to_dense(self, sizes: LayerSizes, factors: Factors) -> Tensor:
         return factors["left"] @ factors["right"]
@@ -85,10 +87,3 @@ class LowRank(Structure):
     def menu(cls, sizes: LayerSizes) -> list[Self]:
         most = (sizes.parameters - 1) // sum(sizes)  # less than the dense weight has
         return [cls(rank=rank) for rank in sorted({most * k // _CHOICES for k in range(1, _CHOICES + 1)} - {0})]
-
-
-def tail_losses(weight: Tensor, statistics: LayerStatistics) -> Tensor:
-    """Half the squared singular values of the whitened weight from each rank on, (min(out, in) + 1,) float64: what the
-    best weight of that rank costs."""
-    squares = torch.linalg.svdvals(Metric.of(statistics, weight).whiten(weight)).double().square()
-    return torch.cat((0.5 * squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)))

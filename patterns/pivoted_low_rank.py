@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from structfly.lowering.pivoted_low_rank.op import PIVOTED_LOW_RANK
-from structfly.patterns.low_rank import LowRank, tail_losses
+from structfly.patterns.low_rank import LowRank
 from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.records.cost import Stage
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
@@ -76,18 +76,14 @@ class PivotedLowRank(Structure):
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
-        choices = list(choices)
-        factors = LowRank.project_each([LowRank(rank=each.rank) for each in choices], weight, statistics)
-        for each, (right, left) in zip(choices, ((f["right"], f["left"]) for f in factors), strict=True):
-            yield _pivoted(left, right, each.rank)
+        for factors in LowRank.project_each(_as_low_rank(choices), weight, statistics):
+            yield _pivoted(factors["left"], factors["right"])
 
     @classmethod
     def losses(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[float]:
-        tails = tail_losses(weight, statistics)
-        for each in choices:
-            yield float(tails[each.rank])
+        yield from LowRank.losses(_as_low_rank(choices), weight, statistics)
 
     def to_dense(self, sizes: LayerSizes, factors: Factors) -> Tensor:
         pivots = factors["pivots"]
@@ -107,10 +103,16 @@ class PivotedLowRank(Structure):
         return [cls(rank=rank) for rank in sorted(ranks - {0})]
 
 
-def _pivoted(left: Tensor, right: Tensor, rank: int) -> dict[str, Tensor]:
+def _as_low_rank(choices: Iterable[PivotedLowRank]) -> list[LowRank]:
+    """The structures whose weights these have, in more numbers."""
+    return [LowRank(rank=each.rank) for each in choices]
+
+
+def _pivoted(left: Tensor, right: Tensor) -> dict[str, Tensor]:
     """The same weight left right by pivot rows: those that column-pivoted QR of left^T takes first."""
     from scipy.linalg import qr
 
+    rank = len(right)
     _, chosen = qr(left.t().double().cpu().numpy(), mode="r", pivoting=True)
     kept = torch.from_numpy(chosen[:rank].astype(np.int64)).to(left.device)
     others = torch.from_numpy(np.sort(chosen[rank:]).astype(np.int64)).to(left.device)

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp
 
 
 def _blocks(rows: Tensor, blocks: int, width: int) -> Tensor:
@@ -37,25 +37,18 @@ def _rows(blocks: Tensor, features: int) -> Tensor:
     return blocks.transpose(0, 1).reshape(rows, count * width)[:, :features]
 
 
-def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Tensor]:
-    right, scale = factors[:2]
-    z = right @ _blocks(x, len(right), right.shape[2]).mT
+def _between(call: Applied) -> list[Tensor]:
+    right, scale = call.factors[:2]
+    z = right @ _blocks(call.x, len(right), right.shape[2]).mT
     return [z, scale @ z.transpose(0, 1)]
 
 
-def _finish(x: Tensor, factors: Sequence[Tensor], static: Sequence[int], between: Sequence[Tensor]) -> Tensor:
-    return _rows(between[1].permute(1, 2, 0) @ factors[2].mT, static[0]).contiguous()
+def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
+    return _rows(between[1].permute(1, 2, 0) @ call.factors[2].mT, call.static[0]).contiguous()
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    _: Sequence[int],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    (right, scale, left), (z, h) = factors, kept
+def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    (right, scale, left), (z, h) = call.factors, between
     made: list[Tensor | None] = [None] * 4
     grads = _blocks(grad, len(left), left.shape[1])
     if wanted[3]:
@@ -69,9 +62,9 @@ def _backward(
         return made
     dz = (scale.mT @ dh).transpose(0, 1)
     if wanted[1]:
-        made[1] = dz @ _blocks(x, len(right), right.shape[2])
+        made[1] = dz @ _blocks(call.x, len(right), right.shape[2])
     if wanted[0]:
-        made[0] = _rows(dz.mT @ right, x.shape[1])
+        made[0] = _rows(dz.mT @ right, call.x.shape[1])
     return made
 
 
@@ -87,9 +80,9 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 BLAST = LayerOp(
     "blast_v1",
-    _between,
-    _finish,
-    _backward,
+    between=_between,
+    finish=_finish,
+    backward=_backward,
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,

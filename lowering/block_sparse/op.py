@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
-from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp
 
 _CACHED = 1 << 18  # elements gathered at a time on a CPU: 1 MiB of float32
 
@@ -40,39 +40,32 @@ class _Run(NamedTuple):
         return int(self.parts.stop - self.parts.start)
 
 
-def _between(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> list[Tensor]:
+def _between(call: Applied) -> list[Tensor]:
     return []
 
 
-def _finish(x: Tensor, factors: Sequence[Tensor], static: Sequence[int], between: Sequence[Tensor]) -> Tensor:
-    values, layout, grid = _read(factors, static)
+def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
+    values, layout, grid = _read(call)
 
     def matrices(members: slice) -> Tensor:
         return values[members].transpose(1, 2)
 
-    x = _padded(x, grid.columns * grid.block_in)
+    x = _padded(call.x, grid.columns * grid.block_in)
     y = _sums_of_products(x, grid.block_in, layout.columns.flatten(), layout.counts(), grid.block_out, matrices)
-    return y[:, : static[0]].contiguous()
+    return y[:, : call.static[0]].contiguous()
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    _kept: Sequence[Tensor],
-    static: Sequence[int],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    values, layout, grid = _read(factors, static)
+def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    values, layout, grid = _read(call)
     grad = _padded(grad, grid.rows * grid.block_out)
-    of_x = _of_x(grad, values, layout, grid)[:, : x.shape[1]] if wanted[0] else None
-    x = _padded(x, grid.columns * grid.block_in)
-    return [of_x, _of_values(grad, x, values, layout) if wanted[1] else None, *(None for _ in factors[1:])]
+    of_x = _of_x(grad, values, layout, grid)[:, : call.x.shape[1]] if wanted[0] else None
+    x = _padded(call.x, grid.columns * grid.block_in)
+    return [of_x, _of_values(grad, x, values, layout) if wanted[1] else None, *(None for _ in call.factors[1:])]
 
 
-def _read(factors: Sequence[Tensor], static: Sequence[int]) -> tuple[Tensor, BlockLayout, Grid]:
-    values, layout = factors[0], BlockLayout(*factors[1:])
-    return values, layout, Grid(layout.block_rows, static[1], values.shape[1], values.shape[2])
+def _read(call: Applied) -> tuple[Tensor, BlockLayout, Grid]:
+    values, layout = call.factors[0], BlockLayout(*call.factors[1:])
+    return values, layout, Grid(layout.block_rows, call.static[1], values.shape[1], values.shape[2])
 
 
 def _of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tensor:
@@ -150,9 +143,9 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 BLOCK_SPARSE = LayerOp(
     "block_sparse_v1",
-    _between,
-    _finish,
-    _backward,
+    between=_between,
+    finish=_finish,
+    backward=_backward,
     out_features=lambda _, static: static[0],
     kept_shapes=lambda *_: [],
     multiply_adds=_multiply_adds,

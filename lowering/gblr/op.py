@@ -13,28 +13,22 @@ from typing import Any
 from torch import Tensor
 
 from structfly.lowering.gblr.tile_products import collect, spread, tiles_of
-from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp
 
 
-def _between(x: Tensor, factors: Sequence[Tensor], static: Sequence[int]) -> list[Tensor]:
-    right, right_index, _, _ = factors
-    return [collect(x, right, right_index, static[1])]
+def _between(call: Applied) -> list[Tensor]:
+    right, right_index, _, _ = call.factors
+    return [collect(call.x, right, right_index, call.static[1])]
 
 
-def _finish(x: Tensor, factors: Sequence[Tensor], static: Sequence[int], between: Sequence[Tensor]) -> Tensor:
-    _, _, left, left_index = factors
-    return spread(between[0], left, left_index, static[0])
+def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
+    _, _, left, left_index = call.factors
+    return spread(between[0], left, left_index, call.static[0])
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    static: Sequence[int],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    (right, right_index, left, left_index), (z,), (_, groups) = factors, kept, static
+def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    x, (right, right_index, left, left_index), (_, groups) = call
+    (z,) = between
     dz = collect(grad, left, left_index, groups) if wanted[0] or wanted[1] else None
     return [
         spread(dz, right, right_index, x.shape[1]) if dz is not None and wanted[0] else None,
@@ -57,9 +51,9 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 GBLR = LayerOp(
     "gblr_v1",
-    _between,
-    _finish,
-    _backward,
+    between=_between,
+    finish=_finish,
+    backward=_backward,
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,

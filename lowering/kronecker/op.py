@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp
 
 
-def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Tensor]:
+def _between(call: Applied) -> list[Tensor]:
+    x, factors, _ = call
     shapes = [FactorShape(*factor.shape) for factor in factors]
     features, made = _padded(x, shapes[0].features_in).t(), []
     for factor, shape in zip(factors[:-1], shapes, strict=False):
@@ -33,22 +34,17 @@ def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Ten
     return made
 
 
-def _finish(x: Tensor, factors: Sequence[Tensor], static: Sequence[int], between: Sequence[Tensor]) -> Tensor:
+def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
+    x, factors, (out_features,) = call
     shapes = [FactorShape(*factor.shape) for factor in factors]
     last = shapes[-1]
     features = _as_outputs(between[-1], shapes[-2]) if between else _padded(x, last.features_in).t()
     features = _as_outputs(torch.bmm(_matrices(factors[-1], last), _inputs(features, last)), last)
-    return features.permute(4, 0, 1, 2, 3).reshape(x.shape[0], last.features_out)[:, : static[0]].contiguous()
+    return features.permute(4, 0, 1, 2, 3).reshape(x.shape[0], last.features_out)[:, :out_features].contiguous()
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    _: Sequence[int],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
+def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    x, factors, _ = call
     shapes = [FactorShape(*factor.shape) for factor in factors]
     gradients: list[Tensor | None] = [None] * len(wanted)
     features = _padded(grad, shapes[-1].features_out).t()
@@ -58,7 +54,7 @@ def _backward(
         shape = shapes[t]
         g = _outputs(features, shape)
         if wanted[t + 1]:
-            before = _as_outputs(kept[t - 1], shapes[t - 1]) if t else _padded(x, shape.features_in).t()
+            before = _as_outputs(between[t - 1], shapes[t - 1]) if t else _padded(x, shape.features_in).t()
             gradients[t + 1] = torch.bmm(g, _inputs(before, shape).mT)
         if any(wanted[: t + 1]):
             features = _as_inputs(torch.bmm(_matrices(factors[t], shape).mT, g), shape)
@@ -114,9 +110,9 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 KRONECKER = LayerOp(
     "kronecker_v1",
-    _between,
-    _finish,
-    _backward,
+    between=_between,
+    finish=_finish,
+    backward=_backward,
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,

@@ -12,30 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp
 
 
-def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Tensor]:
-    return [x @ factors[0].t()]
+def _between(call: Applied) -> list[Tensor]:
+    return [call.x @ call.factors[0].t()]
 
 
-def _finish(x: Tensor, factors: Sequence[Tensor], _: Sequence[int], between: Sequence[Tensor]) -> Tensor:
-    return between[0] @ factors[1].t()
+def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
+    return between[0] @ call.factors[1].t()
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    _: Sequence[int],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    (right, left), (z,) = factors, kept
+def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    (right, left), (z,) = call.factors, between
     dz = grad @ left if wanted[0] or wanted[1] else None
     return [
         dz @ right if dz is not None and wanted[0] else None,
-        dz.t() @ x if dz is not None and wanted[1] else None,
+        dz.t() @ call.x if dz is not None and wanted[1] else None,
         grad.t() @ z if wanted[2] else None,
     ]
 
@@ -47,9 +40,9 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 LOW_RANK = LayerOp(
     "low_rank_v1",
-    _between,
-    _finish,
-    _backward,
+    between=_between,
+    finish=_finish,
+    backward=_backward,
     out_features=lambda shapes, _: shapes[1][0],
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],
     multiply_adds=_multiply_adds,

@@ -13,32 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp
 
 
-def _between(x: Tensor, factors: Sequence[Tensor], _: Sequence[int]) -> list[Tensor]:
-    return [x @ factors[0].t()]
+def _between(call: Applied) -> list[Tensor]:
+    return [call.x @ call.factors[0].t()]
 
 
-def _finish(x: Tensor, factors: Sequence[Tensor], _: Sequence[int], between: Sequence[Tensor]) -> Tensor:
-    (z,), (mixing, order) = between, factors[1:]
+def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
+    (z,), (mixing, order) = between, call.factors[1:]
     return torch.cat((z, z @ mixing.t()), 1).index_select(1, order)
 
 
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    factors: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    _: Sequence[int],
-    wanted: Sequence[bool],
-) -> list[Tensor | None]:
-    (pivots, mixing, order), (z,) = factors, kept
+def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    (pivots, mixing, order), (z,) = call.factors, between
     of_kept, of_mixed = grad.index_select(1, order.argsort()).split((len(pivots), len(mixing)), 1)
     dz = of_kept + of_mixed @ mixing if wanted[0] or wanted[1] else None
     return [
         dz @ pivots if dz is not None and wanted[0] else None,
-        dz.t() @ x if dz is not None and wanted[1] else None,
+        dz.t() @ call.x if dz is not None and wanted[1] else None,
         of_mixed.t() @ z if wanted[2] else None,
         None,
     ]
@@ -51,9 +44,9 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 PIVOTED_LOW_RANK = LayerOp(
     "pivoted_low_rank_v1",
-    _between,
-    _finish,
-    _backward,
+    between=_between,
+    finish=_finish,
+    backward=_backward,
     out_features=lambda shapes, _: shapes[2][0],
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],
     multiply_adds=_multiply_adds,
