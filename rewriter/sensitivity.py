@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
 from structfly.records.layer import LayerStatistics
+from structfly.rewriter.evaluating import evaluating, sampling
 
 Losses = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the losses (n,) of a batch's independent terms, or their mean ()."""
@@ -102,7 +103,7 @@ def measure_statistics(
     if resume is not None and resume.exists():
         done, terms = _load(resume, sums)
     saved = time.monotonic()
-    with _evaluating(model), _watching(layers, sums), Progress(disable=not progress) as bar:
+    with evaluating(model), _watching(layers, sums), Progress(disable=not progress) as bar:
         total = len(batches) if isinstance(batches, Sized) else None
         task = bar.add_task("sensitivity", total=total, completed=done)
         for number, batch in enumerate(batches):
@@ -123,31 +124,12 @@ def measure_statistics(
 
 def _backward(model: nn.Module, batch: Any, losses: Losses, seed: int) -> int:
     """One batch; returns how many terms its loss has."""
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        torch.manual_seed(seed)
+    with sampling(model, seed), torch.enable_grad():
         found = losses(model, batch)
         if not found.requires_grad:
             raise ArgumentError("the calibration loss does not depend on any of the layers; return it undetached")
         found.sum().backward()
     return max(found.numel(), 1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients of parameters; modes and flags as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval()
-    for parameter in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 @contextmanager

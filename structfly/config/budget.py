@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, ValidationError, model_validator
@@ -29,36 +31,29 @@ class Limit(NamedTuple):
 
 _SECONDS = {"s": Fraction(1), "ms": Fraction(1, 1000), "us": Fraction(1, 10**6)}
 _DURATION = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?) ?(s|ms|us)", re.ASCII)
+_RATIO = "a ratio of the dense layers' as a float above 0"
 
 
-def _ratio(value: object) -> Limit | None:
-    return Limit(ratio=value) if isinstance(value, float) and 0.0 < value < math.inf else None
-
-
-def _parse_count(value: object) -> Limit | None:
+def _limit(value: object, amount: Callable[[object], float | None]) -> Limit | None:
+    """None, a ratio, or what ``amount`` reads the value as."""
     if value is None or isinstance(value, Limit):
         return value
+    if isinstance(value, float) and 0.0 < value < math.inf:
+        return Limit(ratio=value)
+    return Limit(amount=amount(value))
+
+
+def _count(value: object) -> float:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return Limit(amount=value)
-    if found := _ratio(value):
-        return found
-    raise wrong_value("a ratio of the dense layers' as a float above 0, such as 0.5, a whole number above 0, or None")
-
-
-def _parse_size(value: object) -> Limit | None:
-    if value is None or isinstance(value, Limit):
         return value
-    return _ratio(value) or Limit(amount=parse_bytes(value))
+    raise wrong_value(f"{_RATIO}, such as 0.5, a whole number above 0, or None")
 
 
-def _parse_duration(value: object) -> Limit | None:
-    if value is None or isinstance(value, Limit):
-        return value
-    if found := _ratio(value):
-        return found
-    if isinstance(value, str) and (match := _DURATION.fullmatch(value)) and (count := Fraction(match[1])) > 0:
-        return Limit(amount=float(count * _SECONDS[match[2]]))
-    raise wrong_value("a ratio of the dense layers' as a float above 0, a string such as '2.5ms' (s, ms, us), or None")
+def _duration(value: object) -> float:
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is not None and (count := Fraction(match[1])) > 0:
+        return float(count * _SECONDS[match[2]])
+    raise wrong_value(f"{_RATIO}, a string such as '2.5ms' (s, ms, us), or None")
 
 
 def _parse_loss(value: object) -> float | None:
@@ -75,9 +70,9 @@ def _plain_duration(limit: Limit | None) -> Any:
     return _plain(limit) if limit is None or limit.amount is None else f"{limit.amount * 1e6:.3f}us"
 
 
-Count = Annotated[Limit | None, PlainValidator(_parse_count), PlainSerializer(_plain)]
-Size = Annotated[Limit | None, PlainValidator(_parse_size), PlainSerializer(_plain)]
-Duration = Annotated[Limit | None, PlainValidator(_parse_duration), PlainSerializer(_plain_duration)]
+Count = Annotated[Limit | None, PlainValidator(partial(_limit, amount=_count)), PlainSerializer(_plain)]
+Size = Annotated[Limit | None, PlainValidator(partial(_limit, amount=parse_bytes)), PlainSerializer(_plain)]
+Duration = Annotated[Limit | None, PlainValidator(partial(_limit, amount=_duration)), PlainSerializer(_plain_duration)]
 Loss = Annotated[float | None, PlainValidator(_parse_loss)]
 
 

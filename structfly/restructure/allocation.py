@@ -8,10 +8,10 @@ from typing import NamedTuple
 from structfly.config.budget import Budget
 from structfly.errors import PlanError
 from structfly.restructure.candidates import Candidate
+from structfly.restructure.costs import ACTIVATIONS, added, keeps, used
 from structfly.rewriter.solver import ImpossibleError, Option, Solution, solve
 
 Candidates = Mapping[str, Sequence[Candidate]]
-ACTIVATIONS = "activation_bytes"
 
 
 class Allocation(NamedTuple):
@@ -22,18 +22,9 @@ class Allocation(NamedTuple):
     gap: float | None = None
 
 
-def amount(candidate: Candidate, resource: str) -> float:
-    """What a candidate uses of a resource; of activations what it keeps for backward."""
-    return candidate.costs["saved_bytes" if resource == ACTIVATIONS else resource]
-
-
 def dense_totals(candidates: Candidates, resources: Sequence[str]) -> dict[str, float]:
     """What the layers cost together while they are dense."""
-    dense = [_dense(menu) for menu in candidates.values()]
-    totals = {resource: sum(amount(each, resource) for each in dense) for resource in resources}
-    if ACTIVATIONS in totals:
-        totals[ACTIVATIONS] += max(each.costs["transient_bytes"] for each in dense)
-    return totals
+    return {resource: used((_dense(menu).costs for menu in candidates.values()), resource) for resource in resources}
 
 
 def by_solver(candidates: Candidates, budget: Budget, limits: Mapping[str, float]) -> Allocation:
@@ -46,7 +37,7 @@ def by_solver(candidates: Candidates, budget: Budget, limits: Mapping[str, float
     bounds = {**limits, "loss": budget.loss} if budget.loss is not None else dict(limits)
 
     def option(each: Candidate) -> Option:
-        uses = {resource: amount(each, resource) for resource in limits}
+        uses = {resource: added(each.costs, resource) for resource in limits}
         if seeks_time:
             uses["loss"] = each.loss
         return Option(each.costs["time"] if seeks_time else each.loss, uses, each.costs["transient_bytes"])
@@ -67,29 +58,22 @@ def uniform(candidates: Candidates, budget: Budget, limits: Mapping[str, float])
     Raises:
         PlanError: no share keeps the limits.
     """
-    resource = next(iter(limits), "params")
+    resource = next(iter(limits))
+    dense = {name: added(_dense(menu).costs, resource) for name, menu in candidates.items()}
 
     def at(share: float) -> dict[str, Candidate] | None:
         chosen = {}
         for name, menu in candidates.items():
-            dense = amount(_dense(menu), resource)
-            fitting = [each for each in menu if amount(each, resource) <= share * dense * (1 + 1e-12)]
+            fitting = [each for each in menu if added(each.costs, resource) <= share * dense[name] * (1 + 1e-12)]
             if not fitting:
                 return None
-            chosen[name] = min(fitting, key=lambda each: (each.loss, amount(each, resource)))
+            chosen[name] = min(fitting, key=lambda each: (each.loss, added(each.costs, resource)))
         return chosen
 
-    shares = sorted(
-        {
-            amount(each, resource) / max(amount(_dense(menu), resource), 1e-300)
-            for menu in candidates.values()
-            for each in menu
-        },
-        reverse=True,
-    )
-    for share in shares:
+    pairs = [(added(each.costs, resource), dense[name]) for name, menu in candidates.items() for each in menu]
+    for share in sorted({mine / max(whole, 1e-300) for mine, whole in pairs}, reverse=True):
         chosen = at(share)
-        if chosen is not None and keeps(chosen, limits):
+        if chosen is not None and _keeps(chosen, limits):
             return Allocation(chosen)
     raise PlanError(f"no share of {resource} that is the same for all layers keeps the budget")
 
@@ -105,7 +89,7 @@ def by_pixelfly(candidates: Candidates, budget: Budget, limits: Mapping[str, flo
     chosen = {}
     for name, menu in _only("pixelfly", candidates).items():
         share = {resource: limit * dense[name] / sum(dense.values()) for resource, limit in limits.items()}
-        fitting = [each for each in menu if all(amount(each, r) <= limit * (1 + 1e-12) for r, limit in share.items())]
+        fitting = [each for each in menu if keeps([each.costs], share)]
         if not fitting:
             raise PlanError(f"no Pixelfly of {name!r} fits its share of the budget, {share}; raise the budget")
         chosen[name] = min(fitting, key=lambda each: each.loss)
@@ -128,25 +112,14 @@ def by_threshold(candidates: Candidates, budget: Budget, limits: Mapping[str, fl
         }
 
     low, high = 0.0, 1e-30
-    while not keeps(at(high), limits):
+    while not _keeps(at(high), limits):
         low, high = high, high * 10
         if high > 1e30:
             raise PlanError("no GBLR that is offered keeps the budget; raise it")
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (low, middle) if keeps(at(middle), limits) else (middle, high)
+        low, high = (low, middle) if _keeps(at(middle), limits) else (middle, high)
     return Allocation(at(high))
-
-
-def keeps(chosen: Mapping[str, Candidate], limits: Mapping[str, float]) -> bool:
-    """Whether the choice keeps all limits."""
-    for resource, limit in limits.items():
-        used = sum(amount(each, resource) for each in chosen.values())
-        if resource == ACTIVATIONS:
-            used += max(each.costs["transient_bytes"] for each in chosen.values())
-        if used > limit * (1 + 1e-12):
-            return False
-    return True
 
 
 STRATEGIES: Mapping[str, Callable[[Candidates, Budget, Mapping[str, float]], Allocation]] = {
@@ -155,6 +128,10 @@ STRATEGIES: Mapping[str, Callable[[Candidates, Budget, Mapping[str, float]], All
     "pixelfly": by_pixelfly,
     "gblr": by_threshold,
 }
+
+
+def _keeps(chosen: Mapping[str, Candidate], limits: Mapping[str, float]) -> bool:
+    return keeps((each.costs for each in chosen.values()), limits)
 
 
 def _dense(menu: Sequence[Candidate]) -> Candidate:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from structfly.patterns.structure import Structure
-from structfly.records import Cost, DeviceProfile
-from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
+from structfly.records.layer import NO_STATISTICS, LayerStatistics
+from structfly.restructure.costs import Conditions, Costs, dense_cost
 from structfly.restructure.layers import Layer
-from structfly.rewriter.roofline import evaluate
 
 
 @dataclass(frozen=True)
@@ -21,39 +20,12 @@ class Candidate:
     Attributes:
         structure: what its weight is made of, None for the dense weight.
         loss: how much the loss is predicted to rise.
-        costs: of each resource: params, flops, weight_bytes, saved_bytes, transient_bytes, time (seconds).
+        costs: its amounts of each resource.
     """
 
     structure: Structure | None
     loss: float
-    costs: Mapping[str, float] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """Under what costs hold: tokens of a forward pass, dtype of the weights, and the device."""
-
-    tokens: int
-    profile: DeviceProfile
-
-    def costs(self, cost: LayerCost) -> dict[str, float]:
-        """The amounts of each resource."""
-        amounts = dict(cost.at(self.tokens))
-        amounts["params"] = amounts.pop("parameters")
-        amounts["time"] = evaluate(Cost(cost.stages), {TOKENS: self.tokens}, self.profile).seconds
-        return amounts
-
-
-def dense_cost(sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
-    """What the dense layer costs."""
-    return LayerCost(
-        parameters=sizes.parameters,
-        flops=2 * TOKENS * sizes.parameters,
-        weight_bytes=sizes.parameters * dtype.itemsize,
-        saved_bytes=0,
-        transient_bytes=0,
-        stages=(product(sizes.in_features, sizes.out_features, dtype),),
-    )
+    costs: Costs = field(repr=False)
 
 
 def candidates_of(
@@ -66,11 +38,11 @@ def candidates_of(
     is left out."""
     weight = layer.weight.detach()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    found = [Candidate(None, 0.0, conditions.costs(dense_cost(layer.sizes, weight.dtype)))]
+    found = [Candidate(None, 0.0, conditions.amounts(dense_cost(layer.sizes, weight.dtype)))]
     for structure in structures:
         menu = [each for each in structure.menu(layer.sizes) if not each.why_not(layer.sizes)]
         for each, loss in zip(menu, structure.losses(menu, wide, statistics), strict=True):
-            found.append(Candidate(each, max(0.0, loss), conditions.costs(each.cost(layer.sizes, weight.dtype))))
+            found.append(Candidate(each, max(0.0, loss), conditions.amounts(each.cost(layer.sizes, weight.dtype))))
     return _undominated(found)
 
 

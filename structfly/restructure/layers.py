@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from structfly.compat import storage_key, wrapper_subclass
+from structfly.errors import ArgumentError
 from structfly.patterns.structure import StructuredLinear
 from structfly.records.layer import LayerSizes
 
@@ -93,6 +94,9 @@ def find_layers(
     Args:
         include, exclude: globs of qualified names; without ``exclude`` the heads are excluded: ``HEADS``, and what
             a transformers model gives as its output embeddings.
+
+    Raises:
+        ArgumentError: a glob matches the name of no linear layer.
     """
     heads = {id(_output_embeddings(model))} if exclude is None else set()
     excluded = HEADS if exclude is None else tuple(exclude)
@@ -117,7 +121,17 @@ def find_layers(
             left[name] = reason
         else:
             layers[name] = layer
+    check_globs("include", include, (*layers, *left))
+    check_globs("exclude", exclude or (), (*layers, *left))
     return layers, left
+
+
+def check_globs(argument: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Raise ArgumentError for a pattern that matches none of the names: it is probably misspelt."""
+    names = list(names)
+    for pattern in patterns:
+        if names and not any(fnmatchcase(name, pattern) for name in names):
+            raise ArgumentError(f"{argument} has {pattern!r}, which matches none of the layers {', '.join(names)}")
 
 
 def _kind_of(module: nn.Module) -> _Kind | None:
@@ -162,7 +176,4 @@ def _uses_of_weights(model: nn.Module) -> Counter[int]:
 
 def _output_embeddings(model: nn.Module) -> object:
     get = getattr(model, "get_output_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except (AttributeError, NotImplementedError):
-        return None
+    return get() if callable(get) else None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structfly.restructure.distillation import Distillation
+from structfly.rewriter.evaluating import evaluating, sampling
 from structfly.rewriter.sensitivity import Losses
 
 
@@ -32,24 +32,12 @@ class Loss:
     def of(self, model: nn.Module) -> float:
         """The loss of ``model``, in evaluation mode."""
         total, count = 0.0, 0
-        with evaluating(model), torch.random.fork_rng():
+        with evaluating(model):
             for number, batch in enumerate(self._batches):
-                torch.manual_seed(self._seed + number)
                 if isinstance(self._loss_fn, Distillation):
                     found = self._loss_fn.distance(model, batch, self._references[number])
                 else:
-                    found = self._loss_fn(model, batch)
+                    with sampling(model, self._seed + number):
+                        found = self._loss_fn(model, batch)
                 total, count = total + float(found.double().sum()), count + found.numel()
         return total / max(count, 1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -16,6 +16,7 @@ from structfly.errors import PlanError
 from structfly.patterns.structure import Structure
 from structfly.patterns.structures import STRUCTURES
 from structfly.records.layer import LayerSizes
+from structfly.restructure.costs import used
 from structfly.restructure.json_lines import line_of
 
 _FORMAT = 1
@@ -120,15 +121,14 @@ class Plan(BaseModel):
     """The loss, where it was measured."""
 
     def total(self, resource: str, *, dense: bool = False) -> float:
-        """The layers' cost of a resource together; of activations the most that one layer takes besides is added."""
-        costs = [layer.dense_costs if dense else layer.costs for layer in self.layers.values()]
-        if resource == "activation_bytes":
-            return sum(cost["saved_bytes"] for cost in costs) + max(cost["transient_bytes"] for cost in costs)
-        return sum(cost[resource] for cost in costs)
+        """What the layers use of a resource together, or would while they are dense; of "loss" what is predicted."""
+        if resource == "loss":
+            return 0.0 if dense else self.predicted_loss
+        return used((layer.dense_costs if dense else layer.costs for layer in self.layers.values()), resource)
 
     @property
     def met(self) -> dict[str, bool]:
-        """Whether each limit of the budget is kept by the predicted costs."""
+        """Whether each limit of the budget is kept by what is predicted."""
         return {name: self.total(name) <= limit * (1 + 1e-9) for name, limit in self.limits.items()}
 
     # ------------------------------------------------------------------------------------------------------ files

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from structfly.restructure.layers import Layer
-from structfly.restructure.measuring import evaluating
+from structfly.rewriter.evaluating import evaluating, sampling
 
 
 def read_elsewhere(model: nn.Module, layers: Mapping[str, Layer], run: Callable[[], object]) -> set[str]:
@@ -23,7 +23,7 @@ def read_elsewhere(model: nn.Module, layers: Mapping[str, Layer], run: Callable[
         handles.append(layer.module.register_forward_hook(lambda *_: inside.pop() and None))
     try:
         reads = _Reads(names, inside)
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(), reads:
+        with evaluating(model), torch.no_grad(), sampling(model, 0), reads:
             run()
     finally:
         for handle in handles:

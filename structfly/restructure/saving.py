@@ -9,7 +9,8 @@ from torch import nn
 
 from structfly.errors import PlanError
 from structfly.patterns.structure import StructuredLinear
-from structfly.restructure.layers import Pointwise, find_layers
+from structfly.restructure.apply import planned_layers
+from structfly.restructure.layers import Pointwise
 from structfly.restructure.plan import Plan, PlannedLayer
 from structfly.restructure.replacing import replace_module
 
@@ -35,9 +36,9 @@ def from_pretrained(model: nn.Module, folder: Path | str, *, device: torch.devic
     """Turn ``model``, a fresh one of the dense architecture, into the one that was saved; in place, and returned.
 
     Args:
-        model: its weights do not matter, and may be on the meta device where ``device`` is given.
+        model: its weights do not matter, and may be on the meta device where all its buffers are saved.
         folder: of :func:`save_pretrained`.
-        device: where the model is put; None leaves it where it is.
+        device: where the model is put; None leaves it where it is, or if that is the meta device puts it on the CPU.
 
     Raises:
         PlanError: the folder holds no such model, or one of another architecture.
@@ -48,22 +49,15 @@ def from_pretrained(model: nn.Module, folder: Path | str, *, device: torch.devic
     for name in (_PLAN, _WEIGHTS):
         if not (folder / name).is_file():
             raise PlanError(f"{folder} has no {name}; give a folder that save_pretrained has written")
-    plan = Plan.load(folder / _PLAN)
-    layers, left = find_layers(model, exclude=())
-    for name, planned in plan.layers.items():
-        if name not in layers or layers[name].sizes != planned.sizes:
-            found = layers[name].sizes if name in layers else left.get(name, "there is no such layer")
-            raise PlanError(f"{folder} has a structured layer {name!r} of {planned.sizes}; in this model: {found}")
-        assert planned.structure is not None
-        layer = layers[name]
-        weight = layer.weight
+    for layer, structure in planned_layers(model, Plan.load(folder / _PLAN)):
         made = StructuredLinear(
-            planned.structure, *planned.sizes, layer.bias is not None, device="meta", dtype=weight.dtype
-        )
-        made.train(layer.module.training)
-        replace_module(model, name, layer.in_place_of(made.to_empty(device=device or weight.device)))
-    if device is not None:
-        _move(model, torch.device(device))
+            structure, *layer.sizes, layer.bias is not None, device="meta", dtype=layer.weight.dtype
+        ).to_empty(device=device or layer.weight.device)
+        replace_module(model, layer.name, layer.in_place_of(made.train(layer.module.training)))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device or "cpu")
+    elif device is not None:
+        model.to(device)
     missing, unexpected = load_model(model, str(folder / _WEIGHTS), strict=False)
     if missing or unexpected:
         raise PlanError(
@@ -82,11 +76,3 @@ def structured_layers(model: nn.Module) -> dict[str, StructuredLinear]:
         elif isinstance(module, StructuredLinear) and id(module) not in inside:
             found[name] = module
     return found
-
-
-def _move(model: nn.Module, device: torch.device) -> None:
-    on_meta = any(parameter.is_meta for parameter in model.parameters())
-    if on_meta:
-        model.to_empty(device=device)
-    else:
-        model.to(device)

@@ -123,6 +123,7 @@ def test_least_time_under_an_allowed_loss() -> None:
     free = plan_for(Budget(loss=1e9))
     tight = plan_for(Budget(loss=1e-4))
     assert tight.predicted_loss <= 1e-4
+    assert tight.met == {"loss": True}
     assert free.total("time") <= tight.total("time")
 
 
@@ -152,6 +153,14 @@ def test_wrong_arguments_are_named() -> None:
         plan_for(Budget(params=0.5), strategy="best")
     with pytest.raises(ArgumentError, match="calibration and loss_fn go together"):
         plan_for(Budget(params=0.5), loss_fn=None)
+    with pytest.raises(ArgumentError, match="refine, resume and sensitivity are of calibration data"):
+        plan_for(Budget(params=0.5), calibration=None, loss_fn=None, refine=2)
+    with pytest.raises(ArgumentError, match="the strategy 'uniform' cannot seek the least time"):
+        plan_for(Budget(params=0.5, loss=1.0), strategy="uniform")
+    globs: dict[str, Any] = {"include": ["upp"], "exclude": ["upp"], "overrides": {"upp": []}}
+    for argument, patterns in globs.items():
+        with pytest.raises(ArgumentError, match=f"{argument} has 'upp', which matches none of the layers .*up"):
+            plan_for(Budget(params=0.5), None, **{argument: patterns})
     with pytest.raises(ArgumentError, match="no layer is left"):
         plan_for(Budget(params=0.5), nn.Sequential(nn.ReLU()), calibration=None, loss_fn=None)
     with pytest.raises(ArgumentError, match="kind is 'kl'; allowed: logits"):
@@ -166,7 +175,7 @@ def test_a_plan_is_applied_to_another_copy() -> None:
     ids = batches()[0]
     assert torch.equal(first(ids), second(ids))
     wrong = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(PlanError, match=r"restructures '.*', which cannot be: there is no such layer"):
+    with pytest.raises(PlanError, match=r"restructures '.*' of .*; in this model: there is no such layer"):
         apply_(wrong, plan)
     assert type(wrong[0]) is nn.Linear
 

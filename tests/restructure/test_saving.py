@@ -65,7 +65,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     model = make()
     plan_for(Budget(params=0.6), model)
     save_pretrained(model, tmp_path)
-    with pytest.raises(PlanError, match=r"has a structured layer '.*' of .*; in this model: there is no such layer"):
+    with pytest.raises(PlanError, match=r"the plan restructures '.*' of .*; in this model: there is no such layer"):
         from_pretrained(nn.Sequential(nn.Linear(2, 2)), tmp_path)
     with pytest.raises(PlanError, match=r"has no structfly.json; give a folder that save_pretrained has written"):
         from_pretrained(make(), tmp_path / "nothing")

@@ -1,0 +1,63 @@
+"""What layers cost: one layer's amounts of each resource, and what several use together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from structfly.records import Cost, DeviceProfile
+from structfly.records.layer import TOKENS, LayerCost, LayerSizes, product
+from structfly.rewriter.roofline import evaluate
+
+Costs = Mapping[str, float]
+"""Amounts by name: params, flops, weight_bytes, saved_bytes, transient_bytes, and time in seconds."""
+
+ACTIVATIONS = "activation_bytes"
+"""The resource that is what all layers keep for backward and the most that one takes besides."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what costs hold: tokens of a forward pass, and the device."""
+
+    tokens: int
+    profile: DeviceProfile
+
+    def amounts(self, cost: LayerCost) -> dict[str, float]:
+        """The amounts of each resource."""
+        amounts = dict(cost.at(self.tokens))
+        amounts["params"] = amounts.pop("parameters")
+        amounts["time"] = evaluate(Cost(cost.stages), {TOKENS: self.tokens}, self.profile).seconds
+        return amounts
+
+
+def dense_cost(sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
+    """What the dense layer costs."""
+    return LayerCost(
+        parameters=sizes.parameters,
+        flops=2 * TOKENS * sizes.parameters,
+        weight_bytes=sizes.parameters * dtype.itemsize,
+        saved_bytes=0,
+        transient_bytes=0,
+        stages=(product(sizes.in_features, sizes.out_features, dtype),),
+    )
+
+
+def added(costs: Costs, resource: str) -> float:
+    """What one layer adds to the use of a resource."""
+    return costs["saved_bytes" if resource == ACTIVATIONS else resource]
+
+
+def used(layers: Iterable[Costs], resource: str) -> float:
+    """What layers use of a resource together."""
+    layers = list(layers)
+    peak = max((costs["transient_bytes"] for costs in layers), default=0.0) if resource == ACTIVATIONS else 0.0
+    return sum(added(costs, resource) for costs in layers) + peak
+
+
+def keeps(layers: Iterable[Costs], limits: Mapping[str, float]) -> bool:
+    """Whether layers keep all limits, up to what adding up rounds."""
+    layers = list(layers)
+    return all(used(layers, resource) <= limit * (1 + 1e-12) for resource, limit in limits.items())
