@@ -131,7 +131,9 @@ class StructuredLinear(nn.Module):
         self.structure, self.in_features, self.out_features = structure, in_features, out_features
         structure.check(self.sizes)
         dtype = dtype or torch.get_default_dtype()
-        for name, (shape, learned) in structure.factors(self.sizes).items():
+        factors = structure.factors(self.sizes)
+        self._names = tuple(factors)  # a compiler that traces the layer need not ask the structure
+        for name, (shape, learned) in factors.items():
             if learned:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
             else:
@@ -147,11 +149,13 @@ class StructuredLinear(nn.Module):
         where ``statistics`` have an ``input_mean``."""
         weight = linear.weight.detach()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        made = cls.of_factors(linear, structure, structure.project(wide, statistics))
+        factors = structure.project(wide, statistics)
+        made = cls.of_factors(linear, structure, factors)
         if made.bias is not None and statistics.input_mean is not None:
+            mean = statistics.input_mean.to(wide)[None]
             with torch.no_grad():
-                change = wide - made.to_dense().to(wide.dtype)
-                made.bias.add_((change @ statistics.input_mean.to(wide)).to(made.bias.dtype))
+                lost = (mean @ wide.t() - structure.apply(made.sizes, factors, mean, None))[0]
+                made.bias.add_(lost.to(made.bias.dtype))
         return made
 
     @classmethod
@@ -181,7 +185,7 @@ class StructuredLinear(nn.Module):
     @property
     def factors(self) -> dict[str, Tensor]:
         """The factors by name, in the op's order."""
-        return {name: getattr(self, name) for name in self.structure.factors(self.sizes)}
+        return {name: getattr(self, name) for name in self._names}
 
     @torch.no_grad()
     def load_factors(self, factors: Factors) -> None:

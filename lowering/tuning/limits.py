@@ -20,9 +20,8 @@ _SHARED_MEMORY = {
     (12, 0): 99 * _KIB,
 }
 _SHARED_MEMORY_ANYWHERE = 48 * _KIB
-_BARRIERS = (
-    2 * _KIB
-)  # and what else Triton keeps there that does not grow with the tiles; tests compare with the compiler
+# Barriers, and what else Triton keeps there that does not grow with the tiles; tests compare with the compiler.
+_BARRIERS = 2 * _KIB
 _OPERAND_BYTES = 2  # bfloat16
 _FEWEST_COLUMNS = 16  # of a part: what a descriptor moves is at least 16 bytes wide, and a sum's lower plane has bytes
 _MOST = 2**15  # entries of a tile: more do not fit the registers of 8 warps

@@ -17,6 +17,9 @@ from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.records.layer import NO_STATISTICS, LayerSizes, LayerStatistics
 from tests.oracle import assert_like_eager
 
+# What a product in another order than the dense weight's may round more often, by dtype.
+ROUNDINGS = {torch.float64: 1, torch.float32: 16, torch.bfloat16: 8}
+
 
 def statistics_of(sizes: LayerSizes, seed: int = 0, tokens: int = 200) -> LayerStatistics:
     """Covariances of full rank, far from the identity."""
@@ -38,7 +41,7 @@ def check_structure(structure: Structure, sizes: LayerSizes, *ops: LayerOp) -> N
     assert structure.why_not(sizes) == ""
     assert type(structure).model_validate_json(structure.model_dump_json()) == structure
     check_factors(structure, sizes)
-    for dtype, roundings in ((torch.float64, 1), (torch.float32, 16), (torch.bfloat16, 8)):
+    for dtype, roundings in ROUNDINGS.items():
         check_products(structure, sizes, dtype, roundings)
     for op in ops:
         check_op(structure, sizes, op)
@@ -83,12 +86,14 @@ def check_losses(structure: Structure, sizes: LayerSizes, weight: Tensor) -> Non
     assert costs[0] <= costs[1] * (1 + 1e-2) + 1e-12
 
 
-def check_products(structure: Structure, sizes: LayerSizes, dtype: torch.dtype, roundings: int) -> None:
+def check_products(
+    structure: Structure, sizes: LayerSizes, dtype: torch.dtype, roundings: int, device: str = "cpu"
+) -> None:
     """Value and gradients are those of the dense weight, and as accurate."""
-    layer = layer_of(structure, sizes, dtype)
+    layer = layer_of(structure, sizes, dtype).to(device)
     names = [name for name, factor in structure.factors(sizes).items() if factor.learned]
     assert layer.bias is not None
-    x = torch.randn(2, 3, sizes.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(2, 3, sizes.in_features, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     arguments = [each.detach().requires_grad_() for each in (x, layer.bias, *(layer.factors[name] for name in names))]
 
     def with_these(learned: tuple[Tensor, ...]) -> dict[str, Tensor]:
