@@ -52,7 +52,9 @@ class RowPointwise:
             except NoProgramError:
                 if any(map(self._sums.over_all, found)):
                     raise
-            values = [self._sums.whole(value) if value is not None and value.summed else value for value in values]
+            values = [
+                self._sums.whole(value, call.node) if value is not None and value.summed else value for value in values
+            ]
             found = [value for value in values if value is not None]
         if operation in ("and", "or", "not") and not all(value.flag for value in found):
             raise NoProgramError("D", f"{call.node.name} works on the bits of numbers")

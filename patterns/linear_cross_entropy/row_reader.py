@@ -118,7 +118,7 @@ class _Reader:
         if value.live and not result.requires_grad and not value.flag:
             if self._sums.over_all(value):
                 raise NoProgramError("D", f"{node.name} takes a sum over rows out of the gradient")
-            value = self._sums.whole(value) if value.summed else value
+            value = self._sums.whole(value, node) if value.summed else value
             return replace(value, token=self._writer.emit("detach", value.token), live=False)
         return value
 

@@ -2,7 +2,7 @@
 
 What is linear in a sum is done to every summand: a factor multiplies them, a second sum over the same rows adds its
 own.  What is added besides stays out of the program, as a term.  For anything else a sum over some rows is written
-into the program as a value of its own, and what it goes over is then inside a group.
+into the program as a value of its own, its terms with it, and what it goes over is then inside a group.
 """
 
 from __future__ import annotations
@@ -33,9 +33,16 @@ class RowSums:
         """Whether it is a sum over all rows."""
         return value.summed and set(self._rows.given).issubset(leaves(value.over))
 
-    def whole(self, value: RowValue) -> RowValue:
-        """A sum over some rows as a value of its own: what it goes over is inside a group."""
-        return replace(value, token=self._summed(value.token, value.over), over=(), summed=False)
+    def whole(self, value: RowValue, node: fx.Node) -> RowValue:
+        """A sum over some rows as a value of its own, for ``node``, with what was added to it: what it goes over is
+        inside a group."""
+        token = self._summed(value.token, value.over)
+        for term in value.terms:
+            added = self._writer.argument(term.node, node, value.dims)
+            for operation, operand in term.steps:
+                added = self._writer.emit(operation, added, self._writer.argument(operand, node, value.dims))
+            token = self._writer.emit("add", token, added)
+        return replace(value, token=token, over=(), summed=False, terms=())
 
     def _summed(self, token: str, over: Iterable[Axis]) -> str:
         gone = leaves(over)

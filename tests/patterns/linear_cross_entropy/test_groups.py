@@ -133,6 +133,27 @@ def test_other_sizes_run_the_same_program() -> None:
     assert len(fast.graphs) == 1
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda log_p, r: (log_p[0].sum() - r[0]).square() + log_p[1].sum(),
+        lambda log_p, r: (log_p.sum(1) - (r[0] - log_p[0].sum()) / r[1]).sigmoid().sum(),
+        lambda log_p, r: (log_p.sum(1) * (log_p[1].sum() + r[0]).detach()).sum(),
+        lambda log_p, r: (log_p.sum(1) + (log_p[2].mean() + r[0] * r[1]).view(1)).sigmoid().sum(),
+    ],
+)
+def test_what_is_added_to_the_sum_of_some_rows_comes_before_what_is_not_linear(
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    def step(x: Tensor, w: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        log_p = F.linear(x, w).log_softmax(-1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return loss(log_p, reference)
+
+    fast = Rewritten(step)
+    assert_like_eager(fast, step, pairs(0, 1, 3))
+    assert "gradients in forward (class C)" in fast.sites[0].candidate
+
+
 @pytest.mark.parametrize("pick", [lambda s: s[: len(s) // 2], lambda s: s[1::2]])
 def test_parts_that_are_no_longer_equal_make_another_graph(pick: Callable[[Tensor], Tensor]) -> None:
     def step(x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
