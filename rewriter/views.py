@@ -20,11 +20,11 @@ from structfly.rewriter.calls import Call, flat, read
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import example
 
-_SPLITS = ("split", "chunk", "tensor_split", "unbind")
-_RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+SPLITS = ("split", "chunk", "tensor_split", "unbind")
+RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 _MOVES = ("transpose", "permute", "movedim", "t")
-_PICKS = ("getitem", "select", "narrow")
-VIEWS = (*_RESHAPES, *_MOVES, *_PICKS)
+PICKS = ("getitem", "select", "narrow")
+VIEWS = (*RESHAPES, *_MOVES, *PICKS)
 
 
 class ClassSize:
@@ -233,7 +233,7 @@ def _by_dimension(call: Call, class_dim: int, ndim: int) -> RowView | str:
 def _element(call: Call, class_dim: int) -> RowView | str | None:
     """An element of a split, chunk or unbind."""
     split = read(call["input"])
-    if split is None or split.op not in _SPLITS or not isinstance(call["index"], int):
+    if split is None or split.op not in SPLITS or not isinstance(call["index"], int):
         return None
     tensor = example(split["input"])
     dim = split.get("dim", 0)
@@ -247,47 +247,3 @@ def _element(call: Call, class_dim: int) -> RowView | str | None:
         arguments = tuple(value for key, value in split.arguments.items() if key != "input")
     drops = split.op == "unbind" and dim < class_dim
     return RowView(split, class_dim - drops, arguments, element=call["index"])
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The interval ``[start, start + length)`` a view picks of one row dimension; ``drops`` removes the dimension."""
-
-    dim: int
-    start: int
-    length: int
-    drops: bool
-
-
-def piece_of(view: RowView) -> Piece | None:
-    """The interval a split's element, ``z[i]`` or ``z[a:b]`` picks, or None for any other view or unknown sizes."""
-    source = example(view.call["input"])
-    if source is None:
-        return None
-    if view.element is not None:
-        dim = view.call.get("dim", 0) % source.ndim
-        parts = example_tuple(view.call.node)
-        if view.call.op == "unbind":
-            return Piece(dim, view.element % len(parts), 1, True)
-        lengths = [part.shape[dim] for part in parts]
-        if not all(isinstance(length, int) for length in lengths):
-            return None
-        element = view.element % len(parts)
-        return Piece(dim, sum(lengths[:element]), lengths[element], False)
-    if view.call.op != "getitem" or view.num_classes is not None:
-        return None
-    (entries,) = view.arguments
-    entries = entries if isinstance(entries, tuple) else (entries,)
-    picked = [(dim, entry) for dim, entry in enumerate(entries) if entry != slice(None)]
-    if len(picked) != 1 or None in entries:
-        return None
-    dim, entry = picked[0]
-    size = source.shape[dim]
-    if not isinstance(size, int):
-        return None
-    if isinstance(entry, int):
-        return Piece(dim, entry % size, 1, True)
-    if isinstance(entry, slice) and all(isinstance(bound, (int, type(None))) for bound in (entry.start, entry.stop)):
-        start, stop, step = entry.indices(size)
-        return Piece(dim, start, stop - start, False) if step == 1 and stop > start else None
-    return None

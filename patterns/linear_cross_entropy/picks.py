@@ -13,9 +13,7 @@ from structfly.compat import expression, size_hint
 from structfly.patterns.linear_cross_entropy.row_axes import Size
 from structfly.rewriter.calls import Call, read
 from structfly.rewriter.region import example
-
-PICKS = ("getitem", "select", "narrow")
-_SPLITS = ("split", "chunk", "tensor_split", "unbind")
+from structfly.rewriter.views import SPLITS
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,11 @@ class Picks:
 def is_split(node: fx.Node) -> bool:
     """Whether a node is a tuple of parts, whose elements are picks."""
     call = read(node)
-    return call is not None and call.op in _SPLITS
+    return call is not None and call.op in SPLITS
 
 
 def read_picks(call: Call) -> Picks | None:
-    """What the call, one of :data:`PICKS`, takes, or None where an index is no constant."""
+    """What the call, one of :data:`~structfly.rewriter.views.PICKS`, takes, or None where an index is no constant."""
     source = call["input"]
     if call.op == "getitem" and is_split(source):
         return _element(call)

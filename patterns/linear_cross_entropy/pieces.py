@@ -16,10 +16,21 @@ from structfly.patterns.head.chain import TensorOperand
 from structfly.patterns.head.logits import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.mean import mean_divisor
+from structfly.patterns.linear_cross_entropy.picks import read_picks
+from structfly.rewriter.calls import read
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example
-from structfly.rewriter.views import Piece, piece_of
+from structfly.rewriter.views import PICKS
 from structfly.rewriter.writes import why_late
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The interval ``[start, start + length)`` a view picks of one row dimension."""
+
+    dim: int
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) ->
         if any(views > shared for views in places):
             return "a part of the logits meets a tensor with a number for each of its rows"
         rest = path.views[shared:]
-        piece = piece_of(rest[0]) if rest else None
+        piece = _piece(path.view_nodes[shared]) if rest and rest[0].num_classes is None else None
         if piece is None:
             return "the logits feed several losses that do not take parts of fixed size of their rows"
         if not all(view.ordered for view in rest[1:]) or path.class_dim != _rank(other.logits) - 1:
@@ -94,6 +105,19 @@ def read_pieces(parts: Sequence[tuple[LogitsPath, LossForm]], region: Region) ->
     return Pieces(tuple(members), shared, dim - (dim > class_dim), tuple(sorted(moved, key=region.order.__getitem__)))
 
 
+def _piece(node: fx.Node) -> Piece | None:
+    """The interval that a view picks, or None for any other view or unknown sizes."""
+    call = read(node)
+    picks = read_picks(call) if call is not None and call.op in PICKS else None
+    if picks is None or len(picks.intervals) != 1 or None in picks.result:
+        return None
+    (interval,) = picks.intervals
+    start, length = interval.start, interval.count
+    if not (isinstance(interval.size, int) and isinstance(start, int) and isinstance(length, int)):
+        return None
+    return Piece(interval.dim, start, length) if interval.step == 1 else None
+
+
 def _rank(node: fx.Node) -> int:
     value = example(node)
     return -1 if value is None else value.ndim
@@ -117,8 +141,7 @@ def whole_target(pieces: Pieces, rows: fx.Node, editor: Editor) -> fx.Node:
         part = _part(rows, pieces.dim, member.piece, editor)
         shape = editor.call(torch.select, part, -1, 0)
         parts.append(editor.method("reshape_as", member.form.target, shape))
-    join = torch.stack if pieces.members[0].piece.drops else torch.cat
-    return editor.call(join, tuple(parts), pieces.dim)
+    return editor.call(torch.cat, tuple(parts), pieces.dim)
 
 
 def part_losses(pieces: Pieces, member: Member, losses: fx.Node, editor: Editor) -> fx.Node:
@@ -132,6 +155,4 @@ def part_losses(pieces: Pieces, member: Member, losses: fx.Node, editor: Editor)
 
 
 def _part(source: fx.Node, dim: int, piece: Piece, editor: Editor) -> fx.Node:
-    if piece.drops:
-        return editor.call(torch.select, source, dim, piece.start)
     return editor.call(torch.narrow, source, dim, piece.start, piece.length)

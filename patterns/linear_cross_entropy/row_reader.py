@@ -13,7 +13,7 @@ from structfly.patterns.head.gradients import carries_gradient
 from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
 from structfly.patterns.linear_cross_entropy.loss import LossForm
-from structfly.patterns.linear_cross_entropy.picks import PICKS, is_split, read_picks
+from structfly.patterns.linear_cross_entropy.picks import is_split, read_picks
 from structfly.patterns.linear_cross_entropy.program_writer import ProgramWriter
 from structfly.patterns.linear_cross_entropy.row_axes import OfReshape, part_of
 from structfly.patterns.linear_cross_entropy.row_consumers import RowConsumer
@@ -25,11 +25,11 @@ from structfly.patterns.linear_cross_entropy.row_values import NoProgramError, R
 from structfly.rewriter.calls import Call, read
 from structfly.rewriter.linear import changes_dtype
 from structfly.rewriter.region import Region, example, example_tensors
+from structfly.rewriter.views import PICKS, RESHAPES
 from structfly.rewriter.writes import writes_in, written
 
 # What must be absent, or have this value, for a call to mean its operation.
 _PLAIN = {"alpha": 1, "rounding_mode": None, "beta": 1, "threshold": 20, "inplace": False, "dtype": None, "out": None}
-_RESHAPES = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 _COPIES = ("contiguous", "clone")
 
 End = tuple[fx.Node, LossForm | StatisticForm]
@@ -125,7 +125,7 @@ class _Reader:
     def _value(self, call: Call) -> RowValue:
         if call.op in ("sum", "mean"):
             return self._sums.of(call, self._of(call["input"], call))
-        if call.op in _RESHAPES:
+        if call.op in RESHAPES:
             value, node = self._of(call["input"], call), call.node
             source = value.dims
             sizes = example_of(node).shape

@@ -512,6 +512,20 @@ def chunk_means(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) ->
     return torch.stack([F.cross_entropy(part, target, weight=weight) for part, target in pairs]).mean()
 
 
+@form("backward")
+def first_row_and_the_others(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z = F.linear(x, w, b)
+    first = F.cross_entropy(z[0], ids[0], reduction="sum")
+    return first + F.cross_entropy(_rows(z[1:]), labels[1:].reshape(-1), ignore_index=-100)
+
+
+@form("backward")
+def selected_and_narrowed_rows(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+    z, others = F.linear(x, w, b).transpose(0, 1), ids.shape[1] - 1
+    last = F.cross_entropy(z.select(0, -1), ids[:, -1], reduction="none")
+    return F.cross_entropy(_rows(z.narrow(0, 0, others)), ids.t()[:others].reshape(-1)) + last.square().mean()
+
+
 @form("forward", "forward", "forward")
 def split_hidden_states(x: Tensor, w: Tensor, b: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
     total = torch.zeros((), dtype=x.dtype)
