@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,12 @@ def read_picks(call: Call) -> Picks | None:
     start, length = _size(call["start"]), _size(call["length"])
     if start is None or length is None:
         return None
-    return _whole(source, value, Interval(dim, value.shape[dim], start, length))
+    return _picks(source, [Interval(dim, value.shape[dim], start, length)], range(value.ndim))
 
 
-def _whole(source: fx.Node, value: torch.Tensor, interval: Interval) -> Picks:
-    return Picks(source, (interval,), tuple(range(value.ndim)))
+def _picks(source: fx.Node, intervals: Sequence[Interval], result: Iterable[int | None]) -> Picks:
+    cut = tuple(each for each in intervals if expression(each.count) != expression(each.size))
+    return Picks(source, cut, tuple(result))
 
 
 def _element(call: Call) -> Picks | None:
@@ -87,7 +88,7 @@ def _element(call: Call) -> Picks | None:
     if split.op == "unbind":
         return _indexed(source, value, (*[slice(None)] * dim, index), taken)
     sizes = [part.shape[dim] for part in parts]
-    return _whole(source, value, Interval(dim, value.shape[dim], sum(sizes[:index]), sizes[index]))
+    return _picks(source, [Interval(dim, value.shape[dim], sum(sizes[:index]), sizes[index])], range(value.ndim))
 
 
 def _indexed(source: fx.Node, value: torch.Tensor, entries: Sequence[Any], taken: torch.Tensor) -> Picks | None:
@@ -108,16 +109,15 @@ def _indexed(source: fx.Node, value: torch.Tensor, entries: Sequence[Any], taken
             count = taken.shape[len(result)]
             if start is None or not isinstance(step, int):
                 return None
-            if expression(count) != expression(size):
-                negative = (size_hint(start) or 0) < 0
-                intervals.append(Interval(dim, size, size + start if negative else start, count, step))
+            negative = (size_hint(start) or 0) < 0
+            intervals.append(Interval(dim, size, size + start if negative else start, count, step))
             result.append(dim)
         elif isinstance(entry, int) and not isinstance(entry, bool):
             intervals.append(Interval(dim, size, entry if entry >= 0 else size + entry, 1))
         else:
             return None
         dim += 1
-    return Picks(source, tuple(intervals), (*result, *range(dim, value.ndim)))
+    return _picks(source, intervals, (*result, *range(dim, value.ndim)))
 
 
 def _size(value: Any) -> Size | None:

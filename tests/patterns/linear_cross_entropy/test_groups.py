@@ -134,6 +134,28 @@ def test_other_sizes_run_the_same_program() -> None:
 
 
 @pytest.mark.parametrize(
+    "only_place",
+    [
+        lambda log_p: log_p[..., 0].sum(1),
+        lambda log_p: log_p.select(-1, -1).sum(1),
+        lambda log_p: log_p.sum(1).narrow(1, 0, 1),
+        lambda log_p: log_p.squeeze(2).sum(1, keepdim=True)[:, 0],
+        lambda log_p: log_p.sum(1).unbind(1)[0],
+    ],
+)
+def test_the_only_place_of_a_dimension_is_no_cut(only_place: Callable[[Tensor], Tensor]) -> None:
+    def step(x: Tensor, w: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        log_p = F.linear(x, w).log_softmax(-1).gather(-1, labels.clamp_min(0).unsqueeze(-1))
+        return only_place(log_p).square().mean()
+
+    fast = Rewritten(step)
+    assert_like_eager(fast, step, pairs(0, 1, 3))
+    (call,) = fast.arguments
+    assert (call.schedule, list(call.row_group)) == ("forward", [3])
+    assert "part" not in call.row_loss
+
+
+@pytest.mark.parametrize(
     "loss",
     [
         lambda log_p, r: (log_p[0].sum() - r[0]).square() + log_p[1].sum(),
