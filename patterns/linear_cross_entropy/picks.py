@@ -109,8 +109,9 @@ def _indexed(source: fx.Node, value: torch.Tensor, entries: Sequence[Any], taken
             count = taken.shape[len(result)]
             if start is None or not isinstance(step, int):
                 return None
-            negative = (size_hint(start) or 0) < 0
-            intervals.append(Interval(dim, size, size + start if negative else start, count, step))
+            if (size_hint(start) or 0) < 0:
+                start = max(size + start, 0)
+            intervals.append(Interval(dim, size, start, count, step))
             result.append(dim)
         elif isinstance(entry, int) and not isinstance(entry, bool):
             intervals.append(Interval(dim, size, entry if entry >= 0 else size + entry, 1))

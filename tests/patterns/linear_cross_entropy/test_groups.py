@@ -133,6 +133,18 @@ def test_other_sizes_run_the_same_program() -> None:
     assert len(fast.graphs) == 1
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_slices_end_where_the_rows_do(dynamic: bool) -> None:
+    def step(x: Tensor, w: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        log_p = F.linear(x, w).log_softmax(-1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).sum(1)
+        half = log_p.shape[0] // 2
+        return -F.logsigmoid(log_p[-99:half] - log_p[half:99] - reference).mean()
+
+    fast = Rewritten(step, dynamic=dynamic)
+    assert_like_eager(fast, step, pairs(0, 1, 3))
+    assert "gradients in forward (class C)" in fast.sites[0].candidate
+
+
 @pytest.mark.parametrize(
     "only_place",
     [
