@@ -62,6 +62,16 @@ class Axis:
     cut: tuple[Axis, ...] = ()
     inner: bool = False
 
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """What has to exist where its size is written: what the reshapes take of which that is found."""
+        if isinstance(self.size, int) or self.origin is None or isinstance(self.origin, OfConsumer):
+            return ()
+        if isinstance(self.origin, Quotient):
+            return self.origin.axis.inputs
+        before = (node for axes in self.origin.source for axis in axes for node in axis.inputs)
+        return (*self.origin.node.all_input_nodes[1:], *before)
+
 
 # For each dimension of a value its axes, outermost first; none where the size is 1.
 Dims = tuple[tuple[Axis, ...], ...]
@@ -111,8 +121,7 @@ class RowAxes:
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
         """What has to exist where sizes are written."""
-        reshapes = [axis.origin.node for axis in self.given if isinstance(axis.origin, OfReshape)]
-        return tuple(node for reshape in reshapes for node in reshape.all_input_nodes[1:])
+        return tuple(dict.fromkeys(node for axis in self.given for node in axis.inputs))
 
 
 def reshaped(source: Dims, sizes: Sequence[Size], origin: Callable[[int], OfConsumer | OfReshape]) -> Dims | None:

@@ -133,6 +133,22 @@ def test_other_sizes_run_the_same_program() -> None:
     assert len(fast.graphs) == 1
 
 
+@pytest.mark.parametrize("cut_again", [False, True])
+def test_a_size_that_is_made_too_late_is_reported(cut_again: bool) -> None:
+    def step(x: Tensor, w: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        log_p = -F.cross_entropy(F.linear(x, w).flatten(0, 1), labels.clamp_min(0).flatten(), reduction="none")
+        logged = log_p.detach().exp().sum()
+        first, second = log_p.view(x.shape[0] // 2, 2 * x.shape[1]).chunk(2, 1)
+        margins = first.sum(1) - second.sum(1)
+        better, worse = margins.chunk(2) if cut_again else (margins, reference)
+        return (better - worse).sigmoid().sum() + logged
+
+    fast = Rewritten(step, dynamic=True)
+    assert_like_eager(fast, step, pairs(0, 2, 3))
+    assert "(class C: floordiv, which " in fast.sites[0].candidate
+    assert "is made after a statistic was used" in fast.sites[0].candidate
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_slices_end_where_the_rows_do(dynamic: bool) -> None:
     def step(x: Tensor, w: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
