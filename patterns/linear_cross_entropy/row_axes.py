@@ -23,9 +23,9 @@ Size = int | torch.SymInt
 
 @dataclass(frozen=True)
 class OfConsumer:
-    """The size of dimension ``dim`` of the rows as the consumer at ``anchor`` has them."""
+    """The size of dimension ``dim`` of the rows as the consumer at ``node`` has them."""
 
-    anchor: fx.Node
+    node: fx.Node
     dim: int
 
 

@@ -12,13 +12,7 @@ from torch import fx
 from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.mean import live_rows, mean_divisor
-from structfly.patterns.linear_cross_entropy.row_axes import (
-    Axis,
-    OfConsumer,
-    OfReshape,
-    Quotient,
-    leaves_of,
-)
+from structfly.patterns.linear_cross_entropy.row_axes import Axis, OfConsumer, OfReshape, Quotient, leaves_of
 from structfly.patterns.linear_cross_entropy.row_loss import Operand, RowLoss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import example
@@ -44,7 +38,7 @@ class RowWriter:
     def __init__(self, loss: RowLoss, ones: Callable[[fx.Node], fx.Node], editor: Editor) -> None:
         self._loss, self._make_ones, self._editor = loss, ones, editor
         self.axes = loss.axes
-        self._ones: dict[fx.Node, fx.Node] = {}
+        self._shapes: dict[fx.Node, fx.Node] = {}
         self._sizes: dict[Axis, int | fx.Node] = {}
 
     # ------------------------------------------------------------------------------------------- the order
@@ -133,15 +127,18 @@ class RowWriter:
         return self._sizes[axis]
 
     def _found(self, axis: Axis) -> int | fx.Node:
-        editor, origin = self._editor, axis.origin
-        if isinstance(origin, OfConsumer):
-            if origin.anchor not in self._ones:
-                self._ones[origin.anchor] = self._make_ones(origin.anchor)
-            return editor.size(self._ones[origin.anchor], origin.dim)
+        origin = axis.origin
         if isinstance(origin, Quotient):
-            return editor.call(operator.floordiv, self._size(origin.axis), origin.parts)
-        assert isinstance(origin, OfReshape)
-        shape = [self._product(axes) for axes in origin.source]
-        rows = editor.call(torch.empty, shape)
+            return self._editor.call(operator.floordiv, self._size(origin.axis), origin.parts)
+        assert origin is not None
+        if origin.node not in self._shapes:
+            self._shapes[origin.node] = self._shaped(origin)
+        return self._editor.size(self._shapes[origin.node], origin.dim)
+
+    def _shaped(self, origin: OfConsumer | OfReshape) -> fx.Node:
+        """Something in the shape in which ``origin`` has the rows."""
+        if isinstance(origin, OfConsumer):
+            return self._make_ones(origin.node)
+        rows = self._editor.call(torch.empty, [self._product(axes) for axes in origin.source])
         call = origin.node
-        return editor.size(editor.like(call, rows, *call.args[1:], **call.kwargs), origin.dim)
+        return self._editor.like(call, rows, *call.args[1:], **call.kwargs)
