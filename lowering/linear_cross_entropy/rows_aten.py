@@ -98,7 +98,7 @@ class _Block:
         dtype: torch.dtype,
         gradient: bool,
     ) -> None:
-        self.logits, self.indices, self.terms, self.asked, self.differentiated = logits, indices, terms, asked, gradient
+        self.logits, self.indices, self.terms, self.asked = logits, indices, terms, asked
         z = logits if logits.dtype == dtype else logits.to(dtype)
         if terms.bias is not None:
             z.add_(terms.bias.to(dtype))

@@ -183,7 +183,7 @@ def _fused(
         logits.append(Stage(0, sweeps * chunk, launches))  # the row step
     if site.row_program:  # each instruction, and two for its derivative
         logits.append(Stage(0, 3 * rows * 4, 3 * len(site.row_program.split(";")) * launches))
-    first = length < site.group_rows and site.gradients.any
+    first = length < site.group_rows and site.gradients.any  # a pass for the statistics alone comes first
     stages = [*logits, matmul(rows, h, c, launches, dtype), Stage(0, 2 * chunk, launches)] if first else list(logits)
     operands = site.epilogue.operands
     calls = 1
@@ -198,9 +198,8 @@ def _fused(
             saved = sum(sizes.gradient_bytes)
         if site.gradients.x:
             hidden = hidden_product(site, rows, launches)
-            if (
-                isinstance(sizes, ExponentialSizes) and not site.gradients.weight
-            ):  # few large tiles, and nothing to fill the gaps
+            if isinstance(sizes, ExponentialSizes) and not site.gradients.weight:
+                # Few large tiles, and nothing to fill the gaps.
                 cut = sizes.tiles.hidden_product
                 share = max(busy(length, sizes.hidden, split, profile.processors, cut) for split in (1, 2))
                 hidden = replace(hidden, flops=hidden.flops / share)
