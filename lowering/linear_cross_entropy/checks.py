@@ -110,7 +110,7 @@ def _check_row_loss(call: Arguments) -> None:
 def _check_group(call: Arguments, dimensions: int) -> None:
     rows, group = call.x.shape[0], tuple(call.row_group)
     size = math.prod(group)
-    if len(group) < dimensions or size < 1 or rows % size:
+    if len(group) < dimensions or min(group, default=1) < 1 or rows % size:
         raise StructflyError(
             f"row_group is {list(group)}; allowed are {dimensions} sizes or more, from 1 up, whose product divides the "
             f"{rows} rows"

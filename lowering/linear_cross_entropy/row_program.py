@@ -155,7 +155,8 @@ def parse_row_program(text: str) -> RowProgram:
     """Read the string form.
 
     Raises:
-        StructflyError: an operation or an argument is unknown, or an operation has another number of arguments.
+        StructflyError: an operation or an argument is unknown, or an operation has another number of arguments, or
+            names a dimension of a group, or a place along it, by something that is no such number.
     """
     instructions: list[tuple[str, tuple[Argument, ...]]] = []
     for place, line in enumerate(text.split(";")):
@@ -165,12 +166,17 @@ def parse_row_program(text: str) -> RowProgram:
             known = f"{count} arguments" if count >= 0 else f"one of {', '.join(OPERATIONS)}"
             raise StructflyError(f"row program {text!r}: instruction {line!r}; expected {known}")
         given = tuple(_argument(word, place, text) for word in words)
-        if name in _OF_GROUPS and (any(isinstance(each, str) for each in given[1:]) or int(given[1]) < 1):
+        if name in _OF_GROUPS and not all(map(_counts, given[1:], (1, 0))):
             raise StructflyError(
                 f"row program {text!r}: instruction {line!r}; a group's dimensions count from 1 and its places from 0"
             )
         instructions.append((name, given))
     return RowProgram(tuple(instructions))
+
+
+def _counts(argument: Argument, first: int) -> bool:
+    """Whether an argument is a whole number from ``first`` up."""
+    return isinstance(argument, float) and argument.is_integer() and argument >= first
 
 
 def _argument(word: str, place: int, text: str) -> Argument:
