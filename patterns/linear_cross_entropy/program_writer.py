@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from structfly.patterns.linear_cross_entropy.row_axes import Axis, Dims
-from structfly.patterns.linear_cross_entropy.row_loss import Operand
+from structfly.patterns.linear_cross_entropy.row_loss import GraphValue, Operand
 from structfly.patterns.linear_cross_entropy.row_values import NoProgramError
 from structfly.rewriter.region import example
 
@@ -55,7 +55,7 @@ class ProgramWriter:
             raise NoProgramError("D", f"{given.name}, an operand of {node.name}, needs a gradient itself")
         if tensor is None and not isinstance(given.meta.get("example_value"), (torch.SymInt, torch.SymFloat)):
             raise NoProgramError("D", f"{given.name} is no tensor")
-        return self.operand(Operand(given, None if tensor is None or tensor.ndim == 0 else dims))
+        return self.operand(GraphValue(given, None if tensor is None or tensor.ndim == 0 else dims))
 
     def text(self, result: str, inner: Sequence[Axis]) -> str:
         """The program that ends in ``result``; the axes ``inner`` are the dimensions of a group, counted from 1."""

@@ -11,7 +11,7 @@ from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.program_writer import ProgramWriter
 from structfly.patterns.linear_cross_entropy.row_axes import Axis, OfConsumer, RowAxes, Size, leaves_of
-from structfly.patterns.linear_cross_entropy.row_loss import Operand
+from structfly.patterns.linear_cross_entropy.row_loss import LiveRows, MeanDivisor
 from structfly.patterns.linear_cross_entropy.row_values import RowValue, reshaped_rows
 from structfly.rewriter.region import needs_gradient
 
@@ -51,7 +51,7 @@ class RowConsumer:
             token = writer.emit("neg", token)
         summed = isinstance(form, LossForm) and form.reduction != "none"
         if isinstance(form, LossForm) and form.reduction == "mean":
-            token = writer.emit("div", token, writer.operand(Operand(loss=form)))
+            token = writer.emit("div", token, writer.operand(MeanDivisor(form)))
         live = needs_gradient(self.anchor)
         if not live and token != "argmax":
             token = writer.emit("detach", token)
@@ -63,7 +63,7 @@ class RowConsumer:
             return "loss"
         token = writer.emit("sub", "lse", f"chosen{self.column}")
         if form.ignore_index is not None:
-            token = writer.emit("where", writer.operand(Operand(loss=form, live=True)), token, "0.0")
+            token = writer.emit("where", writer.operand(LiveRows(form)), token, "0.0")
         return token
 
     def _statistic(self, form: StatisticForm, writer: ProgramWriter) -> str:

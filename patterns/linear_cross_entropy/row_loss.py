@@ -21,21 +21,36 @@ from structfly.patterns.linear_cross_entropy.row_axes import Dims, RowAxes
 
 
 @dataclass(frozen=True)
-class Operand:
-    """An operand of the program.
+class GraphValue:
+    """The value of ``node``, broadcast to the axes of the value that it meets; None for a scalar."""
 
-    Attributes:
-        node: a value of the graph, broadcast to ``dims``; None for what the rewrite makes.
-        dims: the axes of the value that it meets; None for a scalar.
-        count: it is how many values the axes of ``dims`` have.
-        loss: it is what a mean loss divides by, or with ``live`` which of its rows are not ignored.
-    """
+    node: fx.Node
+    dims: Dims | None
 
-    node: fx.Node | None = None
-    dims: Dims | None = None
-    count: bool = False
-    loss: LossForm | None = None
-    live: bool = False
+
+@dataclass(frozen=True)
+class Count:
+    """How many values these axes have."""
+
+    dims: Dims
+
+
+@dataclass(frozen=True)
+class MeanDivisor:
+    """What a mean loss divides by."""
+
+    form: LossForm
+
+
+@dataclass(frozen=True)
+class LiveRows:
+    """Which rows of a loss are not ignored."""
+
+    form: LossForm
+
+
+# What a program takes beside statistics.
+Operand = GraphValue | Count | MeanDivisor | LiveRows
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,8 @@ class RowLoss:
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
         """What has to exist where the op stands; terms are added at the root."""
-        return (*self.axes.inputs, *(operand.node for operand in self.operands if operand.node is not None))
+        values = (operand.node for operand in self.operands if isinstance(operand, GraphValue))
+        return (*self.axes.inputs, *values)
 
 
 @dataclass(frozen=True)

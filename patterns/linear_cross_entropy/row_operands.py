@@ -10,10 +10,9 @@ import torch
 from torch import fx
 
 from structfly.patterns.head.logits import example_of
-from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.mean import live_rows, mean_divisor
 from structfly.patterns.linear_cross_entropy.row_axes import Axis, OfConsumer, OfReshape, Quotient, leaves_of
-from structfly.patterns.linear_cross_entropy.row_loss import Operand, RowLoss
+from structfly.patterns.linear_cross_entropy.row_loss import Count, LiveRows, MeanDivisor, Operand, RowLoss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import example
 
@@ -72,26 +71,21 @@ class RowWriter:
 
     def _operand(self, operand: Operand) -> fx.Node:
         editor = self._editor
-        if operand.loss is not None:
-            return self._of_loss(operand.loss, operand.live)
-        if operand.count:
-            return self._number(self._product(leaves_of(operand.dims or ())))
-        node = operand.node
-        assert node is not None
-        if example(node) is None:  # a size
-            return self._number(node)
+        if isinstance(operand, MeanDivisor):
+            return mean_divisor(operand.form, editor)
+        if isinstance(operand, LiveRows):
+            return self._spread(live_rows(operand.form, editor), self.axes.given)
+        if isinstance(operand, Count):
+            return self._number(self._product(leaves_of(operand.dims)))
+        if example(operand.node) is None:  # a size
+            return self._number(operand.node)
         if operand.dims is None:
-            return node
-        node = editor.call(torch.broadcast_to, node, [self._product(axes) for axes in operand.dims])
+            return operand.node
+        node = editor.call(torch.broadcast_to, operand.node, [self._product(axes) for axes in operand.dims])
         return self._spread(node, leaves_of(operand.dims))
 
     def _number(self, size: int | fx.Node) -> fx.Node:
         return self._editor.call(torch.full, (), size, dtype=torch.float32)
-
-    def _of_loss(self, form: LossForm, live: bool) -> fx.Node:
-        if not live:
-            return mean_divisor(form, self._editor)
-        return self._spread(live_rows(form, self._editor), self.axes.given)
 
     def _spread(self, node: fx.Node, there: Sequence[Axis]) -> fx.Node:
         """``node`` with one entry for each place along the axes ``there``, as an operand."""

@@ -18,7 +18,7 @@ from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.class_values import shape_of
 from structfly.patterns.linear_cross_entropy.program_writer import ProgramWriter
 from structfly.patterns.linear_cross_entropy.row_axes import Axis, RowAxes, leaves, leaves_of
-from structfly.patterns.linear_cross_entropy.row_loss import Operand, Term
+from structfly.patterns.linear_cross_entropy.row_loss import Count, Term
 from structfly.patterns.linear_cross_entropy.row_values import NoProgramError, RowValue, class_without
 from structfly.rewriter.calls import Call, flat
 
@@ -68,7 +68,7 @@ class RowSums:
             if all(isinstance(size, int) for size in sizes):
                 count = repr(float(math.prod(sizes)))
             else:
-                count = self._writer.operand(Operand(dims=over, count=True))
+                count = self._writer.operand(Count(over))
             if value.terms:
                 raise NoProgramError("D", f"{call.node.name} is a mean of a sum to which something was added")
             token = self._writer.emit("div", token, count)
