@@ -66,14 +66,16 @@ class Blast(Structure):
         rows, columns, rank = self.row_blocks, self.column_blocks, self.rank
         parameters = rank * (rows * outer + columns * inner + rows * columns)
         between = TOKENS * rank * (rows + columns) * dtype.itemsize
-        copied = TOKENS * rows * outer * dtype.itemsize if rows > 1 else 0
-        padded = TOKENS * columns * inner * dtype.itemsize if columns * inner > sizes.in_features else 0
+        # First the input, padded; at last the outputs of all row blocks, and again in order, the output among them.
+        padded = columns * inner if columns * inner > sizes.in_features else 0
+        given = 2 * rows * outer if rows > 1 else sizes.out_features
+        beside = TOKENS * (max(padded, given) - sizes.out_features) * dtype.itemsize
         return LayerCost(
             parameters=parameters,
             flops=2 * TOKENS * parameters,
             weight_bytes=parameters * dtype.itemsize,
             saved_bytes=0 if self.rematerialise else between,
-            transient_bytes=between + copied + padded,
+            transient_bytes=between + beside,
             stages=(
                 product(inner, rank, dtype, batch=columns),
                 product(columns, rows, dtype, batch=rank),

@@ -43,7 +43,6 @@ class Chain(Structure):
         shapes = self.shapes(sizes)
         parameters = sum(shape.parameters for shape in shapes)
         between = sum(shape.features_out for shape in shapes[:-1])
-        padded = shapes[0].features_in if shapes[0].features_in > sizes.in_features else 0
         given = shapes[-1].features_out
         row = TOKENS * dtype.itemsize
         products = (product(s.columns, s.rows, dtype, batch=s.matrices) for s in shapes)
@@ -52,7 +51,7 @@ class Chain(Structure):
             flops=2 * TOKENS * parameters,
             weight_bytes=parameters * dtype.itemsize,
             saved_bytes=0 if self.rematerialise else row * between,
-            transient_bytes=row * (padded + between + given),
+            transient_bytes=row * _numbers_at_once(shapes, sizes),
             stages=(*products, Stage(0, row * (given + sizes.out_features))),  # the last puts the outputs in order
         )
 
@@ -81,6 +80,29 @@ class Chain(Structure):
     def apply(self, sizes: LayerSizes, factors: Factors, x: Tensor, bias: Tensor | None) -> Tensor:
         static = [sizes.out_features]
         return KRONECKER(x, list(factors.values()), bias, static, rematerialise=self.rematerialise)
+
+
+def _numbers_at_once(shapes: tuple[FactorShape, ...], sizes: LayerSizes) -> int:
+    """The most that a forward pass holds of a row at a time besides its input and output.
+
+    Every product is kept.  Beside it stands what it is made of, copied unless it lies in memory as the product takes
+    it: once to be in order, where it is not, and once for its axes to lie side by side.  After the last product stand
+    the outputs in order, and once more without those that are padding.
+    """
+    first = shapes[0]
+    padded = first.features_in if first.features_in > sizes.in_features else 0
+    held = first.features_out
+    turned = first.d > 1 or first.columns == 1  # BLAS takes the input as it is in all other cases
+    most = padded + (first.features_in if turned else 0) + held
+    for right, left in pairwise(shapes):
+        in_order = right.d == 1
+        side_by_side = in_order and (left.d == 1 or left.a == left.p == 1)
+        copied = 0 if side_by_side else left.features_in
+        most = max(most, held + copied + max(0 if in_order else copied, left.features_out))
+        held += left.features_out
+    given = shapes[-1].features_out
+    at_last = held + given + (sizes.out_features if given > sizes.out_features else 0)
+    return max(most, at_last) - sizes.out_features
 
 
 def why_not_chain(shapes: tuple[FactorShape, ...], sizes: LayerSizes) -> str:

@@ -75,9 +75,10 @@ class GBLR(Structure):
     def cost(self, sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
         tiles = self.right_tiles + self.left_tiles
         parameters = tiles * self.tile * self.group
-        between = TOKENS * self.groups * self.group * dtype.itemsize
+        components = self.groups * self.group
+        between = TOKENS * components * dtype.itemsize
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        sums = TOKENS * (self.groups * self.group + sizes.out_features) * wide if wide > dtype.itemsize else 0
+        sums = TOKENS * max(components, sizes.out_features) * wide if wide > dtype.itemsize else 0
         return LayerCost(
             parameters=parameters,
             flops=2 * TOKENS * parameters,

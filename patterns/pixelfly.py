@@ -62,15 +62,17 @@ class Pixelfly(Structure):
     def cost(self, sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
         parts = self.sparse.cost(sizes, dtype), self.low_rank.cost(sizes, dtype)
         between = sizes.in_features if self.gated else 1
-        inputs = 2 * TOKENS * sizes.in_features * dtype.itemsize if self.gated else 0  # g x and (1 - g) x
+        if self.gated:
+            scaled = TOKENS * (2 * sizes.in_features + 1)  # g x, (1 - g) x and g
+        else:
+            scaled = parts[0].parameters + self.rank * sizes.out_features + 1  # g B, (1 - g) U and 1 - g
         return LayerCost(
             parameters=sum(part.parameters for part in parts) + between,
             flops=sum(part.flops for part in parts) + (2 * TOKENS * between if self.gated else 0),
             weight_bytes=sum(part.weight_bytes for part in parts) + between * dtype.itemsize,
-            saved_bytes=sum(part.saved_bytes for part in parts) + inputs,
+            saved_bytes=sum(part.saved_bytes for part in parts) + scaled * dtype.itemsize,
             transient_bytes=sum(part.transient_bytes for part in parts)
-            + TOKENS * sizes.out_features * dtype.itemsize  # the two outputs before they are added
-            + inputs,
+            + (2 * TOKENS * sizes.out_features + scaled) * dtype.itemsize,  # the two outputs before they are added
             stages=tuple(stage for part in parts for stage in part.stages),
         )
 

@@ -16,6 +16,7 @@ from structfly.lowering.layer_op import LayerOp
 from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.records.layer import NO_STATISTICS, LayerSizes, LayerStatistics
 from tests.oracle import assert_like_eager
+from tests.patterns.costs import check_cost
 
 # What a product in another order than the dense weight's may round more often, by dtype.
 ROUNDINGS = {torch.float64: 1, torch.float32: 16, torch.bfloat16: 8}
@@ -41,6 +42,7 @@ def check_structure(structure: Structure, sizes: LayerSizes, *ops: LayerOp) -> N
     assert structure.why_not(sizes) == ""
     assert type(structure).model_validate_json(structure.model_dump_json()) == structure
     check_factors(structure, sizes)
+    check_cost(structure, sizes, torch.float32, tokens=10)
     for dtype, roundings in ROUNDINGS.items():
         check_products(structure, sizes, dtype, roundings)
     for op in ops:
