@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from structfly.patterns.conjugate_gradients import conjugate_gradients
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.whitening import with_ridge
 from structfly.records.layer import NO_STATISTICS, LayerStatistics
@@ -186,21 +187,7 @@ def _improve_scale(scale: Tensor, target: Tensor, outer: Tensor, inner: Tensor) 
     def preconditioned(gradient: Tensor) -> Tensor:
         return (inverses @ gradient.permute(1, 2, 0)[..., None])[..., 0].permute(2, 0, 1)
 
-    gradient = target - normal(scale)
-    step = direction = preconditioned(gradient)
-    slope = (gradient * step).sum()
-    first = slope
-    for _ in range(_SCALE_STEPS):
-        moved = normal(direction)
-        curvature = (direction * moved).sum()
-        if not (slope > _DAMPING * first and curvature > 0):
-            break
-        scale = scale + slope / curvature * direction
-        gradient = gradient - slope / curvature * moved
-        step = preconditioned(gradient)
-        before, slope = slope, (gradient * step).sum()
-        direction = step + slope / before * direction
-    return scale
+    return conjugate_gradients(normal, target, scale, preconditioned, steps=_SCALE_STEPS, tolerance=_DAMPING)[0]
 
 
 def _inverses(grams: Tensor) -> Tensor:

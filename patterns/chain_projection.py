@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structfly.lowering.kronecker.reference import FactorShape, kronecker_reference
+from structfly.patterns.conjugate_gradients import conjugate_gradients
 from structfly.patterns.whitening import root, with_ridge
 from structfly.records.layer import NO_STATISTICS, LayerStatistics
 
@@ -137,20 +138,9 @@ def _solved(
         residual = residual if left is None else torch.cholesky_solve(residual, left)
         return torch.cholesky_solve(residual.mT, right).mT
 
-    w = factor.reshape(shape.matrices, shape.rows, shape.columns)
-    residual = _strips(wanted, rows) @ inputs.mT - applied(w)
-    direction = torch.zeros_like(w)
-    energies, gain = [0.0], 0.0
-    for _ in range(_STEPS):
-        ahead = preconditioned(residual)
-        energies.append(float((residual * ahead).sum()))
-        if not energies[-1] > _RESIDUAL * energies[1]:
-            break
-        direction = ahead + (energies[-1] / energies[-2] if energies[-2] else 0.0) * direction
-        pushed = applied(direction)
-        length = energies[-1] / float((direction * pushed).sum())
-        w, residual = w + length * direction, residual - length * pushed
-        gain += length * energies[-1] / 2
+    start = factor.reshape(shape.matrices, shape.rows, shape.columns)
+    target = _strips(wanted, rows) @ inputs.mT
+    w, gain = conjugate_gradients(applied, target, start, preconditioned, steps=_STEPS, tolerance=_RESIDUAL)
     return w.view(shape), gain
 
 
