@@ -32,7 +32,8 @@ from torch.nn import functional as F
 
 from structfly.patterns.conjugate_gradients import conjugate_gradients
 from structfly.patterns.low_rank import LowRank
-from structfly.patterns.whitening import with_ridge
+from structfly.patterns.nearest import nearest
+from structfly.patterns.whitening import has_metric, in_metric, with_ridge
 from structfly.records.layer import NO_STATISTICS, LayerStatistics
 
 _DAMPING = 1e-6  # of the mean eigenvalue: about what float32 leaves of a Gram matrix
@@ -60,18 +61,20 @@ def project_each(
     plain_starts = LowRank.project_each(ranks, weight)
     metric_starts = LowRank.project_each(ranks, weight, statistics)
     metrics = [with_ridge(m, weight) for m in (statistics.output_fisher, statistics.input_covariance)]
-    has_metric = any(metric is not None for metric in metrics)
+
+    def dense(state: _State) -> Tensor:
+        return state.dense()[: weight.shape[0], : weight.shape[1]]
 
     for _, rows, columns, iterations in settings:
         low_rank = _blocked(next(plain_starts), rows, columns)
         plain = _Problem(weight, [None, None], low_rank)
-        state = plain.better(low_rank, plain.refine(_noisy(low_rank), iterations), NO_STATISTICS)
-        if has_metric:
+        state = nearest(weight, NO_STATISTICS, dense, low_rank, plain.refine(_noisy(low_rank), iterations))
+        if has_metric(statistics):
             problem = _Problem(weight, metrics, low_rank)
             low_rank = _blocked(next(metric_starts), rows, columns)
-            state = problem.better(state, problem.refine(state, iterations), statistics)
-            if problem.better(state, low_rank, statistics) is low_rank:
-                state = problem.better(low_rank, problem.refine(low_rank, iterations), statistics)
+            state = nearest(weight, statistics, dense, state, problem.refine(state, iterations))
+            if nearest(weight, statistics, dense, state, low_rank) is low_rank:
+                state = nearest(weight, statistics, dense, low_rank, problem.refine(low_rank, iterations))
         yield state.right.mT.contiguous(), state.scale, state.left
 
 
@@ -140,19 +143,11 @@ class _Problem:
     """One weight under one metric, cut into the blocks of ``like``."""
 
     def __init__(self, weight: Tensor, metrics: Sequence[Tensor | None], like: _State) -> None:
-        self.weight = weight
         (rows, height, _), (columns, width, _) = like.left.shape, like.right.shape
         self.rows = _Side(metrics[0], weight.shape[0], rows, height)
         self.columns = _Side(metrics[1], weight.shape[1], columns, width)
-        target = weight if metrics[0] is None else metrics[0] @ weight
-        target = target if metrics[1] is None else target @ metrics[1]
         margins = (0, columns * width - weight.shape[1], 0, rows * height - weight.shape[0])
-        self.target = F.pad(target, margins)
-
-    def better(self, first: _State, second: _State, statistics: LayerStatistics) -> _State:
-        height, width = self.weight.shape
-        losses = [statistics.loss_of(each.dense()[:height, :width] - self.weight) for each in (first, second)]
-        return second if losses[1] < losses[0] else first
+        self.target = F.pad(in_metric(weight, metrics[0], metrics[1]), margins)
 
     def refine(self, state: _State, iterations: int) -> _State:
         left, scale, right = state

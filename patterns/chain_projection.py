@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from structfly.lowering.kronecker.reference import FactorShape, kronecker_reference
 from structfly.patterns.conjugate_gradients import conjugate_gradients
-from structfly.patterns.whitening import root, with_ridge
+from structfly.patterns.nearest import nearest
+from structfly.patterns.whitening import has_metric, in_metric, root, with_ridge
 from structfly.records.layer import NO_STATISTICS, LayerStatistics
 
 _SWEEPS = 4  # over all factors, at most
@@ -38,21 +39,21 @@ def project_chain(
 ) -> list[Tensor]:
     """Factors of these shapes, the first applied first, whose product is near ``weight`` (out, in)."""
     padded = F.pad(weight, (0, shapes[0].features_in - weight.shape[1], 0, shapes[-1].features_out - weight.shape[0]))
-
-    def loss(factors: Sequence[Tensor]) -> float:
-        one = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-        return statistics.loss_of(kronecker_reference(one, factors, weight.shape[0]).t() - weight)
-
-    if statistics.input_covariance is None and statistics.output_fisher is None:
+    if not has_metric(statistics):
         factors = split(padded, shapes)
         if len(shapes) > 2:  # of two factors these are the best
             factors = _refined(factors, padded, None, None)
         return _balanced(factors, shapes)
+
+    def dense(factors: Sequence[Tensor]) -> Tensor:
+        one = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return kronecker_reference(one, factors, weight.shape[0]).t()
+
     plain = project_chain(weight, shapes)
     inner = _metric(statistics.input_covariance, padded, padded.shape[1])
     outer = _metric(statistics.output_fisher, padded, padded.shape[0])
-    start = min(split(padded, shapes, inner, outer), plain, key=loss)
-    return _balanced(min(_refined(start, padded, inner, outer), plain, key=loss), shapes)
+    start = nearest(weight, statistics, dense, split(padded, shapes, inner, outer), plain)
+    return _balanced(nearest(weight, statistics, dense, _refined(start, padded, inner, outer), plain), shapes)
 
 
 def split(
@@ -99,8 +100,7 @@ def _refined(factors: Sequence[Tensor], weight: Tensor, inner: Tensor | None, ou
         turned = _refined([_transposed(factor) for factor in reversed(factors)], weight.t(), outer, inner)
         return [_transposed(factor) for factor in reversed(turned)]
     made = list(factors)
-    target = weight if outer is None else outer @ weight
-    target = target if inner is None else target @ inner
+    target = in_metric(weight, outer, inner)
     one = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     first = 0.0
     for _ in range(_SWEEPS):

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structfly.patterns.whitening import with_ridge
+from structfly.patterns.nearest import nearest
+from structfly.patterns.whitening import has_metric, in_metric, with_ridge
 from structfly.records.layer import NO_STATISTICS, LayerStatistics
 
 Interval = tuple[int, int]  # tiles, the last excluded
@@ -56,18 +57,18 @@ class Component(NamedTuple):
 def project(weight: Tensor, statistics: LayerStatistics, shape: Shape, sweeps: int) -> list[Component]:
     """``shape.groups`` components with ``shape.left_tiles`` and ``shape.right_tiles`` tiles in all."""
     plain = _Greedy(weight, NO_STATISTICS, shape).run(sweeps)
-    if statistics.input_covariance is None and statistics.output_fisher is None:
+    if not has_metric(statistics):
         return plain
     informed = _Greedy(weight, statistics, shape).run(sweeps)
 
-    def loss(components: list[Component]) -> float:
-        change = weight.clone()
+    def dense(components: list[Component]) -> Tensor:
+        made = torch.zeros_like(weight)
         for each in components:
             part = (_features(each.rows, shape.tile, len(weight)), _features(each.columns, shape.tile, weight.shape[1]))
-            change[part] -= each.left @ each.right.t()
-        return statistics.loss_of(change)
+            made[part] += each.left @ each.right.t()
+        return made
 
-    return min(plain, informed, key=loss)
+    return nearest(weight, statistics, dense, plain, informed)
 
 
 def _features(interval: Interval, tile: int, features: int) -> slice:
@@ -124,8 +125,7 @@ class _Greedy:
         self.shape = shape
         self.rows = _Side(outer, weight.shape[0], shape.tile, shape.left_tiles)
         self.columns = _Side(inner, weight.shape[1], shape.tile, shape.right_tiles)
-        gradient = weight if outer is None else outer @ weight
-        self.gradient = gradient.clone() if inner is None else gradient @ inner
+        self.gradient = in_metric(weight, outer, inner).clone()
         self.generator = torch.Generator().manual_seed(0)
 
     def run(self, sweeps: int) -> list[Component]:

@@ -18,7 +18,7 @@ from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.patterns.flat_butterfly import FlatButterfly
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.structure import Factor, Factors, Structure
-from structfly.patterns.whitening import Metric
+from structfly.patterns.whitening import Metric, has_metric
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics
 
 _STEPS = 6  # of the alternating projection, without statistics and with them
@@ -92,7 +92,7 @@ class Pixelfly(Structure):
         sizes = LayerSizes(weight.shape[1], weight.shape[0])
         fit = _Fit(torch.zeros_like(weight), weight[:, : self.rank], _leading(weight, self.rank))
         fit = self._alternate(weight, NO_STATISTICS, fit)
-        if statistics.input_covariance is not None or statistics.output_fisher is not None:
+        if has_metric(statistics):
             fit = self._alternate(weight, statistics, fit)
         u, s, vt = torch.linalg.svd(fit.right, full_matrices=False)
         root_of_double = (2 * s).sqrt()

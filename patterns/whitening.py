@@ -19,19 +19,18 @@ class Root(NamedTuple):
     inverse: Tensor
 
 
-def root(matrix: Tensor | None, like: Tensor, ridge: float = RIDGE) -> Root | None:
-    """The roots of M + ridge mean(diagonal of M) I for covariances M (*batch, n, n), None for None.
+def root(matrix: Tensor | None, like: Tensor) -> Root | None:
+    """The roots of M + RIDGE mean(diagonal of M) I for covariances M (*batch, n, n), None for None.
 
     Args:
         matrix: symmetric, positive semidefinite up to rounding.
         like: gives the dtype and device of the result.
-        ridge: relative to the mean eigenvalue.
     """
     if matrix is None:
         return None
     values, vectors = torch.linalg.eigh(matrix.to(device=like.device, dtype=torch.float64))
     values = values.clamp_min(0)
-    values = values + ridge * values.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    values = values + RIDGE * values.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     roots = values.sqrt()[..., None, :]
     return Root(
         ((vectors * roots) @ vectors.mT).to(like.dtype),
@@ -39,13 +38,24 @@ def root(matrix: Tensor | None, like: Tensor, ridge: float = RIDGE) -> Root | No
     )
 
 
-def with_ridge(matrix: Tensor | None, like: Tensor, ridge: float = RIDGE) -> Tensor | None:
-    """M + ridge mean(diagonal of M) I, of which :func:`root` gives the roots; None for None."""
+def with_ridge(matrix: Tensor | None, like: Tensor) -> Tensor | None:
+    """M + RIDGE mean(diagonal of M) I, of which :func:`root` gives the roots; None for None."""
     if matrix is None:
         return None
     matrix = matrix.to(device=like.device, dtype=like.dtype)
     mean = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return matrix + ridge * mean * torch.eye(len(matrix), dtype=like.dtype, device=like.device)
+    return matrix + RIDGE * mean * torch.eye(len(matrix), dtype=like.dtype, device=like.device)
+
+
+def has_metric(statistics: LayerStatistics) -> bool:
+    """Whether the distance under these statistics is another than the Frobenius norm."""
+    return statistics.input_covariance is not None or statistics.output_fisher is not None
+
+
+def in_metric(weight: Tensor, outer: Tensor | None, inner: Tensor | None) -> Tensor:
+    """G W A with G = ``outer`` and A = ``inner``, None for the identity."""
+    weight = weight if outer is None else outer @ weight
+    return weight if inner is None else weight @ inner
 
 
 class Metric(NamedTuple):
