@@ -81,25 +81,30 @@ class _Side:
     def __init__(self, metric: Tensor | None, features: int, tile: int, tiles: int) -> None:
         self.metric, self.features, self.tile, self.left_over = metric, features, tile, tiles
         self.places = -(-features // tile)
-        self._factors: dict[Interval, Tensor] = {}
+        self._cholesky: dict[Interval, Tensor] = {}
 
     def slice_of(self, interval: Interval) -> slice:
         return _features(interval, self.tile, self.features)
 
     def whitened(self, interval: Interval, rows: Tensor, transposed: bool = False) -> Tensor:
         """P^-1 rows, or P^-T rows, with P P^T the metric of the interval."""
-        if self.metric is None:
+        factor = self._factor(interval)
+        if factor is None:
             return rows
-        if interval not in self._factors:
-            part = self.slice_of(interval)
-            self._factors[interval] = torch.linalg.cholesky(self.metric[part, part])
-        factor = self._factors[interval]
         solved: Tensor = torch.linalg.solve_triangular(factor.t() if transposed else factor, rows, upper=transposed)
         return solved
 
     def coloured(self, interval: Interval, rows: Tensor) -> Tensor:
         """P^T rows."""
-        return rows if self.metric is None else self._factors[interval].t() @ rows
+        factor = self._factor(interval)
+        return rows if factor is None else factor.t() @ rows
+
+    def _factor(self, interval: Interval) -> Tensor | None:
+        """P, made when it is first asked for."""
+        if self.metric is not None and interval not in self._cholesky:
+            part = self.slice_of(interval)
+            self._cholesky[interval] = torch.linalg.cholesky(self.metric[part, part])
+        return self._cholesky.get(interval)
 
     def seen(self, interval: Interval, rows: Tensor) -> Tensor:
         """M[:, interval] rows, for all features."""
@@ -132,7 +137,7 @@ class _Greedy:
         components = self._choose()
         rows = self._prolonged([c.rows for c in components], self.rows, self._scores(components, of_rows=True))
         columns = self._prolonged([c.columns for c in components], self.columns, self._scores(components, False))
-        for sweep in range(max(sweeps, 1)):
+        for sweep in range(sweeps):
             for number, old in enumerate(components):
                 self._update(old, sign=1)
                 start = old.right
@@ -181,8 +186,6 @@ class _Greedy:
 
     def _fit(self, rows: Interval, columns: Interval, right: Tensor, iterations: int = 1) -> Component:
         part = self.gradient[self.rows.slice_of(rows), self.columns.slice_of(columns)]
-        # The factor of an interval is made by the first call of whitened().
-        self.columns.whitened(columns, right[:, :1])
         v = self.columns.coloured(columns, right)
         for _ in range(iterations):
             v = _orthonormal(v)
