@@ -15,6 +15,7 @@ from torch import Tensor
 
 from structfly.lowering.blast.op import BLAST
 from structfly.patterns.blast_projection import project_each
+from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
 
@@ -45,16 +46,17 @@ class Blast(Structure):
     def why_not(self, sizes: LayerSizes) -> str:
         if self.rank > min(sizes):
             return f"rank is at most {min(sizes)} there, with which every weight has this structure"
-        for count, features, side in (
-            (self.row_blocks, sizes.out_features, "row"),
-            (self.column_blocks, sizes.in_features, "column"),
+        inner, outer = self._sides(sizes)
+        for count, side, features, name in (
+            (self.row_blocks, outer, sizes.out_features, "row"),
+            (self.column_blocks, inner, sizes.in_features, "column"),
         ):
-            if (count - 1) * _ceil(features, count) >= features:
-                return f"{count} {side} blocks of {_ceil(features, count)} are more than {features} features fill"
+            if (count - 1) * side >= features:
+                return f"{count} {name} blocks of {side} are more than {features} features fill"
         return ""
 
     def factors(self, sizes: LayerSizes) -> Mapping[str, Factor]:
-        inner, outer = _ceil(sizes.in_features, self.column_blocks), _ceil(sizes.out_features, self.row_blocks)
+        inner, outer = self._sides(sizes)
         return {
             "right": Factor((self.column_blocks, self.rank, inner)),
             "scale": Factor((self.rank, self.row_blocks, self.column_blocks)),
@@ -62,7 +64,7 @@ class Blast(Structure):
         }
 
     def cost(self, sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
-        inner, outer = _ceil(sizes.in_features, self.column_blocks), _ceil(sizes.out_features, self.row_blocks)
+        inner, outer = self._sides(sizes)
         rows, columns, rank = self.row_blocks, self.column_blocks, self.rank
         parameters = rank * (rows * outer + columns * inner + rows * columns)
         between = TOKENS * rank * (rows + columns) * dtype.itemsize
@@ -115,16 +117,13 @@ class Blast(Structure):
 
     @classmethod
     def menu(cls, sizes: LayerSizes) -> list[Self]:
-        found = []
+        offered = []
         for blocks in _BLOCKS:
             for density in _DENSITIES:
                 rank = int(density * sizes.parameters / (sum(sizes) + blocks**2))
-                choice = cls(rank=max(rank, 1), row_blocks=blocks, column_blocks=blocks)
-                fits = choice.why_not(sizes) == ""
-                if fits and choice.cost(sizes, torch.float32).parameters < sizes.parameters and choice not in found:
-                    found.append(choice)
-        return found
+                offered.append(cls(rank=max(rank, 1), row_blocks=blocks, column_blocks=blocks))
+        return worth_offering(offered, sizes)
 
-
-def _ceil(features: int, blocks: int) -> int:
-    return -(-features // blocks)
+    def _sides(self, sizes: LayerSizes) -> LayerSizes:
+        """Inputs and outputs of a block."""
+        return LayerSizes(-(-sizes.in_features // self.column_blocks), -(-sizes.out_features // self.row_blocks))

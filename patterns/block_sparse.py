@@ -14,6 +14,7 @@ from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.patterns.block_refit import BlockRefit
 from structfly.patterns.blocks import cost_of_blocks, random_values
+from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.records.layer import NO_STATISTICS, LayerCost, LayerSizes, LayerStatistics
 
@@ -107,7 +108,7 @@ class BlockSparse(Structure):
             for density in _DENSITIES
         ]
         different = {(each.block_in, each.blocks(sizes)): each for each in offered}
-        return [each for each in different.values() if each.cost(sizes, torch.float32).parameters < sizes.parameters]
+        return worth_offering(different.values(), sizes)
 
     def _indices(self, kept: Tensor) -> dict[str, Tensor]:
         columns, starts = BlockLayout.of(kept, self.equal_rows)

@@ -16,6 +16,7 @@ from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.patterns.block_refit import BlockRefit
 from structfly.patterns.blocks import cost_of_blocks, random_values
+from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.records.layer import NO_STATISTICS, LayerCost, LayerSizes, LayerStatistics
 
@@ -101,10 +102,5 @@ class FlatButterfly(Structure):
     @classmethod
     def menu(cls, sizes: LayerSizes) -> list[Self]:
         grids = [1 << k for k in range(2, 7) if min(sizes) >= _SMALLEST_SIDE << k]
-        offered = [cls(grid=n, n_factors=f) for n in grids for f in range(1, n.bit_length())]
-        return [
-            each
-            for each in offered
-            if (each.n_factors + 1) / each.grid >= _LEAST_DENSITY
-            and each.cost(sizes, torch.float32).parameters < sizes.parameters
-        ]
+        offered = (cls(grid=n, n_factors=f) for n in grids for f in range(1, n.bit_length()))
+        return worth_offering((each for each in offered if (each.n_factors + 1) / each.grid >= _LEAST_DENSITY), sizes)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from structfly.lowering.gblr.op import GBLR as OP
 from structfly.lowering.gblr.tile_products import dense_of
 from structfly.patterns.gblr_projection import Component, Interval, Shape, project
+from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.records.cost import Stage
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics
@@ -55,11 +56,9 @@ class GBLR(Structure):
     """How often a projection fits all groups again."""
 
     def why_not(self, sizes: LayerSizes) -> str:
-        for side, count, features in (
-            ("right", self.right_tiles, sizes.in_features),
-            ("left", self.left_tiles, sizes.out_features),
-        ):
-            most = self.groups * _ceil(features, self.tile)
+        inputs, outputs = self._places(sizes)
+        for side, count, places in (("right", self.right_tiles, inputs), ("left", self.left_tiles, outputs)):
+            most = self.groups * places
             if not self.groups <= count <= most:
                 return f"{side}_tiles is from {self.groups}, one for each group, to {most} there"
         return ""
@@ -96,7 +95,7 @@ class GBLR(Structure):
     def initial(self, sizes: LayerSizes, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Intervals as equal as they can be: those of inputs follow each other, those of outputs are spread by the
         golden section, so that the rectangles cover the weight evenly."""
-        inputs, outputs = _ceil(sizes.in_features, self.tile), _ceil(sizes.out_features, self.tile)
+        inputs, outputs = self._places(sizes)
         columns, rows, covered, place = list[list[int]](), list[list[int]](), 0.0, 0
         for number in range(self.groups):
             width, height = (_even(count, self.groups, number) for count in (self.right_tiles, self.left_tiles))
@@ -140,9 +139,9 @@ class GBLR(Structure):
 
     @classmethod
     def menu(cls, sizes: LayerSizes) -> list[Self]:
-        found = []
+        offered = []
         tile = min(32, *(max(1, features // 8) for features in sizes))
-        inputs, outputs = (_ceil(features, tile) for features in sizes)
+        inputs, outputs = (-(-features // tile) for features in sizes)
         group = min(16, tile)
         for share in _SHARES:
             for density in _DENSITIES:
@@ -151,10 +150,12 @@ class GBLR(Structure):
                 right, left = (
                     min(max(groups, round(tiles * n / (inputs + outputs))), groups * n) for n in (inputs, outputs)
                 )
-                choice = cls(tile=tile, group=group, groups=groups, right_tiles=right, left_tiles=left)
-                if choice.cost(sizes, torch.float32).parameters < sizes.parameters and choice not in found:
-                    found.append(choice)
-        return found
+                offered.append(cls(tile=tile, group=group, groups=groups, right_tiles=right, left_tiles=left))
+        return worth_offering(offered, sizes)
+
+    def _places(self, sizes: LayerSizes) -> LayerSizes:
+        """Tiles along the inputs and along the outputs."""
+        return LayerSizes(-(-sizes.in_features // self.tile), -(-sizes.out_features // self.tile))
 
 
 def index_of(places: Iterable[Iterable[int]]) -> Tensor:
@@ -170,7 +171,3 @@ def _place(component: Component) -> tuple[Interval, Interval]:
 def _even(count: int, parts: int, number: int) -> int:
     """Of ``count`` things, how many the part of that number gets."""
     return count * (number + 1) // parts - count * number // parts
-
-
-def _ceil(features: int, tile: int) -> int:
-    return -(-features // tile)

@@ -17,6 +17,7 @@ from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.patterns.flat_butterfly import FlatButterfly
 from structfly.patterns.low_rank import LowRank
+from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.patterns.whitening import Metric, has_metric
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics
@@ -149,9 +150,9 @@ class Pixelfly(Structure):
             least, most = -(-blocks // (3 * sum(sizes))), blocks // (2 * sum(sizes))
             round_rank = most - most % _RANK_MULTIPLE
             rank = round_rank if round_rank >= least else most
-            if max(least, 1) <= rank <= min(sizes):
+            if rank >= max(least, 1):
                 offered.append(cls(grid=sparse.grid, n_factors=sparse.n_factors, rank=rank))
-        return [each for each in offered if each.cost(sizes, torch.float32).parameters < sizes.parameters]
+        return worth_offering(offered, sizes)
 
 
 class _Fit(NamedTuple):
