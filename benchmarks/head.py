@@ -52,11 +52,15 @@ LOSSES: dict[str, Callable[[Logits, Tensor, Tensor, Tensor], Tensor]] = {
     "plain": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED),
     "capped": lambda head, x, w, t: F.cross_entropy(torch.tanh(head(x, w) / 30.0) * 30.0, t, ignore_index=IGNORED),
     "smoothed": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED, label_smoothing=0.1),
+    "gathered": lambda head, x, w, t: -F.log_softmax(head(x, w), 1).gather(1, t[:, None]).mean(),
     "distilled": _distilled,
     "preferences": lambda head, x, w, t: _preferences(
         F.cross_entropy(head(x, w), t, ignore_index=IGNORED, reduction="none")
     ),
 }
+
+# Those that leave no row out.
+EVERY_ROW = ("gathered", "distilled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +92,8 @@ class Case:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        if self.loss == "distilled" and self.ignored:
-            raise ValueError(f"ignored is {self.ignored} with the distilled loss, which reads no targets; use 0")
+        if self.loss in EVERY_ROW and self.ignored:
+            raise ValueError(f"ignored is {self.ignored} with the {self.loss} loss, which leaves no row out; use 0")
 
     @property
     def mode(self) -> str:

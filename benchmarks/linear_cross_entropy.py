@@ -81,8 +81,20 @@ def make_products(inputs: Inputs, *, training: bool) -> Callable[[], object]:
     return products
 
 
-def measure_case(case: Case, providers: Sequence[str], options: dict[str, Any], repeats: int) -> list[Row]:
-    """All rows of one case."""
+def other_work(size: int) -> Callable[[], object]:
+    """Keeps a GPU busy for some milliseconds: what a training step does before it comes to the head."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return lambda: a @ b
+
+
+def measure_case(
+    case: Case,
+    providers: Sequence[str],
+    options: dict[str, Any],
+    repeats: int,
+    before: Callable[[], object] | None = None,
+) -> list[Row]:
+    """All rows of one case; with ``before``, also the times behind that work."""
     mode = case.mode
     inputs = head.make_inputs(case)
     exact = head.truth(inputs, case.loss)
@@ -99,6 +111,12 @@ def measure_case(case: Case, providers: Sequence[str], options: dict[str, Any], 
     steps[FLOORS[case.training]] = make_products(inputs, training=case.training)
     timings = measure.times_in_rotation(steps, case.device, repeats=repeats)
     rows += [Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode) for name, timing in timings.items()]
+    if before is not None:
+        behind = measure.times_in_rotation(steps, case.device, repeats=repeats, before=before)
+        rows += [
+            Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode, metric="time_behind_work_s")
+            for name, timing in behind.items()
+        ]
     del steps, inputs
     peak_memory = head.peak_memory_in_own_process if case.device == "cpu" else head.peak_memory
     for provider in providers:
@@ -129,6 +147,8 @@ def case_table(mode: str, rows: Sequence[Row]) -> Table:
         "x eager",
         "x inductor",
         "x floor",
+        "ms behind work",
+        "x inductor",
         "extra MiB",
         "above grads",
         "x eager",
@@ -141,6 +161,8 @@ def case_table(mode: str, rows: Sequence[Row]) -> Table:
             provider,
             f"{time.p50 * 1e3:.2f} ({time.p20 * 1e3:.2f} to {time.p80 * 1e3:.2f})",
             *(ratio(provider, "time_s", base) for base in ("eager", "inductor", floor)),
+            show(provider, "time_behind_work_s", ".2f", 1e-3),
+            ratio(provider, "time_behind_work_s", "inductor"),
             show(provider, "peak_extra_bytes", ".0f", 2**20),
             show(provider, "peak_extra_above_gradients_bytes", ".0f", 2**20),
             ratio(provider, "peak_extra_bytes", "eager"),
@@ -188,11 +210,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--options", type=json.loads, default={}, help="structfly's options, as JSON")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument(
+        "--behind-work", action="store_true", help="also time steps that a GPU comes to from other work"
+    )
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)
     for name, value in DEFAULTS[chosen.device].items():
         if getattr(chosen, name, None) is None:
             setattr(chosen, name, value)
+    if chosen.behind_work and chosen.device != "cuda":
+        parser.error("--behind-work is for GPUs; a CPU works on one call at a time")
     try:
         chosen.shapes = [tuple(map(int, shape.split("x", 2))) for shape in chosen.shapes]
         if not all(len(shape) == 3 and min(shape) > 0 for shape in chosen.shapes):
@@ -205,9 +232,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
     chosen = parse_arguments(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
     console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
+    before = other_work(chosen.matmul) if chosen.behind_work else None
     rows = []
     for n, h, v in chosen.shapes:
         for logits, loss, passes in itertools.product(chosen.logits, chosen.loss, chosen.passes):
@@ -224,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 transposed=chosen.transposed,
             )
             with torch._dynamo.config.patch(recompile_limit=64):  # the providers compile one function
-                measured = measure_case(case, chosen.providers, chosen.options, chosen.repeats)
+                measured = measure_case(case, chosen.providers, chosen.options, chosen.repeats, before)
             console.print(case_table(measured[0].mode, measured))
             rows += measured
     if chosen.device == "cpu":

@@ -37,13 +37,13 @@ class Row:
     samples: tuple[float, ...]
 
     @classmethod
-    def of_timing(cls, timing: Timing, *, kernel: str, provider: str, mode: str) -> Row:
-        """A row of metric "time_s"."""
+    def of_timing(cls, timing: Timing, *, kernel: str, provider: str, mode: str, metric: str = "time_s") -> Row:
+        """A row of seconds."""
         return cls(
             kernel=kernel,
             provider=provider,
             mode=mode,
-            metric="time_s",
+            metric=metric,
             p20=timing.p20,
             p50=timing.median,
             p80=timing.p80,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
@@ -60,6 +60,13 @@ class Tiles:
     def step_work(self) -> int:
         """Multiplications of a tile's step, which its time is in proportion to."""
         return self.m * self.n * self.k
+
+
+Library = Literal["torch.mm"]
+TORCH_MM: Library = "torch.mm"
+"""In the place of tiles: the product is left to torch."""
+
+Cut: TypeAlias = Tiles | Library
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,28 @@ class Product:
     def __call__(self, *arguments: Tensor | int) -> None:
         """Launch it on the current device and stream with the launch's own arguments."""
         self._launch(*self._operands, *arguments, *self._arguments, *self._sizes)
+
+
+class LibraryProduct:
+    """``c`` = ``a`` ``b`` by torch, launched as a :class:`Product` is, of all rows whatever a launch says of them.
+
+    Args:
+        a, b: (M, K) and (K, N) bfloat16.
+        c: (M, N) float32.
+    """
+
+    rounds = IDLE
+    """How torch cuts it is not known."""
+
+    def __init__(self, a: Tensor, b: Tensor, c: Tensor) -> None:
+        self._a, self._b, self._c = a, b, c
+
+    def __call__(self, *_: Tensor | int) -> None:
+        """Launch it on the current device and stream."""
+        if self._a.is_cuda:
+            torch.mm(self._a, self._b, out_dtype=torch.float32, out=self._c)
+        else:  # where torch has no such product
+            torch.mm(self._a.float(), self._b.float(), out=self._c)
 
 
 def busy(rows: int, columns: int, split: int, processors: int, tiles: Tiles) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from structfly.errors import ArgumentError, UnsupportedError
 from structfly.lowering.device_profile import device_profile
-from structfly.lowering.gemm import Tiles
+from structfly.lowering.gemm import TORCH_MM, Cut
 from structfly.lowering.head.chunks import row_stride
 from structfly.lowering.linear_cross_entropy.tiles import (
     PRODUCTS,
@@ -127,8 +127,10 @@ def search_products(
         product = getattr(kind, name)
         found = table.find(product)
         start = [getattr(shipped, name), *([] if found is None else [found])]
+        if "every row" in product.hooks:
+            start += [TORCH_MM, shipped.hidden_product]
 
-        def with_these(tiles: Tiles, name: str = name) -> float:
+        def with_these(tiles: Cut, name: str = name) -> float:
             return seconds_of(name, shipped.with_one(name, tiles))
 
         share = max(until - clock(), 0.0) / (len(PRODUCTS) - number)
@@ -169,8 +171,11 @@ def _described(name: str, found: Search) -> list[str]:
     hooks = f" ({', '.join(product.hooks)})" if product.hooks else ""
     lines = [f"  {name}: {product.template}{hooks}, {product.layout}", "      m    n    k group parts warps stages"]
     for trial in found.trials:
-        cut = trial.tiles
-        columns = f"{cut.m:5}{cut.n:5}{cut.k:5}{cut.group:6}{cut.parts:6}{cut.warps:6}{cut.stages:7}"
+        cut = trial.cut
+        if cut == TORCH_MM:
+            columns = f"{TORCH_MM:40}"
+        else:
+            columns = f"{cut.m:5}{cut.n:5}{cut.k:5}{cut.group:6}{cut.parts:6}{cut.warps:6}{cut.stages:7}"
         seconds = trial.problem.splitlines()[0] if trial.seconds is None else f"{trial.seconds * 1e3:9.3f} ms"
         lines.append(f"  {columns}  {seconds}{'  chosen' if cut == found.chosen else ''}")
     if found.chosen is None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -92,29 +93,38 @@ def times_in_rotation(
     *,
     repeats: int = 10,
     warmups: int = 2,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time several callables side by side: each round runs every one once, so that drift hits all alike.
 
     Every round has an order of its own, the same in every run: who follows whom decides how hot a device is.
     CUDA events time the work on a GPU, from an idle device; a monotonic clock times the call on a CPU.
 
+    From an idle device, a call's time has in it what the host takes to launch its first kernel.  Within a longer
+    program the device is still busy then; ``before`` stands for what it is busy with.
+
     Args:
         fns: callables without arguments, by name.
         device: where their tensors lie, "cpu" or "cuda".
         repeats: measured rounds.
         warmups: rounds that come first, uncounted.
+        before: launches work on a GPU ahead of every call, uncounted; None leaves the device idle.
 
     Returns:
         One :class:`Timing` for each name, in seconds.
 
     Raises:
-        UnsupportedError: for another device.
+        UnsupportedError: for another device, or for ``before`` on a CPU, where no call runs ahead of another.
         ValueError: if ``repeats`` is less than 1.
     """
     device = _check_device(device)
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; at least 1 measured call is needed")
-    clock = _time_cuda_call if device.type == "cuda" else _time_cpu_call
+    if before is not None and device.type != "cuda":
+        raise UnsupportedError(
+            "before is given and the device is a CPU, which works on one call at a time; leave it out"
+        )
+    clock = partial(_time_cuda_call, before=before) if device.type == "cuda" else _time_cpu_call
     samples: dict[str, list[float]] = {name: [] for name in fns}
     order, shuffle = list(fns), random.Random(0).shuffle
     for turn in range(warmups + repeats):
@@ -168,9 +178,11 @@ def _time_cpu_call(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _time_cuda_call(fn: Callable[[], object]) -> float:
+def _time_cuda_call(fn: Callable[[], object], *, before: Callable[[], object] | None) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if before is not None:
+        before()
     start.record()
     fn()
     end.record()

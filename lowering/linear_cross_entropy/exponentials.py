@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import Blocks, Product, best_split, programs_on
+from structfly.lowering.gemm import TORCH_MM, Blocks, Cut, LibraryProduct, Product, best_split, programs_on
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
@@ -102,23 +102,31 @@ class ExponentialRun:
     def made(self) -> Gradients:
         return allocate_gradients(self.each.head, self.wanted)
 
+    @property
+    def hidden_cut(self) -> Cut:
+        tiles = self.each.tiles
+        return tiles.hidden_product_of_all if self.each.every_row else tiles.hidden_product
+
     @cached_property
     def split(self) -> int:
-        return best_split(self.each.length, self.hidden, programs_on(self.device), self.each.tiles.hidden_product)
+        cut = self.hidden_cut
+        return 1 if cut == TORCH_MM else best_split(self.each.length, self.hidden, programs_on(self.device), cut)
 
     @cached_property
     def hidden_sums(self) -> Tensor:
         return torch.empty(self.each.length, self.hidden, device=self.device)
 
     @cached_property
-    def hidden_product(self) -> Product:
-        each = self.each
+    def hidden_product(self) -> Product | LibraryProduct:
+        each, cut = self.each, self.hidden_cut
+        if cut == TORCH_MM:
+            return LibraryProduct(each.chunk.exps, each.weight, self.hidden_sums)
         return Product(
             "linear_cross_entropy_hidden",
             each.chunk.exps,
             each.weight,
             [Blocks(self.hidden_sums)],
-            tiles=each.tiles.hidden_product,
+            tiles=cut,
             split=self.split,
         )
 

@@ -97,6 +97,7 @@ class RowPass:
 
     Attributes:
         rows: the rows that count.
+        every_row: whether none can be left out.
         losses: (N,) float32, 0 where a row does not count.
     """
 
@@ -110,6 +111,7 @@ class RowPass:
     ) -> None:
         self.head, self.length, self.keeps, self.tiles = head, length, keeps, tiles
         self._coefficients = coefficients
+        self.every_row = head.ignore_index is None and coefficients.chosen is None
         self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
         self.weight = head.weight[: head.num_classes]
         if not has_descriptor(self.weight):  # a view of a larger buffer that begins anywhere

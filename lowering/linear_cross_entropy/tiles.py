@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import Any
 
-from structfly.lowering.gemm import Tiles
+from structfly.lowering.gemm import Cut, Tiles
 from structfly.lowering.tuning.choice import shipped_tiles_for, tiles_for
 from structfly.lowering.tuning.products import Layout, ProductClass, size_class
 from structfly.records import DeviceModel
@@ -46,6 +47,12 @@ class HeadClass:
     def hidden_product(self) -> ProductClass:
         """Exponentials times weight."""
         return self._of("linear_cross_entropy_hidden", (), self._times_weight, None, self.hidden, self.classes)
+
+    @property
+    def hidden_product_of_all(self) -> ProductClass:
+        """The same where no row can be left out."""
+        template, hooks = "linear_cross_entropy_hidden", ("every row",)
+        return self._of(template, hooks, self._times_weight, None, self.hidden, self.classes)
 
     @property
     def weight_sum(self) -> ProductClass:
@@ -95,6 +102,7 @@ PRODUCTS = (
     "losses",
     "exponentials",
     "hidden_product",
+    "hidden_product_of_all",
     "weight_sum",
     "block",
     "block_hidden_sum",
@@ -110,7 +118,8 @@ class HeadTiles:
     transposed: bool
     losses: Tiles
     exponentials: Tiles
-    hidden_product: Tiles
+    hidden_product: Cut
+    hidden_product_of_all: Cut
     weight_sum: Tiles
     block: Tiles
     block_hidden_sum: Tiles
@@ -127,7 +136,7 @@ class HeadTiles:
         of_sum = self.block_weight_sum
         return max(self.block.n, of_sum.n if self.transposed else of_sum.m)
 
-    def with_one(self, name: str, tiles: Tiles) -> HeadTiles:
+    def with_one(self, name: str, tiles: Cut) -> HeadTiles:
         """The same but for the product that :data:`PRODUCTS` names."""
         return HeadTiles(**{**{field.name: getattr(self, field.name) for field in fields(self)}, name: tiles})
 
@@ -147,8 +156,9 @@ def shipped_head_tiles(head: HeadClass) -> HeadTiles:
     return _tiles_by(head, shipped_tiles_for)
 
 
-def _tiles_by(head: HeadClass, choose: Callable[[ProductClass], Tiles]) -> HeadTiles:
-    return HeadTiles(head.transposed, **{name: choose(getattr(head, name)) for name in PRODUCTS})
+def _tiles_by(head: HeadClass, choose: Callable[[ProductClass], Cut]) -> HeadTiles:
+    cuts: dict[str, Any] = {name: choose(getattr(head, name)) for name in PRODUCTS}
+    return HeadTiles(head.transposed, **cuts)
 
 
 def head_class(device: DeviceModel, *, hidden: int, classes: int, weight_row: int, nonlinear: bool) -> HeadClass:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import IDLE, Product, Tiles
+from structfly.lowering.gemm import IDLE, LibraryProduct, Product, Tiles
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
 from structfly.lowering.linear_cross_entropy.row_pass import ChunkRows
@@ -50,7 +50,7 @@ class WeightSum:
         chunk: ChunkRows,
         rows: LiveRows,
         outer: tuple[Tensor, Tensor] | None,
-        beside: Product | None,
+        beside: Product | LibraryProduct | None,
         tiles: Tiles,
     ) -> None:
         self._dw, self._x, self._chunk, self._rows = dw, x, chunk, rows

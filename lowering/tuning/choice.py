@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from structfly.lowering.gemm import Tiles
+from structfly.lowering.gemm import Cut, Tiles
 from structfly.lowering.tuning.products import ProductClass
 from structfly.lowering.tuning.table import Table, read_user_table, shipped_tables
 
@@ -15,7 +15,7 @@ SAFE = Tiles(m=64, n=128, k=32, group=8, parts=2, warps=4, stages=2)
 
 
 @cache
-def tiles_for(product: ProductClass) -> Tiles:
+def tiles_for(product: ProductClass) -> Cut:
     """How the products of this class are cut.
 
     The user's table is read once a process, so that a choice stays what it was.
@@ -27,7 +27,7 @@ def tiles_for(product: ProductClass) -> Tiles:
     return _first(product, tables)
 
 
-def shipped_tiles_for(product: ProductClass) -> Tiles:
+def shipped_tiles_for(product: ProductClass) -> Cut:
     """The same without the user's table."""
     return _first(product, _shipped_tables() if product.device.capability else [])
 
@@ -47,8 +47,8 @@ def _shipped_tables() -> list[Table]:
     return shipped_tables()
 
 
-def _first(product: ProductClass, tables: list[Table]) -> Tiles:
+def _first(product: ProductClass, tables: list[Table]) -> Cut:
     if product.device.capability is None:
         return INTERPRETED
     found = (table.find(product) for table in tables)
-    return next((tiles for tiles in found if tiles is not None), SAFE)
+    return next((cut for cut in found if cut is not None), SAFE)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from structfly.lowering.gemm import Tiles
-from structfly.lowering.tuning.products import KINDS
+from structfly.lowering.gemm import TORCH_MM, Cut, Tiles
+from structfly.lowering.tuning.products import KINDS, Kind
 
 _KIB = 1024
 # Shared memory of one program by compute capability: CUDA C++ Programming Guide, "Technical Specifications per Compute
@@ -40,9 +40,16 @@ def shared_bytes(template: str, tiles: Tiles) -> int:
     return operands + epilogue + _BARRIERS
 
 
-def why_not(template: str, tiles: Tiles, capability: tuple[int, int]) -> str:
-    """Why the kernels of ``template`` cannot have these tiles on such a device, or ""."""
+def why_not(template: str, cut: Cut, capability: tuple[int, int]) -> str:
+    """Why the products of ``template`` cannot be cut so on such a device, or ""."""
     kind = KINDS[template]
+    if cut == TORCH_MM:
+        able = ", ".join(name for name, each in KINDS.items() if each.torch_mm)
+        return "" if kind.torch_mm else f"{TORCH_MM} cannot make {template}; it can make {able}"
+    return _why_no_tiles(template, kind, cut, capability)
+
+
+def _why_no_tiles(template: str, kind: Kind, tiles: Tiles, capability: tuple[int, int]) -> str:
     if tiles.part < _FEWEST_COLUMNS:
         return f"parts is {tiles.parts}, which leaves {tiles.part} of n's {tiles.n} columns; at least {_FEWEST_COLUMNS}"
     if tiles.parts < kind.fewest_parts:

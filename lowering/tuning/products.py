@@ -21,6 +21,7 @@ class Kind:
         fewest_parts: of a tile.
         rows_at_least: of a tile.
         step_at_most: along the inner dimension.
+        torch_mm: whether torch.mm can make it: the epilogue does no more than store.
     """
 
     hooks: tuple[str, ...]
@@ -29,6 +30,7 @@ class Kind:
     fewest_parts: int = 1
     rows_at_least: int = 16
     step_at_most: int = 256
+    torch_mm: bool = False
 
 
 # The rows of a chunk that count end anywhere.  A tile of exponentials, or of a block, writes zeros to its end; a sum
@@ -39,7 +41,7 @@ _ZEROED_ROWS = 64
 # What a sum has of a part at a time: 16 bits of either half in one piece, 4 bits of both in another.
 KINDS = {
     "linear_cross_entropy_exponentials": Kind(("stored", "nonlinear"), whole_bytes=2, rows_at_least=_ZEROED_ROWS),
-    "linear_cross_entropy_hidden": Kind((), part_bytes=4),
+    "linear_cross_entropy_hidden": Kind(("every row",), part_bytes=4, torch_mm=True),
     "linear_cross_entropy_sum": Kind(("rows inside",), part_bytes=5, fewest_parts=2, step_at_most=_ZEROED_ROWS),
     "linear_cross_entropy_block": Kind(("nonlinear",), whole_bytes=2, rows_at_least=_ZEROED_ROWS),
 }
@@ -52,7 +54,7 @@ class ProductClass:
     Attributes:
         template: one of :data:`KINDS`.
         hooks: those of its kind's that it has: "stored" keeps the exponentials, "nonlinear" has a pointwise chain that
-            is not a factor, "rows inside" sums along the rows.
+            is not a factor, "rows inside" sums along the rows, "every row" leaves none out.
         dtype: of the operands, as torch names it.
         layout: "n" or "t" for either operand: rows or columns contiguous.
         m, n, k: the sizes rounded up to powers of two; None along rows or classes of which the caller takes as many at

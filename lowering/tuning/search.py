@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.gemm import Parts, Tiles, Warps
+from structfly.lowering.gemm import TORCH_MM, Cut, Parts, Tiles, Warps
 from structfly.lowering.tuning.limits import why_not
 from structfly.lowering.tuning.products import ProductClass
 
@@ -37,7 +37,7 @@ class Trial:
         problem: why there is none, or "".
     """
 
-    tiles: Tiles
+    cut: Cut
     seconds: float | None
     problem: str = ""
 
@@ -56,20 +56,20 @@ class Search:
     complete: bool
 
     @property
-    def chosen(self) -> Tiles | None:
+    def chosen(self) -> Cut | None:
         """The fastest; the first that could be measured unless another is faster by more than the noise.  None where
         nothing could be measured."""
         best: Trial | None = None
         for trial in self.trials:
             if _faster(trial, best):
                 best = trial
-        return None if best is None else best.tiles
+        return None if best is None else best.cut
 
 
 def search(
     product: ProductClass,
-    start: Sequence[Tiles],
-    seconds_of: Callable[[Tiles], float],
+    start: Sequence[Cut],
+    seconds_of: Callable[[Cut], float],
     *,
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
@@ -77,34 +77,35 @@ def search(
     """Time ``start`` and what differs from the best so far in one property after another.
 
     Args:
-        start: what is shipped, then what else is to be tried first.
+        start: what is shipped, then what else is to be tried first; there are tiles among it.
         seconds_of: the time of a launch with these tiles.
         seconds: no trial begins later than this, but for the first.
 
     An :class:`~structfly.errors.UnsupportedError` of ``seconds_of`` is noted as the trial's problem.
     """
     assert product.device.capability is not None
-    trials: dict[Tiles, Trial] = {}
+    trials: dict[Cut, Trial] = {}
     began, complete = clock(), True
-    best: Trial | None = None
+    best: Trial | None = None  # of those with tiles
+    fastest = next(cut for cut in start if cut != TORCH_MM)
     for variants in (lambda _: iter(start), _shapes, _steps, _groups, _parts):
-        for tiles in variants(start[0] if best is None else best.tiles):
-            if tiles in trials or why_not(product.template, tiles, product.device.capability):
+        for cut in variants(fastest):
+            if cut in trials or why_not(product.template, cut, product.device.capability):
                 continue
             if trials and clock() - began > seconds:
                 complete = False
                 break
-            trials[tiles] = trial = _tried(tiles, seconds_of)
-            if _faster(trial, best):
-                best = trial
+            trials[cut] = trial = _tried(cut, seconds_of)
+            if cut != TORCH_MM and _faster(trial, best):
+                best, fastest = trial, cut
     return Search(product, tuple(trials.values()), complete)
 
 
-def _tried(tiles: Tiles, seconds_of: Callable[[Tiles], float]) -> Trial:
+def _tried(cut: Cut, seconds_of: Callable[[Cut], float]) -> Trial:
     try:
-        return Trial(tiles, seconds_of(tiles))
+        return Trial(cut, seconds_of(cut))
     except UnsupportedError as error:
-        return Trial(tiles, None, str(error))
+        return Trial(cut, None, str(error))
 
 
 def _faster(trial: Trial, best: Trial | None) -> bool:

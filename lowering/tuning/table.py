@@ -1,4 +1,5 @@
-"""Tables of tiles: JSON files whose entries say which products they are for, and how those are cut.
+"""Tables of tiles: JSON files whose entries say which products they are for, and how those are cut or that torch
+makes them.
 
 An entry names as much of a :class:`~structfly.lowering.tuning.products.ProductClass` as it depends on; what it leaves
 out may be anything.  Of those that match, the one that names most counts.
@@ -17,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from structfly.config.problems import shown
 from structfly.errors import ConfigError
 from structfly.lowering.cache import cache_folder, write_whole
-from structfly.lowering.gemm import Tiles
+from structfly.lowering.gemm import TORCH_MM, Cut, Library, Tiles
 from structfly.lowering.tuning.limits import why_not
 from structfly.lowering.tuning.products import KINDS, Layout, ProductClass, size_class
 
@@ -47,7 +48,7 @@ Size = Annotated[int, Field(ge=1), AfterValidator(_size)]
 
 
 class Entry(BaseModel):
-    """The tiles of some products, on devices of one compute capability."""
+    """How some products are made on devices of one compute capability: by tiles, or by a library."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -60,7 +61,8 @@ class Entry(BaseModel):
     m: Size | None = None
     n: Size | None = None
     k: Size | None = None
-    tiles: Tiles
+    tiles: Tiles | None = None
+    library: Library | None = None
 
     @field_validator("hooks")
     @classmethod
@@ -72,15 +74,22 @@ class Entry(BaseModel):
         allowed = KINDS[self.template].hooks
         if unknown := sorted(set(self.hooks or ()) - set(allowed)):
             raise ValueError(f"hooks has {unknown[0]!r}; allowed for {self.template}: {', '.join(allowed) or 'none'}")
+        if (self.tiles is None) == (self.library is None):
+            raise ValueError("tiles and library are both there; give one" if self.tiles else "tiles is missing")
         major, _, minor = self.capability.partition(".")
-        if reason := why_not(self.template, self.tiles, (int(major), int(minor))):
-            raise ValueError(f"tiles: {reason}")
+        if reason := why_not(self.template, self.cut, (int(major), int(minor))):
+            raise ValueError(f"{'tiles' if self.tiles else 'library'}: {reason}")
         return self
+
+    @property
+    def cut(self) -> Cut:
+        """The tiles, or the library."""
+        return self.tiles or TORCH_MM
 
     @property
     def selects(self) -> dict[str, Any]:
         """What it names."""
-        return self.model_dump(exclude={"tiles"}, exclude_none=True)
+        return self.model_dump(exclude={"tiles", "library"}, exclude_none=True)
 
     def matches(self, product: ProductClass) -> bool:
         """Whether it is for this product."""
@@ -105,14 +114,14 @@ class Table(BaseModel):
             seen.append(entry.selects)
         return self
 
-    def find(self, product: ProductClass) -> Tiles | None:
-        """The tiles of the entry that names most of those that match; of several such the first."""
+    def find(self, product: ProductClass) -> Cut | None:
+        """What the entry has that names most of those that match; of several such the first."""
         found = [entry for entry in self.products if entry.matches(product)]
-        return max(found, key=lambda entry: len(entry.selects)).tiles if found else None
+        return max(found, key=lambda entry: len(entry.selects)).cut if found else None
 
-    def with_choices(self, choices: Sequence[tuple[ProductClass, Tiles]]) -> Table:
+    def with_choices(self, choices: Sequence[tuple[ProductClass, Cut]]) -> Table:
         """The same with entries for just these products, in the place of those that there were for them."""
-        made = [Entry(**_selected(product), tiles=tiles) for product, tiles in choices]
+        made = [Entry(**_selected(product), **_of(cut)) for product, cut in choices]
         selected = [entry.selects for entry in made]
         kept = [entry for entry in self.products if entry.selects not in selected]
         return Table(products=(*kept, *made))
@@ -173,6 +182,10 @@ def _selected(product: ProductClass) -> dict[str, Any]:
         "k": product.k,
     }
     return {name: value for name, value in named.items() if value is not None}
+
+
+def _of(cut: Cut) -> dict[str, Any]:
+    return {"library" if cut == TORCH_MM else "tiles": cut}
 
 
 def _parsed(text: str, source: str) -> Table:

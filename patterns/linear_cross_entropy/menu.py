@@ -8,7 +8,7 @@ from typing import Protocol
 import sympy
 
 from structfly.config import SiteSettings
-from structfly.lowering.gemm import busy, full_row_counts
+from structfly.lowering.gemm import TORCH_MM, busy, full_row_counts
 from structfly.lowering.linear_cross_entropy.schedule import (
     block_sizes,
     exponential_rows,
@@ -101,7 +101,9 @@ class ExponentialSizes(HeadSizes):
         lengths = super().chunk_lengths(limit, profile)
         if not self.site.gradients.any:
             lengths = [length for length in lengths if self.transient_bytes(length) <= limit]
-        lengths += full_row_counts(self.hidden, profile.processors, self.longest(limit), self.tiles.hidden_product)
+        cut = self.tiles.hidden_product
+        if cut != TORCH_MM:
+            lengths += full_row_counts(self.hidden, profile.processors, self.longest(limit), cut)
         whole = {exponential_rows(self.rows, self.classes, length * self.row_bytes) for length in lengths}
         return sorted(whole, reverse=True)
 
@@ -198,9 +200,9 @@ def _fused(
             saved = sum(sizes.gradient_bytes)
         if site.gradients.x:
             hidden = hidden_product(site, rows, launches)
-            if isinstance(sizes, ExponentialSizes) and not site.gradients.weight:
+            cut = sizes.tiles.hidden_product if isinstance(sizes, ExponentialSizes) else TORCH_MM
+            if cut != TORCH_MM and not site.gradients.weight:
                 # Few large tiles, and nothing to fill the gaps.
-                cut = sizes.tiles.hidden_product
                 share = max(busy(length, sizes.hidden, split, profile.processors, cut) for split in (1, 2))
                 hidden = replace(hidden, flops=hidden.flops / share)
             stages.append(hidden)

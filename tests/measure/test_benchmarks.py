@@ -24,7 +24,7 @@ def case(logits: str = "random", **changes: Any) -> Case:
 @pytest.mark.parametrize("loss", head.LOSSES)
 def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "REFERENCE_ROWS", 16)  # several chunks, the last one short
-    ignored = 0.0 if loss == "distilled" else 0.2
+    ignored = 0.0 if loss in head.EVERY_ROW else 0.2
     inputs = head.make_inputs(case(logits, ignored=ignored, loss=loss))
     assert bool((inputs.t == head.IGNORED).any()) == bool(ignored)
     x, w = (tensor.detach().double().requires_grad_() for tensor in (inputs.x, inputs.w))
@@ -41,7 +41,8 @@ def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("provider", ["eager", "eager-float", "inductor", "structfly", "structfly@1MiB"])
 @pytest.mark.parametrize(
-    ("loss", "training"), [("capped", True), ("capped", False), ("distilled", True), ("preferences", True)]
+    ("loss", "training"),
+    [("capped", True), ("capped", False), ("gathered", True), ("distilled", True), ("preferences", True)],
 )
 def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: str, training: bool) -> None:
     torch._dynamo.reset()
@@ -53,9 +54,10 @@ def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: s
     assert all(error < 1e-5 for error in errors.values())
 
 
-def test_distillation_ignores_no_rows() -> None:
-    with pytest.raises(ValueError, match="reads no targets"):
-        case(loss="distilled")
+@pytest.mark.parametrize("loss", head.EVERY_ROW)
+def test_a_loss_that_leaves_no_row_out_ignores_none(loss: str) -> None:
+    with pytest.raises(ValueError, match=f"0.2 with the {loss} loss, which leaves no row out"):
+        case(loss=loss)
 
 
 def test_a_peer_does_not_answer_for_another_loss() -> None:

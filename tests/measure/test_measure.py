@@ -96,6 +96,29 @@ def test_rotation_interleaves_and_drops_the_warmups() -> None:
     assert {name: len(timing.samples) for name, timing in timings.items()} == {"a": 3, "b": 3}
 
 
+@pytest.mark.gpu
+def test_work_before_a_call_is_not_counted_and_hides_the_host() -> None:
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    small = torch.zeros(16, device="cuda")
+
+    def slow_host() -> None:
+        time.sleep(5e-4)
+        small.add_(1)
+
+    def busy() -> None:
+        for _ in range(20):
+            a @ a
+
+    timings = [measure.times_in_rotation({"": slow_host}, "cuda", before=before)[""].median for before in (None, busy)]
+    assert timings[0] > 4e-4
+    assert timings[1] < 2e-4
+
+
+def test_work_before_a_call_of_a_cpu_is_an_error() -> None:
+    with pytest.raises(UnsupportedError, match="the device is a CPU, which works on one call at a time"):
+        measure.times_in_rotation({"": lambda: None}, "cpu", before=lambda: None)
+
+
 def test_no_measured_call_is_an_error() -> None:
     with pytest.raises(ValueError, match="repeats is 0"):
         measure.median_time(lambda: None, "cpu", repeats=0)

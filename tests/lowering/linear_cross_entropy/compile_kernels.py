@@ -191,6 +191,7 @@ def products(cut: HeadTiles, *, all_variants: bool) -> None:
         flags = {"smoothing": full and not steps, "class_weight": full}
         product("linear_cross_entropy_block", False, b_transposed, own, cut.block, **flags, **chain)
     for b_transposed, split in itertools.product(both, repeat=2):
+        assert isinstance(cut.hidden_product, Tiles)
         tiles = cut.hidden_product
         own = {**window, "c": blocks("fp32", tiles.m, tiles.part)}
         product("linear_cross_entropy_hidden", False, b_transposed, own, tiles, split=split)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from structfly import measure
 from structfly.errors import StructflyError
-from structfly.lowering.linear_cross_entropy import smoothing
+from structfly.lowering.gemm import TORCH_MM, LibraryProduct
+from structfly.lowering.linear_cross_entropy import exponentials as scheme
+from structfly.lowering.linear_cross_entropy import row_pass, smoothing
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from tests.lowering.linear_cross_entropy.cases import leaves_of, run, run_reference
@@ -38,6 +40,38 @@ def exponentials(**options: Any) -> Arguments:
 @given(call=calls("exponentials", st.integers(1, 50).map(lambda rows: rows * 112 * 2)))
 def test_as_accurate_as_the_reference(call: Arguments) -> None:
     check(call)
+
+
+class Counted(LibraryProduct):
+    """Counts its launches."""
+
+    launches = 0
+
+    def __call__(self, *arguments: Any) -> None:
+        Counted.launches += 1
+        super().__call__(*arguments)
+
+
+@pytest.fixture
+def torch_makes_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all rows, as a table may have it."""
+    tiles_of = row_pass.tiles_of
+    monkeypatch.setattr(scheme, "tiles_of", lambda head: tiles_of(head).with_one("hidden_product_of_all", TORCH_MM))
+    monkeypatch.setattr(scheme, "LibraryProduct", Counted)
+    Counted.launches = 0
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(call=calls("exponentials", st.integers(1, 50).map(lambda rows: rows * 112 * 2)))
+def test_torchs_product_is_as_accurate(call: Arguments, torch_makes_hidden: None) -> None:
+    check(call)
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": -100}, {"reduction": "sum", "row_weight": True}])
+def test_torch_makes_products_of_all_rows_only(options: dict[str, Any], torch_makes_hidden: None) -> None:
+    call = exponentials(**{"rows": 50, "classes": 48, "workspace": 16 * 48 * 2, "ignore_index": None, **options})
+    check(call)
+    assert bool(Counted.launches) == (not options)
 
 
 @pytest.mark.parametrize(

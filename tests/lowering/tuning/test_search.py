@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.gemm import Tiles
+from structfly.lowering.gemm import TORCH_MM, Cut, Tiles
 from structfly.lowering.tuning.choice import SAFE, shipped_tiles_for
 from structfly.lowering.tuning.limits import why_not
 from structfly.lowering.tuning.products import KINDS, ProductClass
@@ -24,7 +24,7 @@ def product(template: str = "linear_cross_entropy_hidden", capability: tuple[int
     return ProductClass(DeviceModel("a GPU", capability), template, (), "bfloat16", "nn", None, 2048, None)
 
 
-def run(seconds_of: Callable[[Tiles], float], found: ProductClass | None = None, *, seconds: float = 1e9) -> Search:
+def run(seconds_of: Callable[[Cut], float], found: ProductClass | None = None, *, seconds: float = 1e9) -> Search:
     found = found or product()
     return search(found, [shipped_tiles_for(found)], seconds_of, seconds=seconds)
 
@@ -37,10 +37,10 @@ def run(seconds_of: Callable[[Tiles], float], found: ProductClass | None = None,
 def test_only_what_is_supported_is_tried_once_and_the_fastest_is_chosen(
     template: str, capability: tuple[int, int], seed: int
 ) -> None:
-    times: dict[Tiles, float] = {}
+    times: dict[Cut, float] = {}
     random = Random(seed)
 
-    def seconds_of(tiles: Tiles) -> float:
+    def seconds_of(tiles: Cut) -> float:
         assert tiles not in times
         assert not why_not(template, tiles, capability)
         times[tiles] = seconds = random.uniform(1.0, 10.0)
@@ -56,7 +56,7 @@ def test_only_what_is_supported_is_tried_once_and_the_fastest_is_chosen(
 def test_each_property_is_searched_with_the_best_of_those_before() -> None:
     best = Tiles(m=64, n=256, k=32, group=16, parts=2, warps=4, stages=6)
 
-    def seconds_of(tiles: Tiles) -> float:
+    def seconds_of(tiles: Cut) -> float:
         wrong: int = sum(getattr(tiles, name) != getattr(best, name) for name in best.__dataclass_fields__)
         return 1.0 + wrong
 
@@ -72,7 +72,7 @@ def test_what_is_shipped_stays_unless_another_is_clearly_faster() -> None:
 def test_the_time_is_bounded() -> None:
     now = 0.0
 
-    def seconds_of(_: Tiles) -> float:
+    def seconds_of(_: Cut) -> float:
         nonlocal now
         now += 10.0
         return 1.0
@@ -84,26 +84,24 @@ def test_the_time_is_bounded() -> None:
 
 
 def test_tiles_that_cannot_run_are_noted() -> None:
-    shipped = shipped_tiles_for(product())
-
-    def seconds_of(tiles: Tiles) -> float:
-        if tiles.warps == shipped.warps:
+    def seconds_of(tiles: Cut) -> float:
+        if isinstance(tiles, Tiles) and tiles.warps == 8:
             raise UnsupportedError("out of registers")
         return 1.0
 
     found = run(seconds_of)
     assert found.trials[0].problem == "out of registers"
-    assert found.chosen is not None
-    assert found.chosen.warps != shipped.warps
+    assert isinstance(found.chosen, Tiles)
+    assert found.chosen.warps != 8
     assert run(refuse).chosen is None
 
 
-def refuse(_: Tiles) -> float:
+def refuse(_: Cut) -> float:
     raise UnsupportedError("no")
 
 
 def test_other_errors_are_not_hidden() -> None:
-    def fail(_: Tiles) -> float:
+    def fail(_: Cut) -> float:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -111,7 +109,19 @@ def test_other_errors_are_not_hidden() -> None:
 
 
 def test_what_else_is_to_be_tried_comes_second() -> None:
-    shipped = shipped_tiles_for(product())
-    tuned = replace(shipped, group=7)
-    found = search(product(), [shipped, tuned], lambda _: math.inf, seconds=1e9)
-    assert [trial.tiles for trial in found.trials[:2]] == [shipped, tuned]
+    tuned = replace(SAFE, group=7)
+    found = search(product(), [SAFE, tuned], lambda _: math.inf, seconds=1e9)
+    assert [trial.cut for trial in found.trials[:2]] == [SAFE, tuned]
+
+
+@pytest.mark.parametrize("library", [0.5, 1.5, 0.995])
+def test_torch_is_tried_where_it_is_to_be_and_tiles_are_searched_beside_it(library: float) -> None:
+    best = replace(SAFE, m=128)
+
+    def seconds_of(cut: Cut) -> float:
+        return library if cut == TORCH_MM else 1.0 if cut == best else 1.2
+
+    found = search(product(), [TORCH_MM, SAFE], seconds_of, seconds=1e9)
+    assert best in [trial.cut for trial in found.trials]
+    assert [trial.cut for trial in found.trials].count(TORCH_MM) == 1
+    assert found.chosen == (TORCH_MM if library < 1 else best)

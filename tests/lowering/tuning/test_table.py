@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from structfly.errors import ConfigError, StructflyError
-from structfly.lowering.gemm import Tiles
+from structfly.lowering.gemm import TORCH_MM, Cut, Tiles
 from structfly.lowering.tuning import choice
 from structfly.lowering.tuning.choice import INTERPRETED, SAFE, choices_are_made, shipped_tiles_for, tiles_for
 from structfly.lowering.tuning.limits import why_not
@@ -49,7 +50,9 @@ def products(draw: st.DrawFn) -> ProductClass:
 
 @given(chosen=st.lists(products(), unique=True, max_size=6), other=products())
 def test_what_is_written_is_found_again(chosen: list[ProductClass], other: ProductClass) -> None:
-    some = [Tiles(m=64, n=128, k=32, group=group + 1, parts=2, warps=4, stages=2) for group in range(len(chosen))]
+    some: list[Cut] = [replace(SAFE, group=group + 1) for group in range(len(chosen))]
+    if chosen and KINDS[chosen[0].template].torch_mm:
+        some[0] = TORCH_MM
     write_user_table(Table().with_choices(list(zip(chosen, some, strict=True))))
     table = read_user_table()
     for each, tiles in zip(chosen, some, strict=True):
@@ -75,9 +78,8 @@ def test_the_entry_that_names_most_counts() -> None:
     entries = [{**entry, "tiles": tiles[0]}, {**entry, "n": 2048, "layout": "nn", "tiles": tiles[1]}]
     entries.append({**entry, "n": 2048, "tiles": tiles[2]})
     user_path().write_text(json.dumps({"products": entries}))
-    assert [tiles_for(product(n=n, layout=layout)).group for n, layout in ((64, "nn"), (2048, "nn"), (2048, "tn"))] == [
-        *(1, 2, 3)
-    ]
+    for number, (n, layout) in enumerate(((64, "nn"), (2048, "nn"), (2048, "tn"))):
+        assert tiles_for(product(n=n, layout=layout)) == Tiles(**tiles[number])
 
 
 def test_the_users_table_comes_before_the_shipped_one_and_that_before_what_runs_anywhere() -> None:
@@ -144,6 +146,16 @@ def changed(*, tiles: dict[str, Any] | None = None, **fields: Any) -> dict[str, 
             "products[0]: tiles: parts is 1; allowed for linear_cross_entropy_sum: 2 or more",
         ),
         (changed(tiles={"n": 32, "parts": 4}), "parts is 4, which leaves 8 of n's 32 columns; at least 16"),
+        ({**GOOD, "library": "torch.mm"}, "products[0]: tiles and library are both there; give one"),
+        ({"template": "linear_cross_entropy_sum", "capability": "9.0"}, "products[0]: tiles is missing"),
+        (
+            {"template": "linear_cross_entropy_sum", "capability": "9.0", "library": "torch.mm"},
+            "library: torch.mm cannot make linear_cross_entropy_sum; it can make linear_cross_entropy_hidden",
+        ),
+        (
+            {"template": "linear_cross_entropy_hidden", "capability": "9.0", "library": "cutlass"},
+            "products[0].library is 'cutlass'; allowed: 'torch.mm'",
+        ),
         (changed(tiles={"k": 128}), "k is 128; allowed for linear_cross_entropy_sum: up to 64"),
         (changed(tiles={"m": 256}), "m n is 65536; allowed: up to 32768"),
         (changed(tiles={"stages": 4}), "shared memory and capability 9.0 has 232448; smaller m, n, k or stages"),
