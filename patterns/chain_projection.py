@@ -12,6 +12,10 @@ from the projection without statistics where that is nearer, each factor in turn
 others fixed, under all of A and G: w in P w Q solves P^T G P w Q A Q^T = P^T G W A Q^T on its support.  Conjugate
 gradients do that, preconditioned with the blocks of P^T G P (x) Q A Q^T that stand on the diagonal, which is exact
 where the other blocks vanish.
+
+Neighbours are determined up to a matrix between them: for each (a1, f, e, d2), L T^(-1) and T R have the same product.
+Steps may end where both are large and all but cancel, and what rounds them then rounds the product far more.  So in the
+end each L gets orthonormal columns, with T of its QR.
 """
 
 from __future__ import annotations
@@ -144,9 +148,31 @@ def _solved(
     return w.view(shape), gain
 
 
-def _balanced(factors: Sequence[Tensor], shapes: Sequence[FactorShape]) -> list[Tensor]:
-    """The same product, where what a feature between two factors is multiplied by has one norm on both sides."""
+def _orthonormal(factors: Sequence[Tensor], shapes: Sequence[FactorShape]) -> list[Tensor]:
+    """The same product, where all factors but the first have orthonormal columns, or zeros, in each block."""
     made = list(factors)
+    for t in range(len(made) - 1, 0, -1):
+        left, right = shapes[t], shapes[t - 1]
+        e, f = left.d // right.d, right.a // left.a
+        rank = left.j // f
+        blocks = made[t].view(e, right.d, left.a, left.i, left.q, f, rank, left.p)
+        blocks = blocks.permute(1, 2, 5, 0, 3, 4, 6, 7).flatten(4, 5).flatten(5, 6)  # (d2, a1, f, e, i1 q1, r p)
+        rest = made[t - 1].view(right.d, left.a, f, rank, e, left.p, right.j, right.p)
+        rest = rest.permute(0, 1, 2, 4, 3, 5, 6, 7).flatten(4, 5).flatten(5, 6)  # (d2, a1, f, e, r p, j2 p2)
+        q, remainder = torch.linalg.qr(blocks)
+        missing = rank * left.p - q.shape[-1]
+        q, rest = F.pad(q, (0, missing)), F.pad(remainder @ rest, (0, 0, 0, missing))
+        q = q.unflatten(5, (rank, left.p)).unflatten(4, (left.i, left.q))
+        made[t] = q.permute(3, 0, 1, 4, 5, 2, 6, 7).reshape(left)
+        rest = rest.unflatten(5, (right.j, right.p)).unflatten(4, (rank, left.p))
+        made[t - 1] = rest.permute(0, 1, 2, 4, 3, 5, 6, 7).reshape(right)
+    return made
+
+
+def _balanced(factors: Sequence[Tensor], shapes: Sequence[FactorShape]) -> list[Tensor]:
+    """The same product without cancellation, where what a feature between two factors is multiplied by has one norm on
+    both sides."""
+    made = _orthonormal(factors, shapes)
     for t in range(len(made) - 1, 0, -1):
         right, left = made[t - 1], made[t]
         given = right.square().sum((4, 5)).permute(1, 2, 0, 3).sqrt().flatten()  # features in order (a, i, d, q)

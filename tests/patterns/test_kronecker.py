@@ -81,6 +81,21 @@ def test_projection_follows_the_statistics(drawn: tuple[KroneckerSparse, LayerSi
     assert found <= plain * (1 + 1e-9) + 1e-24
 
 
+@settings(max_examples=20, deadline=None)
+@given(drawn=chains(), seed=st.integers(0, 100))
+def test_the_factors_of_a_projection_do_not_cancel(drawn: tuple[KroneckerSparse, LayerSizes], seed: int) -> None:
+    structure, sizes = drawn
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(sizes.out_features, sizes.in_features, dtype=torch.float64, generator=generator)
+    factors = structure.project(weight, statistics_of(sizes, seed))
+    shapes = structure.shapes(sizes)
+    padded = LayerSizes(shapes[0].features_in, shapes[-1].features_out)
+    sizes_of = [structure.to_dense(padded, f).norm() for f in (factors, {n: f.abs() for n, f in factors.items()})]
+    # The entries of r orthonormal columns add up to at most sqrt(r) times what they are.
+    bound = math.prod(left.j * left.a // right.a * left.p for left, right in zip(shapes[1:], shapes, strict=False))
+    assert sizes_of[1] <= bound**0.5 * sizes_of[0] * (1 + 1e-9)
+
+
 def test_long_chains_are_refined_beyond_the_hierarchical_svd() -> None:
     sizes, structure = LayerSizes(64, 64), KroneckerSparse.lattice((4, 4, 4), (4, 4, 4), 2)
     weight = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
