@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,7 @@ class Case:
         loss: a key of ``LOSSES``.
         training: forward and backward, or the loss alone, without gradients.
         transposed: whether w is stored (H, V).
+        tf32: whether products of float32 may round their operands to TF32.
     """
 
     rows: int
@@ -90,8 +91,11 @@ class Case:
     loss: str = "plain"
     training: bool = True
     transposed: bool = False
+    tf32: bool = False
 
     def __post_init__(self) -> None:
+        if self.tf32 and self.dtype != "float32":
+            raise ValueError(f"tf32 is set and dtype is {self.dtype}; it is about products of float32")
         if self.loss in EVERY_ROW and self.ignored:
             raise ValueError(f"ignored is {self.ignored} with the {self.loss} loss, which leaves no row out; use 0")
 
@@ -101,7 +105,8 @@ class Case:
         passes = "forward+backward" if self.training else "forward"
         kind = "" if self.loss == "plain" else f"{self.loss}, "
         stored = "weight stored (H, V), " if self.transposed else ""
-        return f"{self.shape} {self.dtype} {stored}{self.logits} logits, {kind}{self.ignored:.0%} ignored, {passes}"
+        dtype = f"{self.dtype} as TF32" if self.tf32 else self.dtype
+        return f"{self.shape} {dtype} {stored}{self.logits} logits, {kind}{self.ignored:.0%} ignored, {passes}"
 
     @property
     def shape(self) -> str:
@@ -118,6 +123,11 @@ class Case:
         """The dtype itself."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+
+def precision(*, tf32: bool) -> Literal["high", "highest"]:
+    """Of float32 products, as ``torch.set_float32_matmul_precision`` takes it."""
+    return "high" if tf32 else "highest"
 
 
 class Inputs(NamedTuple):
@@ -159,12 +169,12 @@ def truth(inputs: Inputs, loss: str = "plain") -> Truth:
     """The exact answer, rows in chunks: in float64 for float32 inputs, else in float32 without TF32."""
     dtype = torch.float64 if inputs.x.dtype == torch.float32 else torch.float32
     x, w = (tensor.detach().to(dtype).requires_grad_() for tensor in (inputs.x, inputs.w))
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision(tf32=False))
     try:
         total = _of_rows(x, w, inputs.t, loss) if loss in ROW_LOSSES else _mean(x, w, inputs.t, loss)
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(before)
     assert x.grad is not None
     assert w.grad is not None
     return Truth(total, x.grad, w.grad)
@@ -268,6 +278,7 @@ def make_step(loss: Loss, inputs: Inputs, *, training: bool = True) -> Callable[
 
 def peak_memory(case: Case, provider: str, options: Mapping[str, Any]) -> int:
     """Bytes of one warm step above its inputs, the gradients it leaves included."""
+    torch.set_float32_matmul_precision(precision(tf32=case.tf32))
     inputs = make_inputs(case)
     step = make_step(make_loss(provider, options, case.loss), inputs, training=case.training)
 

@@ -197,6 +197,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="+", metavar="NxHxV", help="rows x features x classes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--tf32", action="store_true", help="float32 products may round their operands to TF32")
     parser.add_argument("--transposed", action="store_true", help="store the weight (features, classes)")
     parser.add_argument("--ignored", type=float, help="share of rows with target -100")
     parser.add_argument("--logits", nargs="+", choices=("random", "trained"), default=["random"])
@@ -233,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
     chosen = parse_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else 170)
+    torch.set_float32_matmul_precision(head.precision(tf32=chosen.tf32))
     rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
     console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
     before = other_work(chosen.matmul) if chosen.behind_work else None
@@ -250,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 loss=loss,
                 training=passes == "training",
                 transposed=chosen.transposed,
+                tf32=chosen.tf32,
             )
             with torch._dynamo.config.patch(recompile_limit=64):  # the providers compile one function
                 measured = measure_case(case, chosen.providers, chosen.options, chosen.repeats, before)

@@ -54,6 +54,13 @@ def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: s
     assert all(error < 1e-5 for error in errors.values())
 
 
+def test_tf32_is_about_float32() -> None:
+    assert "float32 as TF32" in case(tf32=True).mode
+    assert "TF32" not in case().mode
+    with pytest.raises(ValueError, match="tf32 is set and dtype is bfloat16"):
+        case(dtype="bfloat16", tf32=True)
+
+
 @pytest.mark.parametrize("loss", head.EVERY_ROW)
 def test_a_loss_that_leaves_no_row_out_ignores_none(loss: str) -> None:
     with pytest.raises(ValueError, match=f"0.2 with the {loss} loss, which leaves no row out"):
