@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._sympy.functions import FloorDiv
 
 # ------------------------------------------------------------------------------------------------ graph vocabulary
 
@@ -127,8 +128,16 @@ def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 def expression(size: int | torch.SymInt) -> sympy.Expr:
     """The size as a sympy expression; reading it adds no guard."""
     if isinstance(size, torch.SymInt):
-        return cast(sympy.Expr, size.node.expr)
+        found = cast(sympy.Expr, size.node.expr)
+        return found.replace(FloorDiv, _quotient) if found.has(FloorDiv) else found
     return sympy.Integer(size)
+
+
+def _quotient(size: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    """``size // divisor``, which torch leaves as it stands, without the division where nothing is left over."""
+    exact = sympy.cancel(size / divisor)
+    whole = exact.is_polynomial() and all(number.is_integer for number in exact.as_coefficients_dict().values())
+    return cast(sympy.Expr, exact if whole else FloorDiv(size, divisor))
 
 
 def size_hints(value: Tensor) -> dict[sympy.Symbol, int]:

@@ -59,19 +59,19 @@ def ratios_of_sequences(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
     return (((ratio + z.logsumexp(-1)) * mask).sum(-1, keepdim=True) / labels.shape[1]).mean(0).sum() / x.shape[0]
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        shifted,
-        sizes_read_from_logits,
-        per_token_mean,
-        mean_of_sequences,
-        per_token,
-        temperatures,
-        accuracy_and_z_loss,
-        ratios_of_sequences,
-    ],
-)
+LOSSES = [
+    shifted,
+    sizes_read_from_logits,
+    per_token_mean,
+    mean_of_sequences,
+    per_token,
+    temperatures,
+    accuracy_and_z_loss,
+    ratios_of_sequences,
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_one_graph_for_all_lengths(loss: Loss) -> None:
     fast = Rewritten(loss, then="aot_eager", dynamic=True)
     generator = torch.Generator().manual_seed(0)
@@ -79,6 +79,19 @@ def test_one_graph_for_all_lengths(loss: Loss) -> None:
     for batch, length in ((2, 5), (3, 7), (4, 9), (2, 11)):
         x = torch.randn(batch, length, 8, generator=generator).requires_grad_()
         labels = torch.randint(0, CLASSES, (batch, length), generator=generator)
+        assert_like_eager(fast, loss, (x, w, labels))
+    assert fast.statuses == ["rewritten"]
+    assert len(fast.graphs) == 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_as_many_sequences_as_tokens(loss: Loss) -> None:
+    fast = Rewritten(loss, then="aot_eager", dynamic=True)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(CLASSES, 8, generator=generator).requires_grad_()
+    for size in (4, 7):  # one symbol stands for both, and quotients of its powers for either
+        x = torch.randn(size, size, 8, generator=generator).requires_grad_()
+        labels = torch.randint(0, CLASSES, (size, size), generator=generator)
         assert_like_eager(fast, loss, (x, w, labels))
     assert fast.statuses == ["rewritten"]
     assert len(fast.graphs) == 1
