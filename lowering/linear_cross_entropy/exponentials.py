@@ -18,7 +18,7 @@ the gradients' epilogues as one: :mod:`~structfly.lowering.linear_cross_entropy.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,9 @@ def run_exponentials(
         return head.x.new_zeros(0, dtype=torch.float32), gradients
     length = exponential_rows(rows, head.num_classes, workspace)
     with on_device(head.x.device):
-        each = RowPass(head, coefficients, length, "" if wanted is None else "exponentials", tiles_of(head))
+        keeps: Literal["", "exponentials"] = "" if wanted is None else "exponentials"
+        width = head.x.shape[1] if wanted is not None and wanted.x else 0
+        each = RowPass(head, coefficients, length, keeps, tiles_of(head), sums_width=width)
         gradients = None
         if wanted is None:
             each.do_all()
@@ -114,7 +116,7 @@ class ExponentialRun:
 
     @cached_property
     def hidden_sums(self) -> Tensor:
-        return torch.empty(self.each.length, self.hidden, device=self.device)
+        return self.each.sums[: self.each.length * self.hidden].view(self.each.length, self.hidden)
 
     @cached_property
     def hidden_product(self) -> Product | LibraryProduct:

@@ -29,6 +29,7 @@ from structfly.lowering.device_profile import device_model
 from structfly.lowering.gemm import Blocks, Product, Tiles, has_descriptor
 from structfly.lowering.head.chunks import row_stride
 from structfly.lowering.launch import Launch
+from structfly.lowering.linear_cross_entropy.buffers import in_one_buffer
 from structfly.lowering.linear_cross_entropy.chunked import Head, class_terms
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms
@@ -94,8 +95,10 @@ class RowPass:
         length: rows of a chunk.
         keeps: "" for the losses alone, "exponentials" for :class:`ChunkRows`, "rows" for :class:`KeptRows`.
         tiles: of the head's products.
+        sums_width: what ``sums`` has for each row of a chunk, at least.
 
     Attributes:
+        sums: float32 numbers for each row of a chunk, free from one chunk's losses to the next one's logits.
         rows: the rows that count.
         every_row: whether none can be left out.
         losses: (N,) float32, 0 where a row does not count.
@@ -108,6 +111,7 @@ class RowPass:
         length: int,
         keeps: Literal["", "exponentials", "rows"],
         tiles: HeadTiles,
+        sums_width: int = 0,
     ) -> None:
         self.head, self.length, self.keeps, self.tiles = head, length, keeps, tiles
         self._coefficients = coefficients
@@ -119,7 +123,7 @@ class RowPass:
         self.terms, live_classes = _apart(class_terms(head))
         self.share = head.label_smoothing / head.num_classes
         self.starts = range(0, head.x.shape[0], length)
-        self._make_buffers(live_classes)
+        self._make_buffers(live_classes, sums_width)
 
     def do_all(self) -> None:
         """Do all rows, where nothing is to be done between chunks."""
@@ -144,19 +148,23 @@ class RowPass:
 
     def release(self) -> None:
         """Let go of what only the pass itself needs."""
-        for name in ("gather", "exponentials", "largest", "finish", "tile_sums", "chunk"):
+        for name in ("gather", "exponentials", "largest", "finish", "sums", "chunk"):
             self.__dict__.pop(name, None)
 
-    def _make_buffers(self, live_classes: Tensor | None) -> None:
+    def _make_buffers(self, live_classes: Tensor | None, sums_width: int) -> None:
         classes, hidden, device = self.head.num_classes, self.x.shape[1], self.x.device
         self.rows = LiveRows(self.head, self._coefficients.chosen, self.length, apart=self.keeps == "exponentials")
         self.across = -(-classes // self.logits_tiles.n)
-        self.tile_sums = torch.empty(self.length, self.across, device=device)
-        vectors = torch.empty(6, self.length, device=device).unbind()
-        self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors
         stored = (self.length, row_stride(classes)) if self.keeps == "exponentials" else (1, 16)
-        exps = self.x.new_empty(stored)[:, :classes]
-        self.chunk = ChunkRows(exps, self.x.new_empty(self.length, hidden), factor, entry)
+        exps, factor_x, self.sums, vectors = in_one_buffer(
+            device,
+            (stored, torch.bfloat16),
+            ((self.length, hidden), torch.bfloat16),
+            ((self.length * max(self.across, sums_width),), torch.float32),
+            ((6, self.length), torch.float32),
+        )
+        self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors.unbind()
+        self.chunk = ChunkRows(exps[:, :classes], factor_x, factor, entry)
         self.unused = factor
         self.weighted_classes = self.weighted_bias = self.class_weight_sum = self.unused
         if self.share:
@@ -249,7 +257,7 @@ class RowPass:
             "linear_cross_entropy_exponentials",
             self.chunk.factor_x,
             self.weight.t(),
-            [self.reference, self.tile_sums, self.across, exps, self.bias, self.mask],
+            [self.reference, self.sums, self.across, exps, self.bias, self.mask],
             {**self.chain, "stored": stored, "largest": largest},
             tiles=self.logits_tiles,
         )
@@ -265,7 +273,7 @@ class RowPass:
             {"TILES": self.across, "TILE_BLOCK": power_of_two(self.across), **self.per_row},
             [
                 *(self.rows.index, self.head.target, self.coefficient, self.given(self.terms.weight)),
-                *(self.class_weight_sum, self.tile_sums, self.reference),
+                *(self.class_weight_sum, self.sums, self.reference),
                 *(self.u_target, self.slope_target, self.u_sum, self.losses),
                 *(chunk.exps, chunk.exps.stride(0), chunk.factor_x, factor, entry, *others),
             ],

@@ -13,6 +13,12 @@ from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.linear_cross_entropy.tiles import HeadTiles
 from structfly.lowering.tuning.choice import INTERPRETED
 
+# Of vectors over all rows: losses, coefficients, index and order, and what sorting takes; and what blocks keep of rows.
+_ROW_BYTES, _KEPT_BYTES = 52, 20
+# PyTorch's allocator on GPUs gives a large tensor up to 1 MiB more than it asks for; there are two, a buffer and a
+# sum's lower plane.
+_SPARE = 2 * 2**20
+
 
 def why_no_exponentials(
     dtype: torch.dtype,
@@ -41,16 +47,19 @@ def why_no_exponentials(
     return "the bias needs a gradient" if bias_gradient else ""
 
 
-def exponentials_bytes(length: int, hidden: int, classes: int, tiles: HeadTiles, *, dx: bool, dw: bool) -> int:
-    """Bytes that the scheme "exponentials" takes besides inputs and gradients, in chunks of ``length`` rows.
+def exponentials_bytes(
+    rows: int, length: int, hidden: int, classes: int, tiles: HeadTiles, *, dx: bool, dw: bool
+) -> int:
+    """Bytes that the scheme "exponentials" takes besides inputs and gradients of ``rows``, ``length`` at a time.
 
     The exponentials themselves are stored only where a gradient is wanted.
     """
     exps = row_stride(classes) * torch.bfloat16.itemsize * (dx or dw)
     across = tiles.exponentials.n if dx or dw else tiles.losses.n
-    row = exps + hidden * (2 + 4 * dx) + 4 * (-(-classes // across) + 6)
+    row = exps + hidden * 2 + 4 * (max(-(-classes // across), hidden * dx) + 6)
     stored = (hidden, classes) if tiles.transposed else (classes, hidden)
-    return length * row + (stored[0] * low_stride(stored[1], tiles.weight_sum) if dw else 0)
+    fixed = rows * _ROW_BYTES + (0 if tiles.losses == INTERPRETED else _SPARE) if dx or dw else 0
+    return fixed + length * row + (stored[0] * low_stride(stored[1], tiles.weight_sum) if dw else 0)
 
 
 def low_stride(columns: int, tiles: Tiles) -> int:
@@ -89,11 +98,6 @@ class BlockSizes:
 _SUM_STEPS, _BLOCK_STEPS, _LAUNCH_STEPS = 13, 8, 13
 # How many widths of blocks, in tiles, are tried below the largest.
 _TRIED = 16
-# Vectors over all rows: what is kept of them, their index and order, and what sorting takes.
-_ROW_BYTES = 72
-# PyTorch's allocator on GPUs gives a large tensor up to 1 MiB more than it asks for; there are two, the blocks' buffer
-# and dx's lower plane.
-_SPARE = 2 * 2**20
 
 
 @lru_cache(maxsize=256)
@@ -111,7 +115,7 @@ def block_sizes(rows: int, hidden: int, classes: int, limit: int, *, processors:
     def bytes_of(m: int, n: int) -> int:
         statistics = m * (2 * hidden + 4 * -(-classes // tiles.losses.n) + 24)
         sums = 2 * m * max(n, hidden + beside(n)) + rows * dx_low + n * dw_low
-        return spare + rows * _ROW_BYTES + max(statistics, sums)
+        return spare + rows * (_ROW_BYTES + _KEPT_BYTES) + max(statistics, sums)
 
     def beside(n: int) -> int:
         return max(wide, (n - hidden) // wide * wide)
@@ -132,7 +136,9 @@ def block_sizes(rows: int, hidden: int, classes: int, limit: int, *, processors:
 
     fits = []
     for m in range(tall, min(_whole(rows, tall), 64 * tall) + 1, tall):
-        most = min((limit - spare - rows * (_ROW_BYTES + dx_low)) // (2 * m + dw_low), _whole(classes, wide))
+        most = min(
+            (limit - spare - rows * (_ROW_BYTES + _KEPT_BYTES + dx_low)) // (2 * m + dw_low), _whole(classes, wide)
+        )
         most = most // wide * wide
         fewest = max(wide, most - _TRIED * wide)  # fewer cost more, but for how their tiles fill the processors
         fits += [(m, n) for n in range(fewest, most + 1, wide) if bytes_of(m, n) <= limit]

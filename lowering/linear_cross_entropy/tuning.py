@@ -89,7 +89,7 @@ class HeadTimer:
         if name.startswith("block"):
             return self._launch_of_blocks(name, tiles)
         keeps: Literal["", "exponentials"] = "" if name == "losses" else "exponentials"
-        each = RowPass(self.head, self._coefficients, self.length, keeps, tiles)
+        each = RowPass(self.head, self._coefficients, self.length, keeps, tiles, sums_width=self.head.x.shape[1])
         live, overflowed = each.rows.count, each.rows.zeros[0]
         start = each.starts[1] if len(each.starts) > 1 else 0
         if name in ("losses", "exponentials"):

@@ -92,7 +92,9 @@ class ExponentialSizes(HeadSizes):
     def transient_bytes(self, length: int) -> int:
         """Bytes beyond the gradients themselves."""
         wanted = self.site.gradients
-        return exponentials_bytes(length, self.hidden, self.classes, self.tiles, dx=wanted.x, dw=wanted.weight)
+        return exponentials_bytes(
+            self.rows, length, self.hidden, self.classes, self.tiles, dx=wanted.x, dw=wanted.weight
+        )
 
     def chunk_lengths(self, limit: int, profile: DeviceProfile) -> list[int]:
         """Also those that just fill the device, for rows are a side of a generated product; all in whole tiles."""
