@@ -12,7 +12,16 @@ from structfly.errors import ArgumentError, ConfigError, PlanError, RewriteError
 from structfly.explanation import explain
 from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.records import Report, SiteReport
-from structfly.restructure import Distillation, Plan, apply_, from_pretrained, restructure_, save_pretrained
+from structfly.restructure import (
+    Distillation,
+    Plan,
+    Survey,
+    apply_,
+    from_pretrained,
+    restructure_,
+    save_pretrained,
+    survey,
+)
 from structfly.version import __version__
 
 __all__ = [
@@ -29,6 +38,7 @@ __all__ = [
     "StructflyError",
     "Structure",
     "StructuredLinear",
+    "Survey",
     "TuningReport",
     "UnsupportedError",
     "__version__",
@@ -38,5 +48,6 @@ __all__ = [
     "ops",
     "restructure_",
     "save_pretrained",
+    "survey",
     "tune",
 ]

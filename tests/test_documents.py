@@ -56,6 +56,9 @@ def test_the_page_on_restructuring_runs(capsys: pytest.CaptureFixture[str]) -> N
         exec(compile(block, "docs/restructure.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "loss predicted to rise by" in printed
+    predicted = [float(found) for found in re.findall(r"^\d0%: predicted (\S+), measured \S+$", printed, re.MULTILINE)]
+    assert len(predicted) == 3
+    assert predicted == sorted(predicted)  # the budgets fall
     assert printed.strip().endswith("True")
 
 

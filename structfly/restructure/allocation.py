@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from structfly.config.budget import Budget
-from structfly.errors import PlanError
+from structfly.errors import ArgumentError, PlanError
 from structfly.restructure.candidates import Candidate
 from structfly.restructure.costs import ACTIVATIONS, added, keeps, used
 from structfly.rewriter.solver import ImpossibleError, Option, Solution, solve
@@ -128,6 +128,14 @@ STRATEGIES: Mapping[str, Callable[[Candidates, Budget, Mapping[str, float]], All
     "pixelfly": by_pixelfly,
     "gblr": by_threshold,
 }
+
+
+def check_strategy(strategy: str, budget: Budget) -> None:
+    """Raise ArgumentError if there is no such strategy, or if it does not seek what ``budget`` does."""
+    if strategy not in STRATEGIES:
+        raise ArgumentError(f"strategy is {strategy!r}; allowed: {', '.join(STRATEGIES)}")
+    if strategy != "solver" and budget.loss is not None:
+        raise ArgumentError(f"the strategy {strategy!r} cannot seek the least time; leave budget.loss out")
 
 
 def _keeps(chosen: Mapping[str, Candidate], limits: Mapping[str, float]) -> bool:

@@ -29,6 +29,7 @@ def refined(
     loss: Loss,
     count: int,
     *,
+    dense_loss: float,
     progress: bool = True,
     resume: Path | None = None,
 ) -> dict[str, list[Candidate]]:
@@ -38,9 +39,9 @@ def refined(
     between them interpolated along its logarithm.
 
     Args:
+        dense_loss: of ``model`` as it is.
         resume: a file that keeps what was measured; a run that was stopped goes on from it.
     """
-    dense = loss.of(model)
     measured: dict[str, dict[str, float]] = {}
     if resume is not None and resume.exists():
         measured = json.loads(resume.read_text(encoding="utf-8"))
@@ -55,7 +56,7 @@ def refined(
                 if key not in known:
                     made = StructuredLinear.from_linear(layer.as_linear(), each.structure, statistics[name])
                     with replaced(model, name, layer.in_place_of(made)):
-                        known[key] = loss.of(model) - dense
+                        known[key] = loss.of(model) - dense_loss
                 rises.append((each.loss, known[key]))
             if resume is not None:
                 _write(resume, measured)

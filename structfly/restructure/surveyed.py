@@ -1,0 +1,88 @@
+"""A survey: what is known of a model before a budget is, and the plan that any budget makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from structfly.config.budget import Budget
+from structfly.errors import ArgumentError
+from structfly.records.layer import LayerSizes, LayerStatistics
+from structfly.restructure.allocation import STRATEGIES, check_strategy, dense_totals
+from structfly.restructure.candidates import Candidate
+from structfly.restructure.measuring import Loss
+from structfly.restructure.plan import Measured, Plan, PlannedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What :func:`~structfly.restructure.surveying.survey` found out about a model.
+
+    Attributes:
+        sizes: of each layer that may be restructured, by name.
+        menus: what each of them may become, the dense weight first.
+        statistics: of each of them, for :func:`~structfly.restructure.apply.apply_`.
+        left: the other linear layers, and why.
+        tokens: of a forward pass that costs are of.
+        loss: measures the loss on the calibration data; None without them.
+        dense_loss: that of the model as it was; None without data.
+    """
+
+    sizes: Mapping[str, LayerSizes]
+    menus: Mapping[str, Sequence[Candidate]] = field(repr=False)
+    statistics: Mapping[str, LayerStatistics] = field(repr=False)
+    left: Mapping[str, str]
+    tokens: int
+    loss: Loss | None = field(default=None, repr=False)
+    dense_loss: float | None = None
+
+    def plan(self, budget: Budget, strategy: str = "solver") -> Plan:
+        """What the layers become within ``budget``.  The model is neither needed nor changed.
+
+        Args:
+            budget: what the layers may cost together.
+            strategy: see :func:`~structfly.restructure.restructuring.restructure_`.
+
+        Raises:
+            PlanError: the budget cannot be kept; the message says what can.
+            ArgumentError: there is no such strategy, or it cannot seek the least time.
+        """
+        check_strategy(strategy, budget)
+        totals = dense_totals(self.menus, list(budget.limits))
+        limits = {resource: limit.of(totals[resource]) for resource, limit in budget.limits.items()}
+        allocation = STRATEGIES[strategy](self.menus, budget, limits)
+        planned = {
+            name: PlannedLayer(
+                in_features=sizes.in_features,
+                out_features=sizes.out_features,
+                structure=allocation.chosen[name].structure,
+                predicted_loss=allocation.chosen[name].loss,
+                costs=dict(allocation.chosen[name].costs),
+                dense_costs=dict(self.menus[name][0].costs),
+            )
+            for name, sizes in self.sizes.items()
+        }
+        return Plan(
+            layers=planned,
+            left=dict(self.left),
+            strategy=strategy,
+            budget=budget.model_dump(exclude_none=True),
+            limits=limits if budget.loss is None else {**limits, "loss": budget.loss},
+            tokens=self.tokens,
+            predicted_loss=sum(each.predicted_loss for each in planned.values()),
+            bound=allocation.bound,
+            gap=allocation.gap,
+        )
+
+    def measured(self, plan: Plan, model: nn.Module) -> Plan:
+        """``plan`` with the loss on the calibration data of ``model``, to which it was applied, and of the dense model.
+
+        Raises:
+            ArgumentError: the survey was made without calibration data.
+        """
+        if self.loss is None or self.dense_loss is None:
+            raise ArgumentError("the survey has no data to measure a loss on; give it calibration and loss_fn")
+        measured = Measured(dense=self.dense_loss, structured=self.loss.of(model))
+        return plan.model_copy(update={"measured": measured})

@@ -1,0 +1,121 @@
+"""``survey``: what does not depend on a budget, found out once for all budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.progress import track
+from torch import nn
+
+from structfly.errors import ArgumentError
+from structfly.lowering.device_profile import device_profile
+from structfly.patterns.structure import Structure
+from structfly.patterns.structures import OFFERED, STRUCTURES
+from structfly.restructure.calibrating import Calibration
+from structfly.restructure.candidates import Candidate, candidates_of
+from structfly.restructure.costs import Conditions
+from structfly.restructure.layers import check_globs, find_layers
+from structfly.restructure.refinement import refined
+from structfly.restructure.surveyed import Survey
+from structfly.rewriter.sensitivity import Losses
+
+
+def survey(
+    model: nn.Module,
+    *,
+    calibration: Iterable[Any] | None = None,
+    loss_fn: Losses | None = None,
+    refine: int = 0,
+    structures: Sequence[str] = OFFERED,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] | None = None,
+    overrides: Mapping[str, Sequence[str]] | None = None,
+    sensitivity: Literal["fisher", "inputs"] = "fisher",
+    tokens: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    resume: Path | str | None = None,
+) -> Survey:
+    """Find out what each linear layer of ``model`` may become, at what cost and loss.  The model is left as it is.
+
+    What takes long and does not depend on a budget is done here: ``survey(...).plan(budget)`` takes a moment, and
+    ``apply_(copy of the model, plan, statistics=survey.statistics)`` makes of the copy what
+    :func:`~structfly.restructure.restructuring.restructure_` would, of which all arguments are.  The survey holds the
+    calibration batches, to measure losses on them.
+
+    Raises:
+        ArgumentError: an argument is wrong, or no layer is left to restructure.
+    """
+    offered, has_data = _structures(structures), calibration is not None
+    if sensitivity not in ("fisher", "inputs"):
+        raise ArgumentError(f"sensitivity is {sensitivity!r}; allowed: fisher, inputs")
+    if has_data != (loss_fn is not None):
+        raise ArgumentError("calibration and loss_fn go together; give both, or neither")
+    if not has_data and (refine or resume is not None or sensitivity != "fisher"):
+        raise ArgumentError("refine, resume and sensitivity are of calibration data; give calibration and loss_fn")
+    layers, left = find_layers(model, include, exclude)
+    check_globs("overrides", overrides or {}, layers)
+    known = Calibration.without_data(layers, left)
+    if calibration is not None and loss_fn is not None:
+        path = None if resume is None else Path(resume)
+        known = Calibration.of(
+            model,
+            layers,
+            left,
+            calibration,
+            loss_fn,
+            sensitivity=sensitivity,
+            seed=seed,
+            progress=progress,
+            resume=path,
+        )
+    if not known.layers:
+        raise ArgumentError(f"no layer is left to restructure; left: {known.left or 'the model has no linear layers'}")
+    device = next(iter(known.layers.values())).weight.device
+    conditions = Conditions(tokens or known.tokens, device_profile(device))
+    menus: Mapping[str, Sequence[Candidate]] = {
+        name: candidates_of(layer, _offered_to(name, offered, overrides or {}), conditions, known.statistics[name])
+        for name, layer in track(known.layers.items(), "candidates", disable=not progress)
+    }
+    dense_loss = None if known.loss is None else known.loss.of(model)
+    if refine and known.loss is not None and dense_loss is not None:
+        beside = None if resume is None else Path(f"{resume}.refinement.json")
+        menus = refined(
+            model,
+            known.layers,
+            menus,
+            known.statistics,
+            known.loss,
+            refine,
+            dense_loss=dense_loss,
+            progress=progress,
+            resume=beside,
+        )
+    return Survey(
+        sizes={name: layer.sizes for name, layer in known.layers.items()},
+        menus=menus,
+        statistics=known.statistics,
+        left=known.left,
+        tokens=conditions.tokens,
+        loss=known.loss,
+        dense_loss=dense_loss,
+    )
+
+
+def _structures(names: Sequence[str]) -> list[type[Structure]]:
+    for name in names:
+        if name not in STRUCTURES:
+            raise ArgumentError(f"there is no structure {name!r}; there are {', '.join(STRUCTURES)}")
+    return [each for name, each in STRUCTURES.items() if name in names]
+
+
+def _offered_to(
+    name: str, offered: Sequence[type[Structure]], overrides: Mapping[str, Sequence[str]]
+) -> Sequence[type[Structure]]:
+    for pattern, names in overrides.items():
+        if fnmatchcase(name, pattern):
+            offered = _structures(names)
+    return offered
