@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.block_sparse.layout import Grid
-from structfly.patterns.whitening import with_ridge
-from structfly.records.layer import LayerSizes, LayerStatistics
+from structfly.patterns.whitening import Covariances
+from structfly.records.layer import LayerSizes
 
 _SWEEPS = 3  # over the rows of blocks, where the output's metric couples them
 
@@ -31,7 +31,7 @@ class BlockRefit:
         kept: bool (rows, columns) of blocks.
         grid: the blocks' sides.
         sizes: the weight's.
-        statistics: of the layer.
+        covariances: of the layer.
         like: gives dtype and device.
 
     With E = B - W the loss tr(G E A E^T) is a square in row i of blocks, B_i, given the others.  With S the columns
@@ -42,14 +42,13 @@ class BlockRefit:
     Without G the sum is 0 and one step is exact; with it each step takes the loss down, or leaves it.
     """
 
-    def __init__(self, kept: Tensor, grid: Grid, sizes: LayerSizes, statistics: LayerStatistics, like: Tensor) -> None:
+    def __init__(self, kept: Tensor, grid: Grid, sizes: LayerSizes, covariances: Covariances, like: Tensor) -> None:
         self.mask = grid.spread(kept, sizes).to(like.device)
-        both = (statistics.input_covariance, statistics.output_fisher)
-        inner, outer = (with_ridge(each, like.double()) for each in both)
-        self.inner, self.outer = (None if metric is None else metric.to(like.dtype) for metric in (inner, outer))
-        self.rows = list(self._rows(grid, inner, outer))
+        self.inner, self.outer = (None if metric is None else metric.to(like.dtype) for metric in covariances)
+        self.rows = list(self._rows(grid, covariances))
 
-    def _rows(self, grid: Grid, inner: Tensor | None, outer: Tensor | None) -> Iterator[_Row]:
+    def _rows(self, grid: Grid, covariances: Covariances) -> Iterator[_Row]:
+        inner, outer = covariances
         for first in range(0, len(self.mask), grid.block_out):
             outputs = slice(first, first + grid.block_out)
             inputs = self.mask[first].nonzero()[:, 0]
@@ -80,7 +79,7 @@ class BlockRefit:
         if self.inner is None or row.inner is None:
             made[row.outputs, row.inputs] = target[:, row.inputs]
         else:
-            of_kept = (target @ self.inner)[:, row.inputs].t()
+            of_kept = self.inner[row.inputs] @ target.t()
             made[row.outputs, row.inputs] = _solve(row.inner, of_kept).t()
         error[row.outputs] = made[row.outputs] - weight[row.outputs]
 

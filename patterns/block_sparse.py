@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Literal, Self, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from structfly.patterns.block_refit import BlockRefit
 from structfly.patterns.blocks import cost_of_blocks, random_values
 from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
+from structfly.patterns.whitening import Covariances
 from structfly.records.layer import NO_STATISTICS, LayerCost, LayerSizes, LayerStatistics
 
 BlockSize: TypeAlias = Literal[16, 32, 64, 128]
@@ -82,14 +83,25 @@ class BlockSparse(Structure):
         Where that is farther from ``weight`` than its blocks of the largest Frobenius norms are as they stand, those
         are refitted instead.  Without statistics they are the nearest there is.
         """
+        return next(self.project_each([self], weight, statistics))
+
+    @classmethod
+    def project_each(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[dict[str, Tensor]]:
+        covariances = Covariances.of(statistics, weight)
+        for each in choices:
+            yield each._near(weight, statistics, covariances)
+
+    def _near(self, weight: Tensor, statistics: LayerStatistics, covariances: Covariances) -> dict[str, Tensor]:
         sizes = LayerSizes(weight.shape[1], weight.shape[0])
         grid = self.grid(sizes)
         kept = self._largest(self._losses(weight, statistics))
-        made = BlockRefit(kept, grid, sizes, statistics, weight)(weight)
+        made = BlockRefit(kept, grid, sizes, covariances, weight)(weight)
         plainly = self._largest(self._losses(weight, NO_STATISTICS))
         plain = weight * grid.spread(plainly, sizes)
         if statistics.loss_of(made - weight) > statistics.loss_of(plain - weight):
-            kept, made = plainly, BlockRefit(plainly, grid, sizes, statistics, weight)(weight)
+            kept, made = plainly, BlockRefit(plainly, grid, sizes, covariances, weight)(weight)
         return {"values": BlockLayout.of(kept, self.equal_rows).take(made, grid), **self._indices(kept)}
 
     def to_dense(self, sizes: LayerSizes, factors: Factors) -> Tensor:

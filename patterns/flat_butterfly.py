@@ -5,7 +5,7 @@ Pixelated Butterfly (Chen et al. 2021, arXiv 2112.00029).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -18,6 +18,7 @@ from structfly.patterns.block_refit import BlockRefit
 from structfly.patterns.blocks import cost_of_blocks, random_values
 from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
+from structfly.patterns.whitening import Covariances
 from structfly.records.layer import NO_STATISTICS, LayerCost, LayerSizes, LayerStatistics
 
 _SMALLEST_SIDE = 16  # of the blocks that a menu offers
@@ -80,12 +81,20 @@ class FlatButterfly(Structure):
 
     def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
         """Least squares; where the statistics have an output Fisher, some steps of it, each over a row of blocks."""
-        return self.take(self.refit(weight, statistics)(weight))
+        return next(self.project_each([self], weight, statistics))
 
-    def refit(self, weight: Tensor, statistics: LayerStatistics) -> BlockRefit:
+    @classmethod
+    def project_each(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[dict[str, Tensor]]:
+        covariances = Covariances.of(statistics, weight)
+        for each in choices:
+            yield each.take(each.refit(weight, covariances)(weight))
+
+    def refit(self, weight: Tensor, covariances: Covariances) -> BlockRefit:
         """The least squares of these blocks, for weights like ``weight`` (out, in)."""
         sizes = LayerSizes(weight.shape[1], weight.shape[0])
-        return BlockRefit(self.mask(), self.blocks(sizes), sizes, statistics, weight)
+        return BlockRefit(self.mask(), self.blocks(sizes), sizes, covariances, weight)
 
     def take(self, weight: Tensor) -> dict[str, Tensor]:
         """The factors of a weight (out, in) that is zero outside the blocks."""

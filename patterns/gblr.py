@@ -8,7 +8,7 @@ they are chosen by :meth:`GBLR.project`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from structfly.lowering.gblr.op import GBLR as OP
 from structfly.lowering.gblr.tile_products import dense_of
-from structfly.patterns.gblr_projection import Component, Interval, Shape, project
+from structfly.patterns.gblr_projection import Component, Interval, Projection, Shape
 from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
 from structfly.records.cost import Stage
@@ -116,14 +116,22 @@ class GBLR(Structure):
 
     def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
         """A greedy choice of rectangles, then least squares; see :mod:`structfly.patterns.gblr_projection`."""
-        shape = Shape(self.tile, self.group, self.groups, self.left_tiles, self.right_tiles)
-        components = sorted(project(weight, statistics, shape, self.sweeps), key=_place)
-        return {
-            "right": self._tiles([each.right for each in components]),
-            "right_index": index_of([range(*each.columns) for each in components]).to(weight.device),
-            "left": self._tiles([each.left for each in components]),
-            "left_index": index_of([range(*each.rows) for each in components]).to(weight.device),
-        }
+        return next(self.project_each([self], weight, statistics))
+
+    @classmethod
+    def project_each(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[dict[str, Tensor]]:
+        projection = Projection(weight, statistics)
+        for each in choices:
+            shape = Shape(each.tile, each.group, each.groups, each.left_tiles, each.right_tiles)
+            components = sorted(projection(shape, each.sweeps), key=_place)
+            yield {
+                "right": each._tiles([c.right for c in components]),
+                "right_index": index_of([range(*c.columns) for c in components]).to(weight.device),
+                "left": each._tiles([c.left for c in components]),
+                "left_index": index_of([range(*c.rows) for c in components]).to(weight.device),
+            }
 
     def _tiles(self, parts: list[Tensor]) -> Tensor:
         padded = [F.pad(part, (0, 0, 0, -len(part) % self.tile)) for part in parts]

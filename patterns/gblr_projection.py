@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from structfly.patterns.nearest import nearest
 from structfly.patterns.whitening import has_metric, in_metric, with_ridge
-from structfly.records.layer import NO_STATISTICS, LayerStatistics
+from structfly.records.layer import NO_STATISTICS, LayerSizes, LayerStatistics
 
 Interval = tuple[int, int]  # tiles, the last excluded
 
@@ -54,41 +54,78 @@ class Component(NamedTuple):
     right: Tensor
 
 
-def project(weight: Tensor, statistics: LayerStatistics, shape: Shape, sweeps: int) -> list[Component]:
-    """``shape.groups`` components with ``shape.left_tiles`` and ``shape.right_tiles`` tiles in all."""
-    plain = _Greedy(weight, NO_STATISTICS, shape).run(sweeps)
-    if not has_metric(statistics):
-        return plain
-    informed = _Greedy(weight, statistics, shape).run(sweeps)
+class Projection:
+    """Of one weight, for any shape; what shapes of the same tile have in common is made once.
 
-    def dense(components: list[Component]) -> Tensor:
-        made = torch.zeros_like(weight)
-        for each in components:
-            part = (_features(each.rows, shape.tile, len(weight)), _features(each.columns, shape.tile, weight.shape[1]))
-            made[part] += each.left @ each.right.t()
-        return made
+    Args:
+        weight: (out, in).
+        statistics: of its layer.
+    """
 
-    return nearest(weight, statistics, dense, plain, informed)
+    def __init__(self, weight: Tensor, statistics: LayerStatistics) -> None:
+        self.weight, self.statistics = weight, statistics
+        self._plain = _Metrics(weight, NO_STATISTICS)
+        self._informed = _Metrics(weight, statistics) if has_metric(statistics) else None
+
+    def __call__(self, shape: Shape, sweeps: int) -> list[Component]:
+        """``shape.groups`` components with ``shape.left_tiles`` and ``shape.right_tiles`` tiles in all."""
+        plain = _Greedy(self.weight, self._plain, shape).run(sweeps)
+        if self._informed is None:
+            return plain
+        informed = _Greedy(self.weight, self._informed, shape).run(sweeps)
+        sides = LayerSizes(self.weight.shape[1], self.weight.shape[0])
+
+        def dense(components: list[Component]) -> Tensor:
+            made = torch.zeros_like(self.weight)
+            for each in components:
+                rows = _features(each.rows, shape.tile, sides.out_features)
+                made[rows, _features(each.columns, shape.tile, sides.in_features)] += each.left @ each.right.t()
+            return made
+
+        return nearest(self.weight, self.statistics, dense, plain, informed)
 
 
 def _features(interval: Interval, tile: int, features: int) -> slice:
     return slice(interval[0] * tile, min(interval[1] * tile, features))
 
 
-class _Side:
-    """Rows or columns: their metric M, None for the identity, and the Cholesky factors of its intervals."""
+class _Metric:
+    """M of the rows or of the columns, None for the identity, and Cholesky factors of its diagonal blocks."""
 
-    def __init__(self, metric: Tensor | None, features: int, tile: int, tiles: int) -> None:
+    def __init__(self, matrix: Tensor | None) -> None:
+        self.matrix = matrix
+        self._factors: dict[tuple[int, int], Tensor] = {}
+
+    def factor(self, part: slice) -> Tensor | None:
+        """P with P P^T = M[part, part], made when it is first asked for."""
+        key = part.start, part.stop
+        if self.matrix is not None and key not in self._factors:
+            self._factors[key] = torch.linalg.cholesky(self.matrix[part, part])
+        return self._factors.get(key)
+
+
+class _Metrics:
+    """Both metrics of a layer, and G W A."""
+
+    def __init__(self, weight: Tensor, statistics: LayerStatistics) -> None:
+        outer, inner = with_ridge(statistics.output_fisher, weight), with_ridge(statistics.input_covariance, weight)
+        self.rows, self.columns = _Metric(outer), _Metric(inner)
+        self.gradient = in_metric(weight, outer, inner)
+
+
+class _Side:
+    """Rows or columns in tiles, and how many tiles groups may still have."""
+
+    def __init__(self, metric: _Metric, features: int, tile: int, tiles: int) -> None:
         self.metric, self.features, self.tile, self.left_over = metric, features, tile, tiles
         self.places = -(-features // tile)
-        self._cholesky: dict[Interval, Tensor] = {}
 
     def slice_of(self, interval: Interval) -> slice:
         return _features(interval, self.tile, self.features)
 
     def whitened(self, interval: Interval, rows: Tensor, transposed: bool = False) -> Tensor:
         """P^-1 rows, or P^-T rows, with P P^T the metric of the interval."""
-        factor = self._factor(interval)
+        factor = self.metric.factor(self.slice_of(interval))
         if factor is None:
             return rows
         solved: Tensor = torch.linalg.solve_triangular(factor.t() if transposed else factor, rows, upper=transposed)
@@ -96,21 +133,14 @@ class _Side:
 
     def coloured(self, interval: Interval, rows: Tensor) -> Tensor:
         """P^T rows."""
-        factor = self._factor(interval)
+        factor = self.metric.factor(self.slice_of(interval))
         return rows if factor is None else factor.t() @ rows
-
-    def _factor(self, interval: Interval) -> Tensor | None:
-        """P, made when it is first asked for."""
-        if self.metric is not None and interval not in self._cholesky:
-            part = self.slice_of(interval)
-            self._cholesky[interval] = torch.linalg.cholesky(self.metric[part, part])
-        return self._cholesky.get(interval)
 
     def seen(self, interval: Interval, rows: Tensor) -> Tensor:
         """M[:, interval] rows, for all features."""
         part = self.slice_of(interval)
-        if self.metric is not None:
-            return self.metric[:, part] @ rows
+        if self.metric.matrix is not None:
+            return self.metric.matrix[:, part] @ rows
         return F.pad(rows, (0, 0, part.start, self.features - part.stop))
 
     def intervals(self, tiles: float) -> list[Interval]:
@@ -125,12 +155,11 @@ class _Side:
 
 
 class _Greedy:
-    def __init__(self, weight: Tensor, statistics: LayerStatistics, shape: Shape) -> None:
-        outer, inner = with_ridge(statistics.output_fisher, weight), with_ridge(statistics.input_covariance, weight)
+    def __init__(self, weight: Tensor, metrics: _Metrics, shape: Shape) -> None:
         self.shape = shape
-        self.rows = _Side(outer, weight.shape[0], shape.tile, shape.left_tiles)
-        self.columns = _Side(inner, weight.shape[1], shape.tile, shape.right_tiles)
-        self.gradient = in_metric(weight, outer, inner).clone()
+        self.rows = _Side(metrics.rows, weight.shape[0], shape.tile, shape.left_tiles)
+        self.columns = _Side(metrics.columns, weight.shape[1], shape.tile, shape.right_tiles)
+        self.gradient = metrics.gradient.clone()
         self.generator = torch.Generator().manual_seed(0)
 
     def run(self, sweeps: int) -> list[Component]:
@@ -205,7 +234,8 @@ class _Greedy:
     def _scores(self, components: list[Component], of_rows: bool) -> Tensor:
         """(groups, tiles): about how much f falls if a group's interval gets a tile more."""
         side, gradient = (self.rows, self.gradient) if of_rows else (self.columns, self.gradient.t())
-        weights = gradient.new_ones(side.features) if side.metric is None else side.metric.diagonal()
+        metric = side.metric.matrix
+        weights = gradient.new_ones(side.features) if metric is None else metric.diagonal()
         scores = []
         for each in components:
             if of_rows:

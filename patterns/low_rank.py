@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.patterns.structure import Factor, Factors, Structure
-from structfly.patterns.whitening import Metric
+from structfly.patterns.whitening import Covariances, Metric
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics, product
 
 _CHOICES = 40  # ranks that a menu offers, evenly spaced below that of as many parameters as the dense weight
@@ -61,7 +61,7 @@ class LowRank(Structure):
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
-        metric = Metric.of(statistics, weight)
+        metric = Metric.of(Covariances.of(statistics, weight), weight)
         u, s, vt = torch.linalg.svd(metric.whiten(weight), full_matrices=False)
         left, right = metric.restore(u * s.sqrt(), s.sqrt()[:, None] * vt)
         for each in choices:
@@ -72,7 +72,8 @@ class LowRank(Structure):
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[float]:
         """Half the squared singular values of the whitened weight beyond each rank."""
-        squares = torch.linalg.svdvals(Metric.of(statistics, weight).whiten(weight)).double().square()
+        metric = Metric.of(Covariances.of(statistics, weight), weight)
+        squares = torch.linalg.svdvals(metric.whiten(weight)).double().square()
         tails = torch.cat((squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)))
         for each in choices:
             yield 0.5 * float(tails[each.rank])

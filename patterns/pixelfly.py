@@ -5,7 +5,7 @@ Pixelated Butterfly (Chen et al. 2021, arXiv 2112.00029).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from structfly.errors import ArgumentError
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.lowering.low_rank.op import LOW_RANK
+from structfly.patterns.block_refit import BlockRefit
 from structfly.patterns.flat_butterfly import FlatButterfly
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.menus import worth_offering
 from structfly.patterns.structure import Factor, Factors, Structure
-from structfly.patterns.whitening import Metric, has_metric
+from structfly.patterns.whitening import Covariances, Metric, has_metric
 from structfly.records.layer import NO_STATISTICS, TOKENS, LayerCost, LayerSizes, LayerStatistics
 
 _STEPS = 6  # of the alternating projection, without statistics and with them
@@ -90,20 +91,32 @@ class Pixelfly(Structure):
         It begins with the best U V^T for the whole weight.  Under statistics it goes on from where it ends without
         them, so that it is no farther from ``weight`` than that.
         """
-        sizes = LayerSizes(weight.shape[1], weight.shape[0])
-        fit = _Fit(torch.zeros_like(weight), weight[:, : self.rank], _leading(weight, self.rank))
-        fit = self._alternate(weight, NO_STATISTICS, fit)
-        if has_metric(statistics):
-            fit = self._alternate(weight, statistics, fit)
+        return next(self.project_each([self], weight, statistics))
+
+    @classmethod
+    def project_each(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[dict[str, Tensor]]:
+        leading = _Leading(weight)
+        known = [NO_STATISTICS, statistics] if has_metric(statistics) else [NO_STATISTICS]
+        covariances = [Covariances.of(each, weight) for each in known]
+        metrics = [Metric.of(each, weight) for each in covariances]
+        for each in choices:
+            fit = _Fit(torch.zeros_like(weight), weight[:, : each.rank], leading(each.rank))
+            for covariance, metric in zip(covariances, metrics, strict=True):
+                fit = each._alternate(weight, metric, each.sparse.refit(weight, covariance), fit)
+            yield each._factors_of(fit)
+
+    def _factors_of(self, fit: _Fit) -> dict[str, Tensor]:
+        sizes = LayerSizes(fit.sparse.shape[1], fit.sparse.shape[0])
         u, s, vt = torch.linalg.svd(fit.right, full_matrices=False)
         root_of_double = (2 * s).sqrt()
         made = self.sparse.take(2 * fit.sparse)
         made |= {"right": root_of_double[:, None] * vt, "left": fit.left @ u * root_of_double}
-        return {**made, **self._even(weight, sizes)}
+        return {**made, **self._even(fit.sparse, sizes)}
 
-    def _alternate(self, weight: Tensor, statistics: LayerStatistics, fit: _Fit) -> _Fit:
+    def _alternate(self, weight: Tensor, metric: Metric, refit: BlockRefit, fit: _Fit) -> _Fit:
         """Each step is the least squares of one factor given the others, so that none is farther than the last."""
-        metric, refit = Metric.of(statistics, weight), self.sparse.refit(weight, statistics)
         right = metric.whiten_right(fit.right)
         for _ in range(_STEPS):
             remainder = metric.whiten(weight - fit.sparse)
@@ -163,12 +176,17 @@ class _Fit(NamedTuple):
     right: Tensor
 
 
-def _leading(matrix: Tensor, rank: int) -> Tensor:
-    """Rows (rank, n) that span the leading right singular vectors of a matrix (m, n)."""
-    wide = matrix.double()
-    if matrix.shape[0] < matrix.shape[1]:
-        vectors = torch.linalg.eigh(wide @ wide.t()).eigenvectors[:, -rank:]
-        rows: Tensor = vectors.t() @ wide
-    else:
-        rows = torch.linalg.eigh(wide.t() @ wide).eigenvectors[:, -rank:].t()
-    return rows.to(matrix.dtype)
+class _Leading:
+    """Rows (rank, n) that span the leading right singular vectors of a matrix (m, n), for any rank."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        wide = matrix.double()
+        self._image = wide if matrix.shape[0] < matrix.shape[1] else None
+        gram = wide @ wide.t() if self._image is not None else wide.t() @ wide
+        self._vectors, self._dtype = torch.linalg.eigh(gram).eigenvectors, matrix.dtype
+
+    def __call__(self, rank: int) -> Tensor:
+        rows: Tensor = self._vectors[:, -rank:].t()
+        if self._image is not None:
+            rows = rows @ self._image
+        return rows.to(self._dtype)

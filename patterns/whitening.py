@@ -58,6 +58,18 @@ def in_metric(weight: Tensor, outer: Tensor | None, inner: Tensor | None) -> Ten
     return weight if inner is None else weight @ inner
 
 
+class Covariances(NamedTuple):
+    """A and G in float64 with the ridge of :func:`with_ridge`, None for the identity."""
+
+    inner: Tensor | None
+    outer: Tensor | None
+
+    @classmethod
+    def of(cls, statistics: LayerStatistics, like: Tensor) -> Self:
+        both = (statistics.input_covariance, statistics.output_fisher)
+        return cls(*(with_ridge(each, like.double()) for each in both))
+
+
 class Metric(NamedTuple):
     """Lower Cholesky factors of A and of G, None for the identity.
 
@@ -68,10 +80,8 @@ class Metric(NamedTuple):
     outer: Tensor | None
 
     @classmethod
-    def of(cls, statistics: LayerStatistics, like: Tensor) -> Self:
-        both = (statistics.input_covariance, statistics.output_fisher)
-        metrics = (with_ridge(each, like.double()) for each in both)
-        return cls(*(None if each is None else torch.linalg.cholesky(each).to(like.dtype) for each in metrics))
+    def of(cls, covariances: Covariances, like: Tensor) -> Self:
+        return cls(*(None if each is None else torch.linalg.cholesky(each).to(like.dtype) for each in covariances))
 
     def whiten(self, weight: Tensor) -> Tensor:
         """K^T W L."""

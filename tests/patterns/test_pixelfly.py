@@ -87,6 +87,21 @@ def test_projection_is_no_farther_than_the_plain_one(sizes: LayerSizes, n_factor
     ).norm()
 
 
+def test_settings_of_one_layer_share_the_factors_of_its_covariances(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, made, cholesky = LayerSizes(64, 96), list[int](), torch.linalg.cholesky
+
+    def noted(matrix: Tensor) -> Tensor:
+        made.append(len(matrix))
+        result: Tensor = cholesky(matrix)
+        return result
+
+    monkeypatch.setattr(torch.linalg, "cholesky", noted)
+    choices = [Pixelfly(grid=4, n_factors=1, rank=rank) for rank in (1, 2, 3)]
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    assert len(list(Pixelfly.losses(choices, weight, statistics_of(sizes)))) == 3
+    assert made.count(64) == made.count(96) == 1
+
+
 def test_projection_finds_a_sum_of_both() -> None:
     sizes, structure = LayerSizes(64, 48), Pixelfly(grid=8, n_factors=1, rank=2)
     generator = torch.Generator().manual_seed(0)

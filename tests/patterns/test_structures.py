@@ -8,8 +8,9 @@ import torch
 from structfly.patterns.pixelfly import Pixelfly
 from structfly.patterns.structure import Structure
 from structfly.patterns.structures import STRUCTURES
-from structfly.records.layer import LayerSizes
+from structfly.records.layer import NO_STATISTICS, LayerSizes
 from tests.patterns.costs import check_cost
+from tests.patterns.structures import statistics_of
 
 SIZES = [LayerSizes(200, 330), LayerSizes(256, 128), LayerSizes(101, 104)]
 
@@ -44,3 +45,16 @@ def test_what_is_offered_fits_saves_parameters_and_is_offered_once(name: str, si
     assert [structure.why_not(sizes) for structure in menu] == [""] * len(menu)
     assert all(structure.cost(sizes, torch.float32).at(1)["parameters"] < sizes.parameters for structure in menu)
     assert len(set(menu)) == len(menu)
+
+
+@pytest.mark.parametrize("with_statistics", [False, True])
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_projections_of_several_settings_are_those_of_each(name: str, with_statistics: bool) -> None:
+    """What they share is not changed by any."""
+    sizes, structure = LayerSizes(128, 96), STRUCTURES[name]
+    weight = torch.randn(96, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    statistics = statistics_of(sizes) if with_statistics else NO_STATISTICS
+    menu = structure.menu(sizes)
+    some = [menu[0], menu[-1], menu[0]]
+    for each, made in zip(some, structure.project_each(some, weight, statistics), strict=True):
+        torch.testing.assert_close(made, each.project(weight, statistics))
