@@ -17,6 +17,7 @@ from structfly.rewriter.lagrangian import Numbers, relax
 
 _ROUNDING = 1e-12
 _SEARCH_ROUNDING = 1e-9  # of a value, in HiGHS' bound
+_UNIT = 1e-3  # of a known choice's value: HiGHS stops at an absolute gap of 1e-6 in units of what it is given
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class _Problem:
             bound = relaxed.bound * self.value_scale
             if relaxed.chosen is not None:
                 known = [fitting[j] for fitting, j in zip(self.allowed, relaxed.chosen, strict=True)]
+                self.value_scale = abs(self.value(known)) * _UNIT or self.value_scale
         result = self._integer_program(open_options)
         if result is None and known is None:
             raise self._impossible()

@@ -91,6 +91,24 @@ def test_an_impossible_budget_says_what_is_possible(sites: list[list[Option]], l
         solve(sites, limits={name: each * factor * (1 - 1e-3) for name, each in limits.items()})
 
 
+@settings(max_examples=100)
+@given(data=st.data())
+def test_what_is_best_is_proven_beside_options_that_cost_a_million_times_as_much(data: st.DataObject) -> None:
+    """Values of about 1, of which the search must tell apart what differs by a millionth."""
+    near = st.builds(
+        lambda value, amount: Option(1 + 1e-7 * value, {"bytes": float(amount)}),
+        st.integers(0, 1000),
+        st.integers(1, 20),
+    )
+    sites = data.draw(st.lists(st.lists(near, min_size=2, max_size=4), min_size=3, max_size=6))
+    sites = [[*site, Option(1e6, {"bytes": 0.0})] for site in sites]
+    limits = {"bytes": float(sum(min(option.uses["bytes"] for option in site[:-1]) for site in sites) + 5)}
+    solution = solve(sites, limits=limits)
+    expected = best_by_hand(sites, [float("inf")] * len(sites), limits)
+    assert solution.value == pytest.approx(expected, rel=1e-12)
+    assert solution.gap == 0.0
+
+
 def test_hundreds_of_layers_under_three_budgets_are_proven_best_in_seconds() -> None:
     sites, limits = problem(layers=224, candidates=50, seed=0)
     start = time.perf_counter()
