@@ -3,7 +3,7 @@
 The model is all-MiniLM-L6-v2, the data are WordNet's glosses.  Of ``--pairs`` entries drawn by ``--seed``, each gloss
 ranks all lemmas by the cosine of their embeddings; recall@k is how often its own lemma is among the first k.  The
 encoder's linears are restructured to a share of their parameters.  Calibration glosses share no gloss and no lemma with
-the entries.
+the entries.  Each method surveys the model once for all shares.
 
     python -m benchmarks.reverse_dictionary --model FOLDER --wordnet FOLDER
 
@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -29,15 +29,26 @@ from torch import Tensor, nn
 import structfly
 from benchmarks import recording
 from benchmarks.recording import Row
-from structfly import Budget, Distillation, measure
-from structfly.restructure import Plan
+from structfly import Budget, Distillation, Plan, Survey, measure
+from structfly.restructure.measuring import Loss
 
 KERNEL = "reverse_dictionary"
 SHARES = (0.75, 0.6, 0.5, 0.4, 0.3)
-METHODS: dict[str, dict[str, Any]] = {
-    "uniform plain SVD": {"strategy": "uniform", "structures": ["low_rank"], "calibrated": False},
-    "uniform whitened SVD": {"strategy": "uniform", "structures": ["low_rank"], "sensitivity": "inputs"},
-    "solver": {},
+
+
+class Method(NamedTuple):
+    """A strategy, and what the survey that it plans with is given; without calibration the weights alone decide."""
+
+    strategy: str
+    options: dict[str, Any]
+    calibrated: bool = True
+
+
+METHODS = {
+    "uniform plain SVD": Method("uniform", {"structures": ["low_rank"]}, calibrated=False),
+    "uniform whitened SVD": Method("uniform", {"structures": ["low_rank"], "sensitivity": "inputs"}),
+    "Pixelfly's allocation": Method("pixelfly", {"structures": ["pixelfly"]}),
+    "solver": Method("solver", {}),
 }
 Pairs = list[tuple[str, str]]
 
@@ -91,6 +102,9 @@ def embedding(model: nn.Module, tokens: Any) -> Tensor:
     return mean
 
 
+DISTANCE = Distillation(embedding, "embeddings")
+
+
 @torch.no_grad()
 def recall(model: nn.Module, glosses: list[Any], lemmas: list[Any]) -> dict[str, float]:
     """recall@1, recall@10 and the mean reciprocal rank of each gloss's own lemma."""
@@ -107,17 +121,26 @@ def recall(model: nn.Module, glosses: list[Any], lemmas: list[Any]) -> dict[str,
     }
 
 
-def compressed(
-    dense: nn.Module, share: float, batches: list[Any], method: dict[str, Any], resume: Path | None
-) -> tuple[nn.Module, Plan]:
-    """A copy restructured to a share of the parameters of its encoder's linears."""
-    model, method = copy.deepcopy(dense), dict(method)
-    calibrated = method.pop("calibrated", True)
-    given: dict[str, Any] = {"include": ["encoder.*"], "progress": False, **method}
-    if calibrated:
-        given |= {"calibration": batches, "loss_fn": Distillation(embedding, "embeddings"), "resume": resume}
-    plan = structfly.restructure_(model, Budget(params=share), **given)
-    return model, plan
+def surveyed(dense: nn.Module, method: Method, batches: list[Any], resume: Path | None) -> Survey:
+    """What the method knows of the model's encoder."""
+    given: dict[str, Any] = {"include": ["encoder.*"], "progress": False, **method.options}
+    if method.calibrated:
+        given |= {"calibration": batches, "loss_fn": DISTANCE, "resume": resume}
+    return structfly.survey(dense, **given)
+
+
+def compressed(dense: nn.Module, survey: Survey, plan: Plan) -> nn.Module:
+    """A copy, restructured."""
+    model = copy.deepcopy(dense)
+    structfly.apply_(model, plan, statistics=survey.statistics)
+    return model
+
+
+def predictions(plan: Plan) -> dict[str, float]:
+    """What a plan says of itself, what is proven of it included."""
+    share = plan.total("params") / plan.total("params", dense=True)
+    proven = {name: value for name, value in (("bound", plan.bound), ("gap", plan.gap)) if value is not None}
+    return {"predicted_loss": plan.predicted_loss, **proven, "share_of_parameters": share}
 
 
 def rows_of(mode: str, provider: str, values: dict[str, float]) -> list[Row]:
@@ -150,15 +173,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mode = f"{chosen.pairs} pairs, seed {chosen.seed}"
     rows = rows_of(f"{mode}, dense", "dense", recall(dense, glosses, lemmas))
     console.print(f"dense: {rows[0].p50:.4f}", highlight=False)
-    for share in chosen.shares:
-        for name in chosen.methods:
+    loss = Loss(dense, batches, DISTANCE, seed=0)
+    for name in chosen.methods:
+        start = time.perf_counter()
+        survey = surveyed(dense, METHODS[name], batches, chosen.statistics)
+        rows += rows_of(f"{mode}, survey", name, {"seconds": time.perf_counter() - start})
+        console.print(f"{name}: surveyed in {rows[-1].p50:.4g} s", highlight=False)
+        for share in chosen.shares:
             start = time.perf_counter()
-            model, plan = compressed(dense, share, batches, METHODS[name], chosen.statistics)
-            seconds = time.perf_counter() - start
-            values = {**recall(model, glosses, lemmas), "predicted_loss": plan.predicted_loss, "seconds": seconds}
-            values["share_of_parameters"] = plan.total("params") / plan.total("params", dense=True)
-            if plan.measured is not None:
-                values["measured_loss"] = plan.measured.structured
+            plan = survey.plan(Budget(params=share), METHODS[name].strategy)
+            model = compressed(dense, survey, plan)
+            values = {"seconds": time.perf_counter() - start, **predictions(plan), "measured_loss": loss.of(model)}
+            values |= recall(model, glosses, lemmas)
             rows += rows_of(f"{mode}, {share:.0%} of the parameters", name, values)
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             console.print(f"{share:.0%} {name}: {shown}", highlight=False)

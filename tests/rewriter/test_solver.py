@@ -94,7 +94,7 @@ def test_an_impossible_budget_says_what_is_possible(sites: list[list[Option]], l
 @settings(max_examples=100)
 @given(data=st.data())
 def test_what_is_best_is_proven_beside_options_that_cost_a_million_times_as_much(data: st.DataObject) -> None:
-    """Values of about 1, of which the search must tell apart what differs by a millionth."""
+    """Values of about 1, which the search must tell apart although they differ by as little as 1e-7."""
     near = st.builds(
         lambda value, amount: Option(1 + 1e-7 * value, {"bytes": float(amount)}),
         st.integers(0, 1000),
