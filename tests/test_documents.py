@@ -58,6 +58,7 @@ def test_the_page_on_restructuring_runs(capsys: pytest.CaptureFixture[str]) -> N
     assert "loss predicted to rise by" in printed
     predicted = [float(found) for found in re.findall(r"^\d0%: predicted (\S+), measured \S+$", printed, re.MULTILINE)]
     assert len(predicted) == 3
+    assert "times of layers: " in printed
     assert predicted == sorted(predicted)  # the budgets fall
     assert printed.strip().endswith("True")
 

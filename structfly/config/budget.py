@@ -109,7 +109,7 @@ class Budget(BaseModel):
     """Peak of activation memory: what all layers keep for backward, and the most that one takes besides."""
 
     time: Duration = None
-    """Predicted time: 0.5, or "2.5ms"."""
+    """Time, predicted and corrected by measured layers: 0.5, or "2.5ms"."""
 
     loss: Loss = None
     """How much the predicted loss may rise; then the least time within the other limits is sought."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from structfly.patterns.structure import Structure
-from structfly.records.layer import NO_STATISTICS, LayerStatistics
+from structfly.records.layer import NO_STATISTICS, LayerCost, LayerStatistics
 from structfly.restructure.costs import Conditions, Costs, dense_cost
 from structfly.restructure.layers import Layer
 
@@ -33,16 +33,26 @@ def candidates_of(
     structures: Sequence[type[Structure]],
     conditions: Conditions,
     statistics: LayerStatistics = NO_STATISTICS,
+    time_of: Callable[[Structure | None, float], float] = lambda _, predicted: predicted,
 ) -> list[Candidate]:
     """The dense weight first, then what the structures offer; what another candidate is better than in every respect
-    is left out."""
+    is left out.
+
+    Args:
+        time_of: the time of a structure, None for the dense weight, of which the roofline predicts the given one.
+    """
     weight = layer.weight.detach()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    found = [Candidate(None, 0.0, conditions.amounts(dense_cost(layer.sizes, weight.dtype)))]
+
+    def candidate(structure: Structure | None, loss: float, cost: LayerCost) -> Candidate:
+        costs = conditions.amounts(cost)
+        return Candidate(structure, loss, {**costs, "time": time_of(structure, costs["time"])})
+
+    found = [candidate(None, 0.0, dense_cost(layer.sizes, weight.dtype))]
     for structure in structures:
         menu = [each for each in structure.menu(layer.sizes) if not each.why_not(layer.sizes)]
         for each, loss in zip(menu, structure.losses(menu, wide, statistics), strict=True):
-            found.append(Candidate(each, max(0.0, loss), conditions.amounts(each.cost(layer.sizes, weight.dtype))))
+            found.append(candidate(each, max(0.0, loss), each.cost(layer.sizes, weight.dtype)))
     return _undominated(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,10 +17,16 @@ from structfly.errors import PlanError
 from structfly.patterns.structure import Structure
 from structfly.patterns.structures import STRUCTURES
 from structfly.records.layer import LayerSizes
+from structfly.restructure.corrections import TimeSource
 from structfly.restructure.costs import used
 from structfly.restructure.json_lines import line_of
 
 _FORMAT = 1
+_SOURCES: Mapping[TimeSource, str] = {
+    "measured": "measured",
+    "corrected": "predicted and corrected by measurements",
+    "roofline": "predicted by the roofline alone",
+}
 
 
 class PlannedLayer(BaseModel):
@@ -44,6 +51,10 @@ class PlannedLayer(BaseModel):
 
     dense_costs: dict[str, float] = Field(default_factory=dict)
     """What it costs while it is dense."""
+
+    time_from: TimeSource = "roofline"
+    """Where the time among its costs comes from: the roofline alone, the roofline corrected by measurements of other
+    settings, or a measurement of its own."""
 
     @property
     def sizes(self) -> LayerSizes:
@@ -194,6 +205,10 @@ class Plan(BaseModel):
             used, dense = self.total(name), self.total(name, dense=True)
             share = f", {used / dense:.3f} of dense" if dense else ""
             yield f"{name}: {used:,.6g} of {self.limits[name]:,.6g}{share}: {'kept' if kept else 'EXCEEDED'}"
+        if not self.limits.keys().isdisjoint(("time", "loss")):
+            sources = Counter(layer.time_from for layer in self.layers.values())
+            counts = ", ".join(f"{sources[source]} {_SOURCES[source]}" for source in _SOURCES if sources[source])
+            yield f"times of layers: {counts}"
         for name, reason in self.left.items():
             yield f"left: {name}: {reason}"
 

@@ -16,6 +16,8 @@ from structfly.restructure.plan import Plan
 from structfly.restructure.surveying import survey
 from structfly.rewriter.sensitivity import Losses
 
+_TIMING_SECONDS = 30.0
+
 
 def restructure_(
     model: nn.Module,
@@ -32,6 +34,7 @@ def restructure_(
     sensitivity: Literal["fisher", "inputs"] = "fisher",
     tokens: int | None = None,
     seed: int = 0,
+    timing_seconds: float | None = None,
     progress: bool = True,
     resume: Path | str | None = None,
 ) -> Plan:
@@ -59,6 +62,10 @@ def restructure_(
             direction (K-FAC), or "inputs", no more than how large it is.
         tokens: of a forward pass, for FLOPs, memory and time; None for as many as a calibration batch has, else 4096.
         seed: of the labels that ``loss_fn`` samples.
+        timing_seconds: of timing layers on the model's device, eager and without gradients: the dense one and up to
+            five settings of each structure, for each shape; predicted times are corrected by them, and no measurement
+            begins when so many have passed.  With 0 the roofline alone counts; None for 30 where the budget limits time
+            or loss, else 0.
         progress: whether bars are shown.
         resume: a file that keeps the statistics of calibration, and beside it one with what ``refine`` measured; a run
             of the same model and data that was stopped goes on from them.
@@ -72,6 +79,8 @@ def restructure_(
         ArgumentError: an argument is wrong, or no layer is left to restructure.
     """
     check_strategy(strategy, budget)
+    if timing_seconds is None:
+        timing_seconds = _TIMING_SECONDS if budget.time is not None or budget.loss is not None else 0.0
     found = survey(
         model,
         calibration=calibration,
@@ -84,6 +93,7 @@ def restructure_(
         sensitivity=sensitivity,
         tokens=tokens,
         seed=seed,
+        timing_seconds=timing_seconds,
         progress=progress,
         resume=resume,
     )

@@ -9,11 +9,13 @@ from torch import nn
 
 from structfly.config.budget import Budget
 from structfly.errors import ArgumentError
-from structfly.records.layer import LayerSizes, LayerStatistics
+from structfly.records.layer import LayerStatistics
 from structfly.restructure.allocation import STRATEGIES, check_strategy, dense_totals
 from structfly.restructure.candidates import Candidate
+from structfly.restructure.corrections import Corrections
 from structfly.restructure.measuring import Loss
 from structfly.restructure.plan import Measured, Plan, PlannedLayer
+from structfly.restructure.timing import LayerTime, Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,22 +23,24 @@ class Survey:
     """What :func:`~structfly.restructure.surveying.survey` found out about a model.
 
     Attributes:
-        sizes: of each layer that may be restructured, by name.
+        shapes: of each layer that may be restructured, by name.
         menus: what each of them may become, the dense weight first.
         statistics: of each of them, for :func:`~structfly.restructure.apply.apply_`.
         left: the other linear layers, and why.
         tokens: of a forward pass that costs are of.
         loss: measures the loss on the calibration data; None without them.
         dense_loss: that of the model as it was; None without data.
+        times: what was measured of layers' times.
     """
 
-    sizes: Mapping[str, LayerSizes]
+    shapes: Mapping[str, Shape]
     menus: Mapping[str, Sequence[Candidate]] = field(repr=False)
     statistics: Mapping[str, LayerStatistics] = field(repr=False)
     left: Mapping[str, str]
     tokens: int
     loss: Loss | None = field(default=None, repr=False)
     dense_loss: float | None = None
+    times: Sequence[LayerTime] = field(default=(), repr=False)
 
     def plan(self, budget: Budget, strategy: str = "solver") -> Plan:
         """What the layers become within ``budget``.  The model is neither needed nor changed.
@@ -52,17 +56,19 @@ class Survey:
         check_strategy(strategy, budget)
         totals = dense_totals(self.menus, list(budget.limits))
         limits = {resource: limit.of(totals[resource]) for resource, limit in budget.limits.items()}
+        corrections = Corrections(self.times)
         allocation = STRATEGIES[strategy](self.menus, budget, limits)
         planned = {
             name: PlannedLayer(
-                in_features=sizes.in_features,
-                out_features=sizes.out_features,
+                in_features=shape.sizes.in_features,
+                out_features=shape.sizes.out_features,
                 structure=allocation.chosen[name].structure,
                 predicted_loss=allocation.chosen[name].loss,
                 costs=dict(allocation.chosen[name].costs),
                 dense_costs=dict(self.menus[name][0].costs),
+                time_from=corrections.source(shape, allocation.chosen[name].structure),
             )
-            for name, sizes in self.sizes.items()
+            for name, shape in self.shapes.items()
         }
         return Plan(
             layers=planned,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +18,12 @@ from structfly.patterns.structure import Structure
 from structfly.patterns.structures import OFFERED, STRUCTURES
 from structfly.restructure.calibrating import Calibration
 from structfly.restructure.candidates import Candidate, candidates_of
+from structfly.restructure.corrections import Corrections
 from structfly.restructure.costs import Conditions
 from structfly.restructure.layers import check_globs, find_layers
 from structfly.restructure.refinement import refined
 from structfly.restructure.surveyed import Survey
+from structfly.restructure.timing import LayerTime, Shape, measured_times
 from structfly.rewriter.sensitivity import Losses
 
 
@@ -36,6 +40,7 @@ def survey(
     sensitivity: Literal["fisher", "inputs"] = "fisher",
     tokens: int | None = None,
     seed: int = 0,
+    timing_seconds: float = 0.0,
     progress: bool = True,
     resume: Path | str | None = None,
 ) -> Survey:
@@ -45,6 +50,10 @@ def survey(
     ``apply_(copy of the model, plan, statistics=survey.statistics)`` makes of the copy what
     :func:`~structfly.restructure.restructuring.restructure_` would, of which all arguments are.  The survey holds the
     calibration batches, to measure losses on them.
+
+    Args:
+        timing_seconds: give as many as you allow where plans are to be made for a budget of time, or for the least
+            time; with 0 all times are predicted by the roofline alone.
 
     Raises:
         ArgumentError: an argument is wrong, or no layer is left to restructure.
@@ -56,6 +65,8 @@ def survey(
         raise ArgumentError("calibration and loss_fn go together; give both, or neither")
     if not has_data and (refine or resume is not None or sensitivity != "fisher"):
         raise ArgumentError("refine, resume and sensitivity are of calibration data; give calibration and loss_fn")
+    if not 0 <= timing_seconds < math.inf:
+        raise ArgumentError(f"timing_seconds is {timing_seconds!r}; allowed: a number of at least 0")
     layers, left = find_layers(model, include, exclude)
     check_globs("overrides", overrides or {}, layers)
     known = Calibration.without_data(layers, left)
@@ -76,8 +87,21 @@ def survey(
         raise ArgumentError(f"no layer is left to restructure; left: {known.left or 'the model has no linear layers'}")
     device = next(iter(known.layers.values())).weight.device
     conditions = Conditions(tokens or known.tokens, device_profile(device))
+    offers = {name: _offered_to(name, offered, overrides or {}) for name in known.layers}
+    shapes = {name: Shape(layer.sizes, layer.weight.dtype) for name, layer in known.layers.items()}
+    times: tuple[LayerTime, ...] = ()
+    if timing_seconds:
+        by_shape = _by_shape(shapes, offers)
+        times = measured_times(by_shape, conditions, device, seconds=timing_seconds, progress=progress)
+    corrections = Corrections(times)
     menus: Mapping[str, Sequence[Candidate]] = {
-        name: candidates_of(layer, _offered_to(name, offered, overrides or {}), conditions, known.statistics[name])
+        name: candidates_of(
+            layer,
+            offers[name],
+            conditions,
+            known.statistics[name],
+            partial(corrections.of, shapes[name]),
+        )
         for name, layer in track(known.layers.items(), "candidates", disable=not progress)
     }
     dense_loss = None if known.loss is None else known.loss.of(model)
@@ -95,13 +119,14 @@ def survey(
             resume=beside,
         )
     return Survey(
-        sizes={name: layer.sizes for name, layer in known.layers.items()},
+        shapes=shapes,
         menus=menus,
         statistics=known.statistics,
         left=known.left,
         tokens=conditions.tokens,
         loss=known.loss,
         dense_loss=dense_loss,
+        times=times,
     )
 
 
@@ -119,3 +144,14 @@ def _offered_to(
         if fnmatchcase(name, pattern):
             offered = _structures(names)
     return offered
+
+
+def _by_shape(
+    shapes: Mapping[str, Shape], offers: Mapping[str, Sequence[type[Structure]]]
+) -> dict[Shape, list[type[Structure]]]:
+    """What is offered to the layers of each shape."""
+    found: dict[Shape, list[type[Structure]]] = {}
+    for name, shape in shapes.items():
+        there = found.setdefault(shape, [])
+        there += [each for each in offers[name] if each not in there]
+    return found

@@ -19,7 +19,7 @@ from tests.restructure.test_restructure import plan_for
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return plan_for(Budget(params=0.6, time=1.5), structures=["low_rank"])
+    return plan_for(Budget(params=0.6, time=1.5), structures=["low_rank"], timing_seconds=0)
 
 
 def test_a_plan_is_read_back_as_it_was(plan: Plan, tmp_path: Path) -> None:

@@ -120,8 +120,8 @@ def test_the_solver_is_no_worse_than_uniform_shares() -> None:
 
 
 def test_least_time_under_an_allowed_loss() -> None:
-    free = plan_for(Budget(loss=1e9))
-    tight = plan_for(Budget(loss=1e-4))
+    free = plan_for(Budget(loss=1e9), timing_seconds=0)
+    tight = plan_for(Budget(loss=1e-4), timing_seconds=0)
     assert tight.predicted_loss <= 1e-4
     assert tight.met == {"loss": True}
     assert free.total("time") <= tight.total("time")
@@ -163,6 +163,8 @@ def test_wrong_arguments_are_named() -> None:
             plan_for(Budget(params=0.5), None, **{argument: patterns})
     with pytest.raises(ArgumentError, match="no layer is left"):
         plan_for(Budget(params=0.5), nn.Sequential(nn.ReLU()), calibration=None, loss_fn=None)
+    with pytest.raises(ArgumentError, match="timing_seconds is -1; allowed: a number of at least 0"):
+        plan_for(Budget(params=0.5), timing_seconds=-1)
     with pytest.raises(ArgumentError, match="kind is 'kl'; allowed: logits"):
         Distillation(logits, "kl")  # type: ignore[arg-type]
 
