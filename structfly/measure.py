@@ -25,7 +25,9 @@ import torch
 from structfly.errors import UnsupportedError
 from structfly.version import __version__
 
-_MEASURED_DEVICES = ("cpu", "cuda")
+MEASURED_DEVICES = ("cpu", "cuda")
+"""Types of devices on which times and memory can be measured."""
+
 _PROCESS_STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # man 5 proc_pid_clear_refs: sets the peak resident set size to its current value
@@ -164,9 +166,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
 
 def _check_device(device: torch.device | str) -> torch.device:
     device = torch.device(device)
-    if device.type not in _MEASURED_DEVICES:
+    if device.type not in MEASURED_DEVICES:
         raise UnsupportedError(
-            f"cannot measure on device {str(device)!r}: allowed are {' and '.join(_MEASURED_DEVICES)}; "
+            f"cannot measure on device {str(device)!r}: allowed are {' and '.join(MEASURED_DEVICES)}; "
             "move the tensors to one of them"
         )
     return device

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from structfly import measure
 from structfly.config.budget import Budget
 from structfly.patterns.structures import OFFERED
 from structfly.restructure.allocation import check_strategy
@@ -65,7 +66,7 @@ def restructure_(
         timing_seconds: of timing layers on the model's device, eager and without gradients: the dense one and up to
             five settings of each structure, for each shape; predicted times are corrected by them, and no measurement
             begins when so many have passed.  With 0 the roofline alone counts; None for 30 where the budget limits time
-            or loss, else 0.
+            or loss, on CPUs and CUDA devices, else 0.
         progress: whether bars are shown.
         resume: a file that keeps the statistics of calibration, and beside it one with what ``refine`` measured; a run
             of the same model and data that was stopped goes on from them.
@@ -77,10 +78,13 @@ def restructure_(
         ConfigError: the budget is none.
         PlanError: the budget cannot be kept; the message says what can.
         ArgumentError: an argument is wrong, or no layer is left to restructure.
+        UnsupportedError: layers are to be timed on a device on which they cannot be.
     """
     check_strategy(strategy, budget)
     if timing_seconds is None:
-        timing_seconds = _TIMING_SECONDS if budget.time is not None or budget.loss is not None else 0.0
+        needed = budget.time is not None or budget.loss is not None
+        possible = all(parameter.device.type in measure.MEASURED_DEVICES for parameter in model.parameters())
+        timing_seconds = _TIMING_SECONDS if needed and possible else 0.0
     found = survey(
         model,
         calibration=calibration,

@@ -57,6 +57,7 @@ def survey(
 
     Raises:
         ArgumentError: an argument is wrong, or no layer is left to restructure.
+        UnsupportedError: layers are to be timed on a device on which they cannot be.
     """
     offered, has_data = _structures(structures), calibration is not None
     if sensitivity not in ("fisher", "inputs"):

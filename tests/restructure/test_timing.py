@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structfly import Budget, Plan, Survey, restructure_, survey
-from structfly.errors import PlanError
+from structfly import Budget, Plan, Survey, measure, restructure_, survey
+from structfly.errors import PlanError, UnsupportedError
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns.block_sparse import BlockSparse
 from structfly.patterns.low_rank import LowRank
@@ -217,6 +217,14 @@ def test_a_plan_says_where_its_times_come_from(monkeypatch: pytest.MonkeyPatch) 
     for source, words in (("measured", "measured"), ("corrected", "predicted and corrected by measurements")):
         if source in sources:
             assert f"{sources.count(source)} {words}" in str(plan)
+
+
+def test_where_nothing_can_be_timed_the_roofline_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "MEASURED_DEVICES", ("cuda",))
+    plan = restructure_(make(), Budget(time=1.5), tokens=32, progress=False)
+    assert {each.time_from for each in plan.layers.values()} == {"roofline"}
+    with pytest.raises(UnsupportedError, match="cannot measure on device 'cpu'"):
+        restructure_(make(), Budget(time=1.5), timing_seconds=1, tokens=32, progress=False)
 
 
 def test_real_layers_are_timed_where_the_budget_needs_it_and_random_numbers_are_left() -> None:
