@@ -150,7 +150,11 @@ class _Problem:
     def solve(self) -> tuple[list[int], float]:
         """The best choice and a bound on all."""
         open_options, bound, known = self.allowed, float("-inf"), None
-        if self.peak_counts_as not in self.limits:
+        if self.peak_counts_as in self.limits:  # the relaxation has no peaks; a first search finds a choice
+            first = self._integer_program(open_options)
+            if first is not None and self.keeps(first[0]):
+                known = first[0]
+        else:
             relaxed = relax(*self._numbers(self.allowed), np.array([self._limit(name) for name in self.limits]))
             if relaxed is None:
                 raise self._impossible()
@@ -158,7 +162,8 @@ class _Problem:
             bound = relaxed.bound * self.value_scale
             if relaxed.chosen is not None:
                 known = [fitting[j] for fitting, j in zip(self.allowed, relaxed.chosen, strict=True)]
-                self.value_scale = abs(self.value(known)) * _UNIT or self.value_scale
+        if known is not None:
+            self.value_scale = abs(self.value(known)) * _UNIT or self.value_scale
         result = self._integer_program(open_options)
         if result is None and known is None:
             raise self._impossible()
