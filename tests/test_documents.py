@@ -72,12 +72,20 @@ def test_the_page_on_restructuring_names_every_structure() -> None:
 @pytest.mark.parametrize("share", [75, 60, 50, 40, 30])
 def test_the_recalls_on_the_page_are_committed_results(share: int) -> None:
     mode = f"2000 pairs, seed 0, {share}% of the parameters"
-    providers = ("uniform plain SVD", "uniform whitened SVD", "solver")
-    recalls = [median("reverse_dictionary_minilm", mode, each, "recall_at_1") for each in providers]
-    losses = [median("reverse_dictionary_minilm", mode, "solver", f"{each}_loss") for each in ("predicted", "measured")]
-    row = f"| {share}% | " + " | ".join(f"{each:.3f}" for each in recalls) + f" | {losses[0]:.3f}, {losses[1]:.3f} |"
-    assert row in (ROOT / "docs" / "restructure.md").read_text(encoding="utf-8")
-    assert recalls[2] >= max(recalls[:2])
+    providers = ("uniform plain SVD", "uniform whitened SVD", "Pixelfly's allocation", "solver")
+
+    def found(provider: str, metric: str) -> float:
+        return median("reverse_dictionary_minilm", mode, provider, metric)
+
+    recalls = [found(each, "recall_at_1") for each in providers]
+    losses = [f"{found(each, 'predicted_loss'):.3f}, {found(each, 'measured_loss'):.3f}" for each in providers[2:]]
+    row = f"| {share}% | " + " | ".join([*(f"{each:.3f}" for each in recalls), *losses]) + " |"
+    text = (ROOT / "docs" / "restructure.md").read_text(encoding="utf-8")
+    assert row in text
+    (used,) = re.findall(r"they have ([\d, and]+)% of the parameters", text)
+    assert f"{100 * found(providers[2], 'share_of_parameters'):.0f}" in re.findall(r"\d+", used)
+    assert recalls[3] >= max(recalls[:3])
+    assert found("solver", "gap") == 0.0
 
 
 def test_the_table_of_the_page_on_tuning_is_one() -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from benchmarks import reverse_dictionary, solver_time
+from structfly import Budget, StructuredLinear
 
 
 def wordnet(folder: Path) -> Path:
@@ -62,6 +65,31 @@ def test_recall_counts_ranks() -> None:
     # The gloss 2 is nearest to its lemma 0; the gloss 3 is nearer to the lemma 0 than to its own, 1.
     found = reverse_dictionary.recall(model, texts(2, 3), texts(0, 1))
     assert found == {"recall_at_1": 0.5, "recall_at_10": 1.0, "mean_reciprocal_rank": 0.75}
+
+
+@pytest.mark.parametrize("name", reverse_dictionary.METHODS)
+def test_every_method_makes_a_smaller_encoder(name: str) -> None:
+    """Of a tiny one, whose other layers stay."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256
+    )
+    dense = BertModel(config)
+    ids = torch.randint(40, (8, 6))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    method = reverse_dictionary.METHODS[name]
+    survey = reverse_dictionary.surveyed(dense, method, batches, None)
+    plan = survey.plan(Budget(params=0.7), method.strategy)
+    model = reverse_dictionary.compressed(dense, survey, plan)
+    found = reverse_dictionary.predictions(plan)
+    assert set(found) == {"predicted_loss", "share_of_parameters"} | ({"bound", "gap"} if name == "solver" else set())
+    assert 0.3 < found["share_of_parameters"] <= 0.7
+    layers = {name: layer for name, layer in plan.layers.items() if layer.structure is not None}
+    assert layers
+    assert all(name.startswith("encoder.") for name in plan.layers)
+    for each in layers:
+        assert isinstance(model.get_submodule(each), StructuredLinear)
+        assert isinstance(dense.get_submodule(each), nn.Linear)
 
 
 def test_folders_are_no_part_of_the_recorded_command() -> None:
