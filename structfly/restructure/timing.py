@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from structfly.records.layer import LayerSizes
 from structfly.restructure.costs import Conditions, dense_cost
 
 _RANKS = ((0.5,), (0.0, 1.0), (0.25, 0.75))  # of the settings that are timed, in order of predicted time; by round
-_SAMPLE_SECONDS = 0.02  # that one layer is called for, within these numbers of calls
+_SAMPLE_SECONDS = 0.05  # of the rounds of one measurement, within these numbers
 _FEWEST, _MOST = 3, 50
-_LONG = 1.0  # seconds: one call of a layer that takes longer is enough
+_LONG = 1.0  # seconds: one round that takes longer is enough
 
 
 class Shape(NamedTuple):
@@ -40,7 +41,8 @@ class LayerTime:
         tokens: rows of its input.
         device: its name.
         predicted: seconds of a forward pass by the roofline.
-        seconds: of a forward pass, measured.
+        seconds: of a forward pass, measured; of structures relative to the dense layer, so that what else the device
+            did meanwhile, or how hot it was, is no part of it.
     """
 
     structure: Structure | None
@@ -52,25 +54,33 @@ class LayerTime:
     seconds: float
 
 
-Timer = Callable[[Structure | None, Shape, int, torch.device], float]
-"""(structure, shape, tokens, device) -> seconds of a forward pass."""
+class Taken(NamedTuple):
+    """Seconds of a layer's forward pass, and of the dense layer's of its shape in the same rounds."""
+
+    layer: float
+    dense: float
+
+
+Timer = Callable[[Structure | None, Shape, int, torch.device], Taken]
+"""Times a layer of a structure, None for the dense one, of a shape, over so many tokens, on a device."""
 
 
 @torch.no_grad()
-def layer_seconds(structure: Structure | None, shape: Shape, tokens: int, device: torch.device) -> float:
-    """The median time of warm calls of a layer, eager and without gradients, without the bias that all have alike."""
+def layer_seconds(structure: Structure | None, shape: Shape, tokens: int, device: torch.device) -> Taken:
+    """Median times of warm calls, eager and without gradients, without the bias that all have alike."""
     sizes, dtype = shape
-    layer: nn.Module
-    if structure is None:
-        layer = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
-    else:
-        layer = StructuredLinear(structure, *sizes, bias=False, device=device, dtype=dtype)
+    layers: dict[str, nn.Module] = {"dense": nn.Linear(*sizes, bias=False, device=device, dtype=dtype)}
+    if structure is not None:
+        layers["layer"] = StructuredLinear(structure, *sizes, bias=False, device=device, dtype=dtype)
     x = torch.randn(tokens, sizes.in_features, device=device, dtype=dtype)
-    first = measure.median_time(lambda: layer(x), device, repeats=1, warmups=1).median
-    if first > _LONG:
-        return first
-    repeats = min(max(round(_SAMPLE_SECONDS / max(first, 1e-9)), _FEWEST), _MOST)
-    return measure.median_time(lambda: layer(x), device, repeats=repeats, warmups=0).median
+    calls = {name: partial(layer, x) for name, layer in layers.items()}
+    found = measure.times_in_rotation(calls, device, repeats=1, warmups=1)
+    once = sum(each.median for each in found.values())
+    if once < _LONG:
+        repeats = min(max(round(_SAMPLE_SECONDS / once), _FEWEST), _MOST)
+        found = measure.times_in_rotation(calls, device, repeats=repeats, warmups=0)
+    dense = found["dense"].median
+    return Taken(found["layer"].median if "layer" in found else dense, dense)
 
 
 def measured_times(
@@ -84,7 +94,7 @@ def measured_times(
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[LayerTime, ...]:
     """Time layers of each shape: the dense one first, then of each structure the setting in the middle of its menu by
-    predicted time, the least and the largest, and the two between.
+    predicted time, the least and the largest, and the two between.  Structures are timed in turns with the dense layer.
 
     Args:
         offered: shapes, each with the structures offered there.
@@ -92,13 +102,16 @@ def measured_times(
     """
     wanted, ends = list(_in_order(offered, conditions)), clock() + seconds
     found: list[LayerTime] = []
+    dense: dict[Shape, float] = {}
     devices = [device] if device.type == "cuda" else []
     with Progress(disable=not progress) as bar, torch.random.fork_rng(devices):
         for shape, structure, predicted in bar.track(wanted, description="times"):
             if clock() >= ends:
                 break
             taken = timer(structure, shape, conditions.tokens, device)
-            found.append(LayerTime(structure, *shape, conditions.tokens, conditions.profile.name, predicted, taken))
+            at_first = dense.setdefault(shape, taken.dense)
+            scaled = taken.layer * (at_first / taken.dense)
+            found.append(LayerTime(structure, *shape, conditions.tokens, conditions.profile.name, predicted, scaled))
     return tuple(found)
 
 

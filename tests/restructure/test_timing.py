@@ -23,7 +23,7 @@ from structfly.restructure import surveying
 from structfly.restructure.candidates import Candidate
 from structfly.restructure.corrections import Corrections
 from structfly.restructure.costs import Conditions, dense_cost
-from structfly.restructure.timing import LayerTime, Shape, measured_times
+from structfly.restructure.timing import LayerTime, Shape, Taken, measured_times
 from tests.restructure.models import make
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def times(seconds: float = 1e9) -> list[tuple[Structure | None, Shape]]:
         CPU,
         seconds=seconds,
         progress=False,
-        timer=lambda *_: 1.0,
+        timer=lambda *_: Taken(1.0, 1.0),
         clock=lambda: float(next(count)),
     )
     return [(each.structure, Shape(each.sizes, each.dtype)) for each in found]
@@ -75,6 +75,21 @@ def test_the_dense_layers_are_timed_then_settings_spread_over_the_menus() -> Non
 def test_no_measurement_begins_after_the_time_that_is_allowed(seconds: float) -> None:
     """By a clock that is a second on whenever it is read, first before the first measurement."""
     assert times(seconds) == times()[: int(seconds)]
+
+
+@settings(max_examples=5, deadline=None)
+@given(drifts=st.lists(st.floats(0.1, 10.0), min_size=7, max_size=7))
+def test_times_are_relative_to_the_dense_layer_in_the_same_rounds(drifts: list[float]) -> None:
+    """On a device that was as fast as it likes."""
+    drift = iter(drifts)
+
+    def timer(structure: Structure | None, *_: object) -> Taken:
+        dense = next(drift)
+        return Taken(dense if structure is None else 3 * dense, dense)
+
+    dense, *others = measured_times({SMALL: [Monarch]}, CONDITIONS, CPU, seconds=60, progress=False, timer=timer)
+    assert dense.seconds == drifts[0]
+    assert [each.seconds for each in others] == pytest.approx([3 * drifts[0]] * 5)
 
 
 def measured(structure: Structure | None, shape: Shape, ratio: float) -> LayerTime:
@@ -143,10 +158,11 @@ def test_interpolation_is_of_logarithms(ratio: float) -> None:
 def surveyed(slowness: Mapping[str, float], monkeypatch: pytest.MonkeyPatch) -> Survey:
     """With a timer on which a structure takes so many times as long as the dense layer, and by its setting more."""
 
-    def timer(structure: Structure | None, shape: Shape, tokens: int, device: torch.device) -> float:
+    def timer(structure: Structure | None, shape: Shape, tokens: int, device: torch.device) -> Taken:
         if structure is None:
-            return 1.0
-        return slowness[structure.name] * (1 + structure.cost(*shape).at(tokens)["parameters"] / 1e6)
+            return Taken(1.0, 1.0)
+        parameters = structure.cost(*shape).at(tokens)["parameters"]
+        return Taken(slowness[structure.name] * (1 + parameters / 1e6), 1.0)
 
     monkeypatch.setattr(surveying, "measured_times", partial(measured_times, timer=timer))
     return survey(make(), structures=list(slowness), timing_seconds=60, tokens=64, progress=False)
