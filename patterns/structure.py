@@ -22,6 +22,11 @@ from structfly.records.layer import NO_STATISTICS, LayerCost, LayerSizes, LayerS
 Factors = Mapping[str, Tensor]
 
 
+def widened(weight: Tensor) -> Tensor:
+    """A weight in the dtype that it is projected in: float32, or its own if that is wider."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 class Factor(NamedTuple):
     """One factor's shape; those that are not ``learned`` are integers (int32) that say where others stand."""
 
@@ -147,8 +152,7 @@ class StructuredLinear(nn.Module):
     ) -> StructuredLinear:
         """The layer nearest to ``linear``; see :meth:`Structure.project`.  Its bias takes up the mean of the change
         where ``statistics`` have an ``input_mean``."""
-        weight = linear.weight.detach()
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = widened(linear.weight.detach())
         factors = structure.project(wide, statistics)
         made = cls.of_factors(linear, structure, factors)
         if made.bias is not None and statistics.input_mean is not None:

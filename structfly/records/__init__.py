@@ -3,7 +3,7 @@
 from structfly.records.cost import Cost, CostValues, Stage
 from structfly.records.device import DeviceModel, DeviceProfile
 from structfly.records.report import Report, SiteReport, Status
-from structfly.records.site import Candidate, Menu, Miss, Site
+from structfly.records.site import Candidate, LayerCandidate, LayerMenu, Menu, Miss, Site
 
 __all__ = [
     "Candidate",
@@ -11,6 +11,8 @@ __all__ = [
     "CostValues",
     "DeviceModel",
     "DeviceProfile",
+    "LayerCandidate",
+    "LayerMenu",
     "Menu",
     "Miss",
     "Report",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import sympy
 import torch
@@ -32,8 +33,13 @@ class Site:
 
     @property
     def dead_nodes(self) -> tuple[fx.Node, ...]:
-        """The nodes that a rewrite makes superfluous: all that it computes stands where the last of them stood."""
+        """The nodes that a rewrite makes superfluous."""
         return (self.node,)
+
+    @property
+    def groups(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """The same, by where what a rewrite computes stands: where the last of each group stood."""
+        return (self.dead_nodes,)
 
     @property
     def replaces(self) -> tuple[str, ...]:
@@ -54,6 +60,26 @@ class Candidate:
     name: str
     cost: Cost
     rewrites: bool = True
+
+
+class LayerCandidate(Protocol):
+    """One way of running a linear layer, which may change what it computes.
+
+    Attributes:
+        name: short, unique within the layer, shown in reports.
+        rewrites: False for the dense weight.
+        loss: how much the loss is predicted to rise.
+        costs: amounts by name: params, flops, weight_bytes, saved_bytes, transient_bytes, and time in seconds.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def rewrites(self) -> bool: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def costs(self) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -92,3 +118,19 @@ class Menu:
     peak_limit: int
     own_bytes: int = 0
     shared_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerMenu:
+    """What a linear layer may become.
+
+    Attributes:
+        candidates: the ways of running it; exactly one has ``rewrites=False``.
+        settled: why the last of them is taken whatever the budget, or "" where it is chosen under the budget that all
+            layers of the graph share.
+        basis: what the losses are predicted from.
+    """
+
+    candidates: tuple[LayerCandidate, ...]
+    settled: str = ""
+    basis: str = ""

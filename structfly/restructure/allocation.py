@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from structfly.config.budget import Budget
 from structfly.errors import ArgumentError, PlanError
-from structfly.restructure.candidates import Candidate
-from structfly.restructure.costs import ACTIVATIONS, added, keeps, used
-from structfly.rewriter.solver import ImpossibleError, Option, Solution, solve
+from structfly.patterns.linear.candidates import Candidate
+from structfly.rewriter.layer_budget import allocate
+from structfly.rewriter.layer_costs import added, keeps
 
 Candidates = Mapping[str, Sequence[Candidate]]
 
@@ -22,31 +22,13 @@ class Allocation(NamedTuple):
     gap: float | None = None
 
 
-def dense_totals(candidates: Candidates, resources: Sequence[str]) -> dict[str, float]:
-    """What the layers cost together while they are dense."""
-    return {resource: used((_dense(menu).costs for menu in candidates.values()), resource) for resource in resources}
-
-
 def by_solver(candidates: Candidates, budget: Budget, limits: Mapping[str, float]) -> Allocation:
     """The least predicted loss within the limits, or with ``budget.loss`` the least time; proven.
 
     Raises:
         PlanError: no choice keeps the budget; the message says what is possible.
     """
-    seeks_time = budget.loss is not None
-    bounds = {**limits, "loss": budget.loss} if budget.loss is not None else dict(limits)
-
-    def option(each: Candidate) -> Option:
-        uses = {resource: added(each.costs, resource) for resource in limits}
-        if seeks_time:
-            uses["loss"] = each.loss
-        return Option(each.costs["time"] if seeks_time else each.loss, uses, each.costs["transient_bytes"])
-
-    sites = [[option(each) for each in menu] for menu in candidates.values()]
-    try:
-        solution: Solution = solve(sites, limits=bounds, peak_counts_as=ACTIVATIONS)
-    except ImpossibleError as error:
-        raise PlanError(_impossible(error, bounds)) from None
+    solution = allocate(list(candidates.values()), limits, budget.loss)
     chosen = {name: menu[n] for (name, menu), n in zip(candidates.items(), solution.chosen, strict=True)}
     return Allocation(chosen, solution.bound, solution.gap)
 
@@ -156,9 +138,3 @@ def _only(structure: str, candidates: Candidates) -> dict[str, list[Candidate]]:
         if not menu:
             raise PlanError(f"the strategy needs {structure!r}, which {name!r} is not offered; name it in structures")
     return found
-
-
-def _impossible(error: ImpossibleError, limits: Mapping[str, float]) -> str:
-    lines = [f"{name} {limit:,.6g} (least possible alone: {error.alone[name]:,.6g})" for name, limit in limits.items()]
-    together = f"; together they can be kept at {error.factor:.4g} times these limits" if len(limits) > 1 else ""
-    return f"no choice of structures keeps the budget: {', '.join(lines)}{together}; raise it, or offer more structures"

@@ -14,11 +14,9 @@ from torch.nn.utils import parametrize
 
 from structfly.compat import storage_key, wrapper_subclass
 from structfly.errors import ArgumentError
+from structfly.patterns.linear.heads import is_head
 from structfly.patterns.structure import StructuredLinear
 from structfly.records.layer import LayerSizes
-
-HEADS = ("lm_head", "*.lm_head", "head", "*.head", "embed_out", "*.embed_out")
-"""Names that heads have, which are excluded by default: restructuring one hides it from the loss rule."""
 
 _Kind = Literal["linear", "transformers' Conv1D", "1x1 convolution"]
 
@@ -92,14 +90,14 @@ def find_layers(
     """The layers that may be restructured by name, and of the other linear ones why not.
 
     Args:
-        include, exclude: globs of qualified names; without ``exclude`` the heads are excluded: ``HEADS``, and what
-            a transformers model gives as its output embeddings.
+        include, exclude: globs of qualified names; without ``exclude`` the heads are excluded: those that
+            :func:`~structfly.patterns.linear.heads.is_head` knows, and what a transformers model gives as its output
+            embeddings.
 
     Raises:
         ArgumentError: a glob matches the name of no linear layer.
     """
     heads = {id(_output_embeddings(model))} if exclude is None else set()
-    excluded = HEADS if exclude is None else tuple(exclude)
     uses = _uses_of_weights(model)
     layers: dict[str, Layer] = {}
     left: dict[str, str] = {}
@@ -113,8 +111,10 @@ def find_layers(
             continue
         layer = Layer(name, module, kind)
         reason = _why_left(model, layer, uses) if name else "it is the whole model; put it into a torch.nn.Sequential"
-        if id(module) in heads or any(fnmatchcase(name, pattern) for pattern in excluded):
-            reason = "it is excluded" if exclude is not None else "it is the head, which is excluded by default"
+        if exclude is None and (id(module) in heads or is_head(name)):
+            reason = "it is the head, which is excluded by default"
+        elif any(fnmatchcase(name, pattern) for pattern in exclude or ()):
+            reason = "it is excluded"
         elif not any(fnmatchcase(name, pattern) for pattern in include):
             reason = "it is not included"
         if reason:

@@ -18,8 +18,8 @@ from structfly.patterns.structure import Structure
 from structfly.patterns.structures import STRUCTURES
 from structfly.records.layer import LayerSizes
 from structfly.restructure.corrections import TimeSource
-from structfly.restructure.costs import used
 from structfly.restructure.json_lines import line_of
+from structfly.rewriter.layer_costs import used
 
 _FORMAT = 1
 _SOURCES: Mapping[TimeSource, str] = {

@@ -11,9 +11,9 @@ import numpy as np
 from rich.progress import Progress
 from torch import nn
 
+from structfly.patterns.linear.candidates import Candidate
 from structfly.patterns.structure import StructuredLinear
 from structfly.records.layer import LayerStatistics
-from structfly.restructure.candidates import Candidate
 from structfly.restructure.layers import Layer
 from structfly.restructure.measuring import Loss
 from structfly.restructure.replacing import replaced

@@ -9,13 +9,14 @@ from torch import nn
 
 from structfly.config.budget import Budget
 from structfly.errors import ArgumentError
+from structfly.patterns.linear.candidates import Candidate
 from structfly.records.layer import LayerStatistics
-from structfly.restructure.allocation import STRATEGIES, check_strategy, dense_totals
-from structfly.restructure.candidates import Candidate
+from structfly.restructure.allocation import STRATEGIES, check_strategy
 from structfly.restructure.corrections import Corrections
 from structfly.restructure.measuring import Loss
 from structfly.restructure.plan import Measured, Plan, PlannedLayer
 from structfly.restructure.timing import LayerTime, Shape
+from structfly.rewriter.layer_budget import dense_totals
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ class Survey:
             ArgumentError: there is no such strategy, or it cannot seek the least time.
         """
         check_strategy(strategy, budget)
-        totals = dense_totals(self.menus, list(budget.limits))
+        totals = dense_totals(list(self.menus.values()), list(budget.limits))
         limits = {resource: limit.of(totals[resource]) for resource, limit in budget.limits.items()}
         corrections = Corrections(self.times)
         allocation = STRATEGIES[strategy](self.menus, budget, limits)

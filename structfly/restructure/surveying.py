@@ -14,16 +14,16 @@ from torch import nn
 
 from structfly.errors import ArgumentError
 from structfly.lowering.device_profile import device_profile
+from structfly.patterns.linear.candidates import Candidate, candidates_of, losses_of
 from structfly.patterns.structure import Structure
 from structfly.patterns.structures import OFFERED, STRUCTURES
 from structfly.restructure.calibrating import Calibration
-from structfly.restructure.candidates import Candidate, candidates_of
 from structfly.restructure.corrections import Corrections
-from structfly.restructure.costs import Conditions
 from structfly.restructure.layers import check_globs, find_layers
 from structfly.restructure.refinement import refined
 from structfly.restructure.surveyed import Survey
 from structfly.restructure.timing import LayerTime, Shape, measured_times
+from structfly.rewriter.layer_costs import Conditions
 from structfly.rewriter.sensitivity import Losses
 
 
@@ -97,10 +97,10 @@ def survey(
     corrections = Corrections(times)
     menus: Mapping[str, Sequence[Candidate]] = {
         name: candidates_of(
-            layer,
+            *shapes[name],
             offers[name],
-            conditions,
-            known.statistics[name],
+            losses_of(layer.weight, known.statistics[name]),
+            conditions.amounts,
             partial(corrections.of, shapes[name]),
         )
         for name, layer in track(known.layers.items(), "candidates", disable=not progress)

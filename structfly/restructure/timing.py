@@ -15,7 +15,7 @@ from torch import nn
 from structfly import measure
 from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.records.layer import LayerSizes
-from structfly.restructure.costs import Conditions, dense_cost
+from structfly.rewriter.layer_costs import Conditions, dense_cost
 
 _RANKS = ((0.5,), (0.0, 1.0), (0.25, 0.75))  # of the settings that are timed, in order of predicted time; by round
 _SAMPLE_SECONDS = 0.05  # of the rounds of one measurement, within these numbers

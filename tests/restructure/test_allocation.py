@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from structfly import Budget
 from structfly.errors import PlanError
 from structfly.patterns.gblr import GBLR
+from structfly.patterns.linear.candidates import Candidate
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.pixelfly import Pixelfly
 from structfly.patterns.structure import Structure
 from structfly.records.layer import LayerSizes
-from structfly.restructure.allocation import STRATEGIES, by_pixelfly, by_solver, by_threshold, dense_totals
-from structfly.restructure.candidates import Candidate
-from structfly.restructure.costs import keeps
+from structfly.restructure.allocation import STRATEGIES, by_pixelfly, by_solver, by_threshold
+from structfly.rewriter.layer_budget import dense_totals
+from structfly.rewriter.layer_costs import keeps
 
 SIZES = LayerSizes(256, 256)
 MENUS: list[list[Structure]] = [list(kind.menu(SIZES)[:3]) for kind in (Pixelfly, GBLR, LowRank)]
@@ -47,7 +48,7 @@ def test_every_rule_keeps_the_budget_and_none_beats_the_solver(
     candidates: dict[str, list[Candidate]], share: float
 ) -> None:
     budget = Budget(params=share)
-    limits = {"params": share * dense_totals(candidates, ["params"])["params"]}
+    limits = {"params": share * dense_totals(list(candidates.values()), ["params"])["params"]}
     losses = {}
     for name, rule in STRATEGIES.items():
         try:
@@ -65,7 +66,10 @@ def test_every_rule_keeps_the_budget_and_none_beats_the_solver(
 def test_activations_count_the_largest_transient(
     candidates: dict[str, list[Candidate]], share: float, activations: float
 ) -> None:
-    limits = {"params": share * dense_totals(candidates, ["params"])["params"], "activation_bytes": activations}
+    limits = {
+        "params": share * dense_totals(list(candidates.values()), ["params"])["params"],
+        "activation_bytes": activations,
+    }
     everything = itertools.product(*candidates.values())
     best = min(
         (

@@ -15,15 +15,15 @@ from structfly import Budget, Plan, Survey, measure, restructure_, survey
 from structfly.errors import PlanError, UnsupportedError
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns.block_sparse import BlockSparse
+from structfly.patterns.linear.candidates import Candidate
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.monarch import Monarch
 from structfly.patterns.structure import Structure
 from structfly.records.layer import LayerSizes
 from structfly.restructure import surveying
-from structfly.restructure.candidates import Candidate
 from structfly.restructure.corrections import Corrections
-from structfly.restructure.costs import Conditions, dense_cost
 from structfly.restructure.timing import LayerTime, Shape, Taken, measured_times
+from structfly.rewriter.layer_costs import Conditions, dense_cost
 from tests.restructure.models import make
 
 CPU = torch.device("cpu")

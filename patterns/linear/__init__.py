@@ -1,0 +1,1 @@
+"""Linear layers under a budget: ``candidates`` (what one layer may become) and ``heads`` (what is left dense)."""
