@@ -83,15 +83,10 @@ def _problem(error: Any) -> str:
     return f"Budget: {where}{error['msg']}"
 
 
-class Budget(BaseModel):
-    """What the layers that may be restructured may cost together; a resource that is left out has no limit.
+class Limits(BaseModel):
+    """What layers may cost together; a resource that is left out has no limit.
 
-    A float is a ratio of what they cost while they are dense, any other value an amount.  Time, FLOPs and memory are
-    those of a forward pass over as many tokens as a calibration batch has.  With ``loss`` the least time is sought,
-    otherwise the least loss.
-
-    Raises:
-        ConfigError: a limit is unknown, of the wrong type or out of range, or there is none.
+    A float is a ratio of what they cost while they are dense, any other value an amount.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -114,6 +109,27 @@ class Budget(BaseModel):
     loss: Loss = None
     """How much the predicted loss may rise; then the least time within the other limits is sought."""
 
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """The limits that are set, by resource, but for ``loss``."""
+        return {name: value for name, value in self if isinstance(value, Limit)}
+
+    @property
+    def limits_layers(self) -> bool:
+        """Whether there is any limit."""
+        return bool(self.limits) or self.loss is not None
+
+
+class Budget(Limits):
+    """What the layers that may be restructured may cost together, with one limit at least.
+
+    Time, FLOPs and memory are those of a forward pass over as many tokens as a calibration batch has.  With ``loss``
+    the least time is sought, otherwise the least loss.
+
+    Raises:
+        ConfigError: a limit is unknown, of the wrong type or out of range, or there is none.
+    """
+
     def __init__(self, **limits: Any) -> None:
         try:
             super().__init__(**limits)
@@ -122,11 +138,6 @@ class Budget(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> Budget:
-        if not self.model_fields_set or all(value is None for value in self.__dict__.values()):
+        if not self.limits_layers:
             raise wrong_value(f"at least one limit of {', '.join(type(self).model_fields)}")
         return self
-
-    @property
-    def limits(self) -> dict[str, Limit]:
-        """The limits that are set, by resource, but for ``loss``."""
-        return {name: value for name, value in self if isinstance(value, Limit)}

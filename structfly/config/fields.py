@@ -6,8 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, PlainValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
@@ -81,7 +82,7 @@ def parse_bytes(value: object) -> int | None:
     return count
 
 
-# ---------------------------------------------------------------------------------- rules and modes
+# ---------------------------------------------------------------------------------- rules, structures and modes
 
 
 def _known_rule(name: str, info: ValidationInfo) -> str:
@@ -89,6 +90,18 @@ def _known_rule(name: str, info: ValidationInfo) -> str:
     if name not in known:
         raise unknown_name(name, known)
     return name
+
+
+def _known_structures(value: object, info: ValidationInfo) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    known = (info.context or {}).get("known_structures", ())
+    if not isinstance(value, (list, tuple)):
+        raise wrong_value(f"a list of names of structures, of {', '.join(known) or 'nothing'}")
+    for name in value:
+        if name not in known:
+            raise wrong_value(allowed_names(str(name), known))
+    return tuple(value)
 
 
 def _known_mode(value: object) -> str | None:
@@ -162,11 +175,32 @@ def _fitting_values(table: Mapping[str, object]) -> Mapping[str, object]:
     return table
 
 
+# ---------------------------------------------------------------------------------- plans
+
+
+@runtime_checkable
+class LayerPlan(Protocol):
+    """A :class:`structfly.Plan`, as far as the configuration knows it."""
+
+    @property
+    def layers(self) -> Mapping[str, Any]: ...
+
+
+def _plan(value: object) -> Path | LayerPlan | None:
+    if value is None or isinstance(value, (Path, LayerPlan)):
+        return value
+    if isinstance(value, str) and value:
+        return Path(value)
+    raise wrong_value("the path of a saved plan, a structfly.Plan, or None")
+
+
 # ---------------------------------------------------------------------------------- the types
 
 ByteCount = Annotated[int | None, PlainValidator(parse_bytes)]
 Rewrite = Literal["auto", "always"]
 Mode = Annotated[str | None, PlainValidator(_known_mode)]
+Structures = Annotated[tuple[str, ...] | None, PlainValidator(_known_structures)]
+PlanOrPath = Annotated[Path | LayerPlan | None, PlainValidator(_plan)]
 RuleSwitches = Annotated[
     Mapping[Annotated[str, AfterValidator(_known_rule)], bool],
     BeforeValidator(as_dict),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from structfly.config.budget import Limits
 from structfly.config.model import Config, merged
 from structfly.config.problems import problems_of, shown
 from structfly.errors import ConfigError
@@ -25,7 +26,11 @@ class _Layer(NamedTuple):
 
 
 def load_config(
-    options: Mapping[str, object] | None, mode: str | None = None, *, known_rules: Iterable[str] = ()
+    options: Mapping[str, object] | None,
+    mode: str | None = None,
+    *,
+    known_rules: Iterable[str] = (),
+    known_structures: Iterable[str] = (),
 ) -> Config:
     """The configuration that ``torch.compile(step, options=options)`` or ``(step, mode=mode)`` asks for.
 
@@ -35,10 +40,11 @@ def load_config(
             top.  Values in ``options`` win over the file's, table by table.
         mode: the mode given to torch.compile itself.
         known_rules: names of the rules there are.
+        known_structures: names of the structures there are.
 
     Raises:
-        ConfigError: an option is unknown or has a wrong value, the file cannot be read, or two modes are
-            given.  The message has one line for each problem.
+        ConfigError: an option is unknown or has a wrong value, the file cannot be read, or two modes, or a plan and
+            a budget of layers, are given.  The message has one line for each problem.
     """
     if options is not None and not isinstance(options, Mapping):
         raise ConfigError(f"options is {shown(options)}; allowed: a mapping from option names to values")
@@ -54,17 +60,23 @@ def load_config(
     if mode is not None:
         layers.append(_Layer(_ARGUMENT, {"mode": mode}))
 
-    rules = tuple(known_rules)
+    known = {"known_rules": tuple(known_rules), "known_structures": tuple(known_structures)}
     config = Config()
     for layer in layers:
         try:
-            read = Config.model_validate(layer.table, context={"known_rules": rules})
+            read = Config.model_validate(layer.table, context=known)
         except ValidationError as error:
             problems.extend(problems_of(error, layer.source, layer.also_known))
             continue
         if layer.source == _ARGUMENT and config.mode not in (None, mode):
             problems.append(f"{_ARGUMENT}: mode is {mode!r}, but the option mode is {config.mode!r}; give one")
         config = merged(config, read)
+    if config.plan is not None and config.budget.limits_layers:
+        limits = [name for name in Limits.model_fields if getattr(config.budget, name) is not None]
+        problems.append(
+            f"options: plan is given together with budget.{', budget.'.join(limits)}; a plan stands instead of a "
+            "budget of layers, leave one of them out"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     return config

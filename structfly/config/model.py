@@ -11,12 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetPyda
 from pydantic_core import CoreSchema, core_schema
 
 from structfly import compat
+from structfly.config.budget import Limits
 from structfly.config.fields import (
     ByteCount,
     InductorTable,
     Mode,
+    PlanOrPath,
     Rewrite,
     RuleSwitches,
+    Structures,
     as_dict,
     copied,
     read_only,
@@ -30,11 +33,15 @@ class SiteSettings:
     Attributes:
         rewrite: "auto" or "always".
         loss_memory: the limit in bytes, or None where the site's rule chooses.
+        structures: names of the structures that a layer may take, or None for those offered by default.
+        overridden: names of the above that an override sets here.
         disabled_rules: names of the rules that are switched off.
     """
 
     rewrite: Rewrite = "auto"
     loss_memory: int | None = None
+    structures: tuple[str, ...] | None = None
+    overridden: frozenset[str] = frozenset()
     disabled_rules: frozenset[str] = frozenset()
 
     def rule_enabled(self, rule: str) -> bool:
@@ -51,8 +58,9 @@ class _Table(BaseModel):
         return as_dict(value)
 
 
-class Budget(_Table):
-    """What the rewrites may use."""
+class Budget(Limits, _Table):
+    """What the rewrites may use; the limits other than ``loss_memory`` are of a graph's linear layers, which are
+    restructured only where one is set."""
 
     loss_memory: ByteCount = None
     """Bytes a loss head may take for logits at a time, an int or as in "512MiB"; None: chosen per site."""
@@ -69,6 +77,9 @@ class Override(_Table):
 
     rules: RuleSwitches = Field(default_factory=lambda: read_only({}))
     """Replaces the switches it names in ``rules``."""
+
+    structures: Structures = None
+    """Replaces ``structures``; an empty list leaves the layer dense."""
 
     def __eq__(self, other: object) -> bool:
         # A key that repeats a default is not the same as a key left out.
@@ -94,6 +105,12 @@ class Config(_Table):
     budget: Budget = Budget()
     """What the rewrites may use."""
 
+    plan: PlanOrPath = None
+    """A plan, or the path of one: its layers become what it says, instead of what a budget of layers would choose."""
+
+    structures: Structures = None
+    """Names of the structures that layers may take under a budget; None: those that are offered by default."""
+
     rules: RuleSwitches = Field(default_factory=lambda: read_only({}))
     """Switches rules on or off by name; a rule that is not named is on."""
 
@@ -114,13 +131,28 @@ class Config(_Table):
 
     def for_site(self, name: str) -> SiteSettings:
         """The settings at the module of this name; of the overrides that match, the last wins per key."""
-        settings: dict[str, Any] = {"rewrite": self.rewrite, "loss_memory": self.budget.loss_memory}
-        rules = dict(self.rules)
+        settings: dict[str, Any] = {
+            "rewrite": self.rewrite,
+            "loss_memory": self.budget.loss_memory,
+            "structures": self.structures,
+        }
+        rules, overridden = dict(self.rules), set()
         for pattern, override in self.overrides:
             if fnmatchcase(name, pattern):
-                settings |= {key: getattr(override, key) for key in settings if key in override.model_fields_set}
+                here = settings.keys() & override.model_fields_set
+                settings |= {key: getattr(override, key) for key in here}
+                overridden |= here
                 rules |= override.rules
-        return SiteSettings(**settings, disabled_rules=frozenset(rule for rule, on in rules.items() if not on))
+        return SiteSettings(
+            **settings,
+            overridden=frozenset(overridden),
+            disabled_rules=frozenset(rule for rule, on in rules.items() if not on),
+        )
+
+    @property
+    def restructures(self) -> bool:
+        """Whether layers are to be restructured: there is a budget of layers, or a plan."""
+        return self.budget.limits_layers or self.plan is not None
 
     def unmatched_overrides(self, names: Iterable[str]) -> list[str]:
         """The patterns that match none of the names: probably misspelt."""

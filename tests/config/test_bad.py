@@ -9,7 +9,10 @@ from structfly.config import load_config
 from structfly.errors import ConfigError
 
 RULES = ("linear_cross_entropy", "low_rank")
-TOP = "allowed: budget, config, inductor, mode, overrides, rewrite, rules, strict"
+STRUCTURES = ("low_rank", "monarch")
+TOP = "allowed: budget, config, inductor, mode, overrides, plan, rewrite, rules, strict, structures"
+BUDGET = "allowed: activation_bytes, flops, loss, loss_memory, params, time, weight_bytes"
+OVERRIDE = "allowed: loss_memory, rewrite, rules, structures"
 SIZES = (
     "allowed: a whole number of bytes above 0, a string such as '512MiB' or '1.5 GB' "
     "(units B, KB, MB, GB, KiB, MiB, GiB), or None"
@@ -27,7 +30,7 @@ def known_modes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def message(options: Any, mode: Any = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        load_config(options, mode, known_rules=RULES)
+        load_config(options, mode, known_rules=RULES, known_structures=STRUCTURES)
     return str(caught.value)
 
 
@@ -64,18 +67,18 @@ def message(options: Any, mode: Any = None) -> str:
             {"max-autotune": True},
             f"max-autotune is unknown; {TOP}; Inductor's options go into the table inductor",
         ),
-        ({"budget": {"time": 0.5}}, "budget.time is unknown; allowed: loss_memory"),
+        ({"budget": {"speed": 0.5}}, f"budget.speed is unknown; {BUDGET}"),
         (
             {"budget": {"max_autotune": True}},
-            "budget.max_autotune is unknown; allowed: loss_memory; Inductor's options go into the table inductor",
+            f"budget.max_autotune is unknown; {BUDGET}; Inductor's options go into the table inductor",
         ),
         (
             {"overrides": {"a": {"strict": True}}},
-            "overrides.a.strict is unknown; allowed: loss_memory, rewrite, rules",
+            f"overrides.a.strict is unknown; {OVERRIDE}; did you mean structures?",
         ),
         (
             {"overrides": {"[key]": {"[key]": 1}}},
-            'overrides."[key]"."[key]" is unknown; allowed: loss_memory, rewrite, rules',
+            f'overrides."[key]"."[key]" is unknown; {OVERRIDE}',
         ),
         (
             {"rules": {"low_rang": False}},
@@ -118,6 +121,26 @@ def message(options: Any, mode: Any = None) -> str:
             {"inductor": {"triton.cudagraphs": 1, "triton": {"cudagraphs": 1}}},
             "inductor is {'triton': {'cudagraphs': 1}, 'triton.cudagraphs': 1}; "
             "allowed: each option once, but triton.cudagraphs is given twice",
+        ),
+        # layers
+        (
+            {"budget": {"params": "half"}},
+            "budget.params is 'half'; allowed: a ratio of the dense layers' as a float above 0, such as 0.5, "
+            "a whole number above 0, or None",
+        ),
+        ({"budget": {"loss": -1}}, "budget.loss is -1; allowed: a number of at least 0, or None"),
+        ({"structures": ["monarc"]}, "structures is ['monarc']; allowed: low_rank, monarch; did you mean monarch?"),
+        (
+            {"structures": "monarch"},
+            "structures is 'monarch'; allowed: a list of names of structures, of low_rank, monarch",
+        ),
+        ({"overrides": {"a": {"structures": [3]}}}, "overrides.a.structures is [3]; allowed: low_rank, monarch"),
+        ({"plan": 3}, "plan is 3; allowed: the path of a saved plan, a structfly.Plan, or None"),
+        ({"plan": ""}, "plan is ''; allowed: the path of a saved plan, a structfly.Plan, or None"),
+        (
+            {"plan": "a.json", "budget": {"params": 0.5, "loss": 1, "loss_memory": 3}},
+            "plan is given together with budget.params, budget.loss; a plan stands instead of a budget of layers, "
+            "leave one of them out",
         ),
         ({"config": 3}, "config is 3; allowed: the path of a TOML file"),
         ({"config": None}, "config is None; allowed: the path of a TOML file"),
@@ -217,10 +240,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, why: str) -> None
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
-    file.write_text("strict = 1\n[budget]\nloss_memory = 0\ntime = 1")
+    file.write_text("strict = 1\n[budget]\nloss_memory = 0\ntim = 1")
     assert message({"config": file, "strict": 2, "xyz": 1}, "fast").splitlines() == [
         f"{file}: budget.loss_memory is 0; {SIZES}",
-        f"{file}: budget.time is unknown; allowed: loss_memory",
+        f"{file}: budget.tim is unknown; {BUDGET}; did you mean time?",
         f"{file}: strict is 1; allowed: true or false",
         "options: strict is 2; allowed: true or false",
         f"options: xyz is unknown; {TOP}",

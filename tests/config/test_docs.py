@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from structfly.config import Budget, Config, Override, load_config
+from structfly.patterns.structures import STRUCTURES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
@@ -23,7 +24,7 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             named = re.match(r"# (\S+\.toml)\n", text)
             path = Path(named[1] if named else "unnamed.toml")
             path.write_text(text, encoding="utf-8")
-            load_config({"config": path}, known_rules=("linear_cross_entropy",))
+            load_config({"config": path}, known_rules=("linear_cross_entropy",), known_structures=STRUCTURES)
         else:
             exec(compile(text, "docs/configuration.md", "exec"), namespace)
 

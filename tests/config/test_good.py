@@ -5,14 +5,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch._inductor
 from pydantic import ValidationError
 
-from structfly.config import Config, load_config
+from structfly.config import Budget, Config, load_config
 
 RULES = ("linear_cross_entropy", "low_rank")
+STRUCTURES = ("low_rank", "monarch")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,17 @@ RULES = ("linear_cross_entropy", "low_rank")
         ({"budget": {"loss_memory": 1}}, {"budget": {"loss_memory": 1}}),
         ({"budget": {"loss_memory": "64KiB"}}, {"budget": {"loss_memory": 65536}}),
         ({"budget": {"loss_memory": None}}, {}),
+        ({"budget": {"params": 0.5, "time": "2ms"}}, {"budget": {"params": 0.5, "time": "2000.000us"}}),
+        ({"budget": {"weight_bytes": "1KiB", "loss": 1}}, {"budget": {"weight_bytes": 1024, "loss": 1.0}}),
+        ({"plan": "a/plan.json"}, {"plan": Path("a/plan.json")}),
+        (
+            {"plan": Path("plan.json"), "budget": {"loss_memory": 1}},
+            {"plan": Path("plan.json"), "budget": {"loss_memory": 1}},
+        ),
+        ({"plan": None}, {}),
+        ({"structures": ["monarch"]}, {"structures": ("monarch",)}),
+        ({"structures": []}, {"structures": ()}),
+        ({"overrides": {"a": {"structures": []}}}, {"overrides": [("a", {"structures": ()})]}),
         ({"rules": {"low_rank": False}}, {"rules": {"low_rank": False}}),
         ({"rewrite": "always"}, {"rewrite": "always"}),
         ({"strict": True}, {"strict": True}),
@@ -57,9 +70,11 @@ RULES = ("linear_cross_entropy", "low_rank")
         ),
     ],
 )
-def test_accepted(options: Mapping[str, object] | None, changed: dict[str, object]) -> None:
-    defaults = {
-        "budget": {"loss_memory": None},
+def test_accepted(options: Mapping[str, object] | None, changed: dict[str, Any]) -> None:
+    unset: dict[str, Any] = {
+        "budget": dict.fromkeys(Budget.model_fields),
+        "plan": None,
+        "structures": None,
         "rules": {},
         "rewrite": "auto",
         "strict": False,
@@ -67,7 +82,10 @@ def test_accepted(options: Mapping[str, object] | None, changed: dict[str, objec
         "inductor": {},
         "overrides": [],
     }
-    assert load_config(options, known_rules=RULES).model_dump() == defaults | changed
+    expected = unset | changed
+    if "budget" in changed:
+        expected["budget"] = unset["budget"] | changed["budget"]
+    assert load_config(options, known_rules=RULES, known_structures=STRUCTURES).model_dump() == expected
 
 
 @pytest.mark.parametrize("mode", sorted(torch._inductor.list_mode_options()))

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from structfly.config import Config, load_config
+from structfly.errors import ConfigError
 
 RULES = ("linear_cross_entropy", "low_rank")
+STRUCTURES = ("low_rank", "monarch")
 
 FILE = """
 rewrite = "always"
@@ -37,7 +39,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def load(file: Path, **options: object) -> Config:
-    return load_config({"config": file, **options}, known_rules=RULES)
+    return load_config({"config": file, **options}, known_rules=RULES, known_structures=STRUCTURES)
 
 
 def test_what_options_leave_out_stays_as_in_the_file(file: Path) -> None:
@@ -91,7 +93,7 @@ def test_a_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch
 
 def test_the_options_given_are_not_changed(file: Path) -> None:
     options: dict[str, object] = {"config": file, "strict": False}
-    load_config(options, known_rules=RULES)
+    load_config(options, known_rules=RULES, known_structures=STRUCTURES)
     assert options == {"config": file, "strict": False}
 
 
@@ -145,3 +147,30 @@ def test_rules_are_switched_one_by_one(file: Path) -> None:
 def test_patterns(pattern: str, name: str, matches: bool) -> None:
     config = load_config({"overrides": {pattern: {"rewrite": "always"}}})
     assert (config.for_site(name).rewrite == "always") is matches
+
+
+# ---------------------------------------------------------------------------------- layers
+
+
+def test_structures_are_replaced_where_an_override_says_so(file: Path) -> None:
+    config = load(file, structures=["low_rank"], overrides={"head": {"structures": []}, "tail": {"rewrite": "auto"}})
+    head, tail = config.for_site("head"), config.for_site("tail")
+    assert (head.structures, tail.structures) == ((), ("low_rank",))
+    assert ("structures" in head.overridden, "structures" in tail.overridden) == (True, False)
+
+
+def test_layers_are_restructured_only_under_a_budget_of_theirs_or_a_plan(file: Path) -> None:
+    assert not load(file).restructures
+    assert not load(file, structures=["low_rank"]).restructures
+    assert not load(file, budget={"params": None}).restructures
+    assert load(file, budget={"params": 0.5}).restructures
+    assert load(file, budget={"loss": 0}).restructures
+    assert load(file, plan="plan.json").restructures
+
+
+def test_a_plan_in_options_meets_a_budget_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("[budget]\nparams = 0.5")
+    with pytest.raises(ConfigError, match="plan is given together with budget"):
+        load(file, plan="plan.json")
+    assert load(file, plan="plan.json", budget={"params": None}).budget.params is None

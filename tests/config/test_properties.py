@@ -10,9 +10,11 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from structfly.config import load_config
+from structfly.config import Budget, load_config
 
 RULES = ("linear_cross_entropy", "low_rank")
+STRUCTURES = ("low_rank", "monarch")
+KNOWN: Any = {"known_rules": RULES, "known_structures": STRUCTURES}
 UNITS = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 
 sizes = st.builds("{}{}".format, st.integers(1, 10**12), st.sampled_from(sorted(UNITS)))
@@ -26,7 +28,20 @@ def tables(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]
     return st.fixed_dictionaries({}, optional=fields)
 
 
-overrides = st.dictionaries(patterns, tables(loss_memory=loss_memories, rewrite=rewrites, rules=switches), max_size=4)
+structures = st.lists(st.sampled_from(STRUCTURES), unique=True)
+overrides = st.dictionaries(
+    patterns,
+    tables(loss_memory=loss_memories, rewrite=rewrites, rules=switches, structures=structures),
+    max_size=4,
+)
+ratios = st.floats(1e-3, 2.0)
+budgets = tables(
+    loss_memory=loss_memories,
+    params=ratios | st.integers(1, 10**12),
+    weight_bytes=ratios | sizes,
+    time=ratios | st.builds("{}{}".format, st.integers(1, 10**6), st.sampled_from(["s", "ms", "us"])),
+    loss=st.floats(0, 10) | st.integers(0, 10),
+)
 inductor = tables(
     **{
         "max_autotune": st.booleans(),
@@ -36,7 +51,8 @@ inductor = tables(
     triton=tables(cudagraphs=st.booleans(), unique_kernel_names=st.booleans()),
 )
 all_options = tables(
-    budget=tables(loss_memory=loss_memories),
+    budget=budgets,
+    structures=structures,
     rules=switches,
     rewrite=rewrites,
     strict=st.booleans(),
@@ -65,7 +81,9 @@ def test_a_dict_and_the_same_toml_are_equal(options: dict[str, Any], shared: boo
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "any.toml")
         path.write_bytes("\n".join(lines).encode())
-        assert load_config({"config": path}, known_rules=RULES) == load_config(options, known_rules=RULES)
+        assert load_config({"config": path}, **KNOWN) == load_config(
+            options, known_rules=RULES, known_structures=STRUCTURES
+        )
 
 
 @given(below=all_options, above=all_options)
@@ -73,12 +91,13 @@ def test_options_hold_where_they_are_given_and_the_file_elsewhere(below: dict[st
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "any.toml")
         path.write_bytes("\n".join(f"{key} = {toml(value)}" for key, value in below.items()).encode())
-        both = load_config({"config": path, **above}, known_rules=RULES)
-    file, options = (load_config(each, known_rules=RULES) for each in (below, above))
-    for name in ("rewrite", "strict", "mode"):
+        both = load_config({"config": path, **above}, **KNOWN)
+    file, options = (load_config(each, **KNOWN) for each in (below, above))
+    for name in ("rewrite", "strict", "mode", "structures"):
         assert getattr(both, name) == getattr(options if name in above else file, name)
-    given = "loss_memory" in above.get("budget", {})
-    assert both.budget == (options if given else file).budget
+    for name in Budget.model_fields:
+        given = name in above.get("budget", {})
+        assert getattr(both.budget, name) == getattr((options if given else file).budget, name)
     assert both.rules == {**file.rules, **options.rules}
     assert both.inductor == {**file.inductor, **options.inductor}
     assert both.overrides == (*file.overrides, *options.overrides)
