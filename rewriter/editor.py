@@ -7,13 +7,15 @@ erases.  :meth:`Editor.rollback` gives the old nodes their users back and takes 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 
 from structfly import compat
-from structfly.rewriter.inputs import ExtraInput, stand_in
+from structfly.rewriter.inputs import ExtraInputs, InputLike, Provide, stand_in
 
 
 class Editor:
@@ -27,7 +29,7 @@ class Editor:
         self._replaced: list[tuple[fx.Node, fx.Node]] = []
         self._dead: list[fx.Node] = []
         self._moved_users: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
-        self.inputs: list[ExtraInput] = []
+        self.inputs: list[ExtraInputs] = []
         self._mode = compat.fake_mode_of(node.meta.get("example_value") for node in graph.nodes)
 
     def before(self, *nodes: fx.Node) -> None:
@@ -56,20 +58,38 @@ class Editor:
         size = node.meta["example_value"].shape[dim]
         return size if isinstance(size, int) else self.method("size", node, dim)
 
-    def add_input(self, name: str, example_value: Tensor, provide: Callable[[], Tensor]) -> fx.Node:
-        """A new graph input after the existing ones.
+    def trace(self, function: Callable[..., Tensor], *args: Any) -> fx.Node:
+        """What ``function`` does to ``args``, tensors and nested lists or dicts of them given as nodes, as new nodes.
+
+        Its torch calls are noted while it runs on example values, so that it may ask for anything but a tensor's data.
+
+        Raises:
+            ValueError: it uses a tensor that is neither an argument nor made of those.
+        """
+        recorder = _Recorder(self)
+        with compat.example_mode(self._mode), recorder:
+            result = function(*fx.node.map_arg(args, recorder.value))
+        node: fx.Node = recorder.node(result)
+        return node
+
+    def add_inputs(self, inputs: Mapping[str, InputLike], provide: Provide) -> dict[str, fx.Node]:
+        """New graph inputs after the existing ones, by name.
+
+        Args:
+            inputs: what each is like, by a name that no other input has.
+            provide: gives their values, in order; see :class:`~structfly.rewriter.inputs.ExtraInputs`.
 
         Raises:
             ValueError: the graph is a body inside another, whose inputs its caller fixes.
         """
         if not self._allow_inputs:
             raise ValueError("a rewrite inside a checkpoint or subgraph body cannot add graph inputs")
-        with self._graph.inserting_before(self._anchor):
-            node = self._graph.create_node("call_function", stand_in, (name,))
-        node.meta["example_value"] = example_value
-        self._made.append(node)
-        self.inputs.append(ExtraInput(node, provide))
-        return node
+        nodes = {name: self._insert("call_function", stand_in, (name,), {}) for name in inputs}
+        with compat.example_mode(self._mode):
+            for name, like in inputs.items():
+                nodes[name].meta["example_value"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        self.inputs.append(ExtraInputs(tuple(nodes.values()), provide))
+        return nodes
 
     def hoist(self, node: fx.Node) -> None:
         """Move ``node`` and what it needs to before the point of insertion; for nodes that read and never write."""
@@ -113,13 +133,17 @@ class Editor:
         self._made.clear()
 
     def _create(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self._insert(op, target, args, kwargs)
+        node.meta["example_value"] = self._example_of(op, target, args, kwargs)
+        return node
+
+    def _insert(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         with self._graph.inserting_before(self._anchor):
             node = self._graph.create_node(op, target, args, kwargs)
         self._made.append(node)
         for key in ("stack_trace", "nn_module_stack"):
             if key in self._anchor.meta:
                 node.meta[key] = self._anchor.meta[key]
-        node.meta["example_value"] = self._example_of(op, target, args, kwargs)
         return node
 
     def _example_of(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,3 +153,55 @@ class Editor:
             if op == "call_method":
                 return getattr(positional[0], target)(*positional[1:], **named)
             return target(*positional, **named)
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes the torch calls that are made while it is at work as nodes; ``nodes`` are those of tensors, by id."""
+
+    def __init__(self, editor: Editor) -> None:
+        super().__init__()
+        self.editor = editor
+        self.nodes: dict[int, fx.Node] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """The example value of a node, which stands for it from here on."""
+        value = node.meta["example_value"]
+        self.nodes[id(value)] = node
+        return value
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _tensors_in(result):
+            op, target = ("call_method", func.__name__) if _is_method(func) else ("call_function", func)
+            positional, named = fx.node.map_aggregate((args, kwargs or {}), self.node)
+            self._note(self.editor._insert(op, target, positional, named), result)
+        return result
+
+    def node(self, value: Any) -> Any:
+        """The node of a tensor; other values as they are."""
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self.nodes:
+            raise ValueError("a traced function uses a tensor that is none of its arguments; pass it")
+        return self.nodes[id(value)]
+
+    def _note(self, node: fx.Node, value: Any) -> None:
+        node.meta["example_value"] = value
+        if isinstance(value, Tensor):
+            self.nodes[id(value)] = node
+            return
+        for index, element in enumerate(value):
+            if _tensors_in(element):
+                self._note(self.editor._insert("call_function", operator.getitem, (node, index), {}), element)
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    fx.node.map_aggregate(value, lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None)
+    return found
+
+
+def _is_method(function: Any) -> bool:
+    return getattr(Tensor, function.__name__, None) is function

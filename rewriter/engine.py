@@ -10,17 +10,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 from structfly.config import Config
-from structfly.errors import RewriteError
-from structfly.records import DeviceProfile, Miss, Site, SiteReport, Status
+from structfly.errors import PlanError, RewriteError
+from structfly.records import DeviceProfile, LayerMenu, Miss, Site, SiteReport, Status
 from structfly.rewriter.choosing import Choice, Order, choose
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.inputs import ExtraInput, with_placeholders
+from structfly.rewriter.inputs import ExtraInputs, with_placeholders
+from structfly.rewriter.layer_choosing import LayerChoice, LayerOrder, choose_layers
 from structfly.rewriter.region import Region, qualified_name, regions_of, source_line
 from structfly.rewriter.rule import Rule
 from structfly.rewriter.writes import why_pinned
@@ -28,6 +29,8 @@ from structfly.rewriter.writes import why_pinned
 log = logging.getLogger("structfly.rewriter")
 
 Profiles = Callable[[torch.device], DeviceProfile]
+OrderT = TypeVar("OrderT")
+ChoiceT = TypeVar("ChoiceT")
 
 
 @dataclass
@@ -44,9 +47,14 @@ class Outcome:
 
     module: fx.GraphModule
     sites: list[SiteReport] = field(default_factory=list)
-    inputs: list[ExtraInput] = field(default_factory=list)
+    inputs: list[ExtraInputs] = field(default_factory=list)
     changed: bool = False
     seconds: float = 0.0
+
+    @property
+    def examples(self) -> list[torch.Tensor]:
+        """Example values of the inputs that were added."""
+        return [node.meta["example_value"] for extra in self.inputs for node in extra.nodes]
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ def rewrite_graph(gm: fx.GraphModule, rules: Sequence[Rule[Any]], config: Config
         profiles: gives the profile of a device.
 
     Raises:
+        PlanError: no choice keeps the budget of the graph's layers.
         RewriteError: a rule raised, and ``config.strict`` is set.
     """
     return _Run(gm, rules, config, profiles).run()
@@ -103,17 +112,23 @@ class _Run:
         found: list[_Found] = []
         results = [(rule, self._results(rule, number, region)) for rule in self.rules]
         taken = {node for _, each in results for site in each if isinstance(site, Site) for node in site.dead_nodes}
+        of_earlier: set[fx.Node] = set()  # what a rule may rewrite, no later one does
         for rule, each in results:
             for result in each:
                 place = (number, region.order[result.node])
                 if isinstance(result, Miss):
                     if result.anchor not in taken:  # else it is part of what another attempt found
                         self._missed(result, place)
+                elif not of_earlier.isdisjoint(result.dead_nodes):
+                    if not of_earlier.issuperset(result.dead_nodes):
+                        reason = "another rule takes part of what would be rewritten"
+                        self._missed(Miss(rule.name, result.node, reason, 0, result.node, result.name), place)
                 elif not self.config.for_site(result.name).rule_enabled(rule.name):
                     reason = f"the rule {rule.name} is switched off here by the configuration"
                     self._say(result, place, "kept", reason)
                 else:
                     found.append(_Found(rule, result, region, place))
+            of_earlier.update(node for item in found if item.rule is rule for node in item.site.dead_nodes)
         return found
 
     def _results(self, rule: Rule[Any], number: int, region: Region) -> list[Site | Miss]:
@@ -124,29 +139,46 @@ class _Run:
             self._failed(rule.name, None, (number, -1), error)
             return []
 
-    def _choose(self, found: Sequence[_Found]) -> list[tuple[_Found, Choice]]:
-        items: list[_Found] = []
-        orders: list[Order] = []
+    def _choose(self, found: Sequence[_Found]) -> list[tuple[_Found, Choice | LayerChoice]]:
+        sites: list[tuple[_Found, Order]] = []
+        layers: list[tuple[_Found, LayerOrder]] = []
         for item in found:
             settings = self.config.for_site(item.site.name)
+            always = settings.rewrite == "always"
             try:
                 profile = self.profiles(item.site.device)
                 menu = item.rule.menu(item.site, profile, settings)
             except Exception as error:
                 self._failed(item.rule.name, item.site, item.place, error)
                 continue
-            items.append(item)
-            orders.append(Order(item.site.sizes, menu, profile, settings.rewrite == "always"))
+            if isinstance(menu, LayerMenu):
+                layers.append((item, LayerOrder(item.site.name, menu, always)))
+            else:
+                sites.append((item, Order(item.site.sizes, menu, profile, always)))
+        return [
+            *self._chosen(sites, choose),
+            *self._chosen(layers, lambda orders: choose_layers(orders, self.config.budget)),
+        ]
+
+    def _chosen(
+        self, items: Sequence[tuple[_Found, OrderT]], choices: Callable[[Sequence[OrderT]], Sequence[ChoiceT]]
+    ) -> list[tuple[_Found, ChoiceT]]:
+        """What ``choices`` says of the items' orders; where it fails, all of them stay as they are."""
+        if not items:
+            return []
         try:
-            return list(zip(items, choose(orders), strict=True)) if orders else []
+            made = choices([order for _, order in items])
+        except PlanError:  # the user's
+            raise
         except Exception as error:
-            for item in items:
+            for item, _ in items:
                 self._failed(item.rule.name, item.site, item.place, error)
             return []
+        return [(item, choice) for (item, _), choice in zip(items, made, strict=True)]
 
     # ------------------------------------------------------------------------------------------------ writing
 
-    def _apply(self, item: _Found, choice: Choice) -> None:
+    def _apply(self, item: _Found, choice: Choice | LayerChoice) -> None:
         site, place = item.site, item.place
         if choice.candidate.rewrites:
             editor = Editor(item.region.graph, site.node, allow_inputs=item.region.owner is self.gm)
@@ -164,7 +196,12 @@ class _Run:
     # ------------------------------------------------------------------------------------------------ reporting
 
     def _say(
-        self, site: Site, place: tuple[int, int], status: Status, reason: str, choice: Choice | None = None
+        self,
+        site: Site,
+        place: tuple[int, int],
+        status: Status,
+        reason: str,
+        choice: Choice | LayerChoice | None = None,
     ) -> None:
         line = SiteReport(site.rule, status, reason, site.name, site.replaces, source_line(site.node))
         if choice is not None:
@@ -187,7 +224,17 @@ class _Run:
         self.lines.append((place, line))
 
 
-def _with_costs(line: SiteReport, choice: Choice) -> SiteReport:
+def _with_costs(line: SiteReport, choice: Choice | LayerChoice) -> SiteReport:
+    if isinstance(choice, LayerChoice):
+        return replace(
+            line,
+            candidate=choice.candidate.name,
+            seconds=choice.candidate.costs["time"],
+            seconds_kept=choice.dense.costs["time"],
+            loss=choice.candidate.loss,
+            costs=choice.candidate.costs,
+            costs_kept=choice.dense.costs,
+        )
     return replace(
         line,
         candidate=choice.candidate.name,
@@ -203,8 +250,9 @@ def _checked(result: Site | Miss, region: Region) -> Site | Miss:
     closed = region.why_closed(result.node)
     if isinstance(result, Miss):
         return replace(result, reason=closed or result.reason)
-    pinned = (result.node, closed) if closed else why_pinned(region, result.dead_nodes)
-    return result if pinned is None else Miss(result.rule, *pinned, 0, result.node, result.name)
+    pinned = [(result.node, closed)] if closed else [why_pinned(region, group) for group in result.groups]
+    reasons = [each for each in pinned if each is not None]
+    return Miss(result.rule, *reasons[0], 0, result.node, result.name) if reasons else result
 
 
 def furthest(results: Iterable[Site | Miss]) -> list[Site | Miss]:

@@ -7,20 +7,37 @@ into a module of its own, in which the stand-ins are placeholders behind the exi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from structfly import compat
 
+Provide = Callable[[Sequence[Any]], Sequence[Tensor]]
+
+
+class InputLike(NamedTuple):
+    """What a contiguous input is like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
 
 @dataclass(frozen=True)
-class ExtraInput:
-    """A graph input that a rewrite added: ``provide()`` is asked for its value before every call."""
+class ExtraInputs:
+    """Graph inputs that a rewrite added together.
 
-    node: fx.Node
-    provide: Callable[[], Tensor]
+    Attributes:
+        nodes: the inputs.
+        provide: asked for their values before every call, given the call's arguments: the graph's own inputs in order.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    provide: Provide
 
 
 def stand_in(name: str) -> Tensor:
@@ -28,19 +45,22 @@ def stand_in(name: str) -> Tensor:
     raise AssertionError(f"the graph input {name} was not made a placeholder")
 
 
-def with_placeholders(gm: fx.GraphModule, inputs: Sequence[ExtraInput]) -> fx.GraphModule:
-    """A copy of ``gm`` that takes ``inputs`` as further arguments, in order."""
+def with_placeholders(gm: fx.GraphModule, inputs: Iterable[ExtraInputs]) -> fx.GraphModule:
+    """A copy of ``gm`` that takes ``inputs`` as further arguments, in order; each keeps its address from call to call
+    where it can, as parameters do."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    for extra in inputs:
-        copies[extra.node] = graph.placeholder(str(extra.node.args[0]))
-        copies[extra.node].meta.update(extra.node.meta)
+    added = [node for extra in inputs for node in extra.nodes]
+    for node in added:
+        copies[node] = graph.placeholder(str(node.args[0]))
+        copies[node].meta.update(node.meta)
     for node in gm.graph.nodes:
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     module = compat.graph_module(gm, graph)
     module.meta.update(gm.meta)
+    compat.keep_sources(gm, module, [copies[node] for node in added])
     return module

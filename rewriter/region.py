@@ -25,11 +25,13 @@ class Region:
     Attributes:
         owner: the module that owns ``graph``.
         checkpointed: True inside an activation-checkpoint body, whose forward runs twice.
+        body: True inside any body, whose inputs its caller fixes.
         closed: why nothing may be rewritten here, or "".
     """
 
     owner: fx.GraphModule
     checkpointed: bool = False
+    body: bool = False
     closed: str = ""
 
     @property
@@ -111,7 +113,7 @@ def _walk(region: Region, seen: set[int]) -> Iterator[Region]:
             closed = region.closed
             if kind not in ("checkpoint", "plain"):
                 closed = closed or _CLOSED.get(kind, f"inside the body of {kind}, which structfly does not enter")
-            yield from _walk(Region(body, region.checkpointed or kind == "checkpoint", closed), seen)
+            yield from _walk(Region(body, region.checkpointed or kind == "checkpoint", True, closed), seen)
 
 
 def bodies(owner: fx.GraphModule, node: fx.Node) -> Iterator[fx.GraphModule]:

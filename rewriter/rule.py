@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from structfly.config import SiteSettings
-from structfly.records import Candidate, DeviceProfile, Menu, Miss, Site
+from structfly.records import DeviceProfile, LayerMenu, Menu, Miss, Site
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region
 
@@ -29,10 +29,10 @@ class Rule(Protocol[SiteT]):
         """All sites of one region, and for every anchor that is no site the attempts that failed."""
         ...
 
-    def menu(self, site: SiteT, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+    def menu(self, site: SiteT, profile: DeviceProfile, settings: SiteSettings) -> Menu | LayerMenu:
         """The ways of running ``site``, with their costs, and the limits they are chosen under."""
         ...
 
-    def rewrite(self, site: SiteT, candidate: Candidate, editor: Editor) -> None:
-        """Write ``candidate`` into the graph through ``editor``; an exception undoes all of it."""
+    def rewrite(self, site: SiteT, candidate: Any, editor: Editor) -> None:
+        """Write ``candidate``, one of the menu's, into the graph through ``editor``; an exception undoes all of it."""
         ...

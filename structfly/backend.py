@@ -40,8 +40,8 @@ def structfly(
     """
     config = read_config(options, mode)
     outcome = rewrite(gm, config)
-    example_inputs = [*example_inputs, *(extra.node.meta["example_value"] for extra in outcome.inputs)]
-    return with_inputs(compat.compile_with_inductor(outcome.module, example_inputs, config.inductor_options()), outcome)
+    examples = [*example_inputs, *outcome.examples]
+    return with_inputs(compat.compile_with_inductor(outcome.module, examples, config.inductor_options()), outcome)
 
 
 def read_config(options: Mapping[str, object] | None, mode: str | None = None) -> Config:
@@ -66,6 +66,6 @@ def with_inputs(function: Callable[..., Any], outcome: Outcome) -> Callable[...,
     providers = [extra.provide for extra in outcome.inputs]
 
     def call(*arguments: Any) -> Any:
-        return function(*arguments, *(provide() for provide in providers))
+        return function(*arguments, *[each for provide in providers for each in provide(arguments)])
 
     return call

@@ -114,6 +114,28 @@ def source_of_input(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def value_of_input(node: fx.Node) -> Tensor | None:
+    """The tensor that an input was traced with, or None where there is none or it has no data."""
+    value = getattr(node.meta.get("grapharg"), "example", None)
+    return value if isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta else None
+
+
+def keep_sources(old: fx.GraphModule, new: fx.GraphModule, added: Iterable[fx.Node]) -> None:
+    """Let ``new``, a copy of Dynamo's ``old``, say where its inputs come from, as AOTAutograd asks a graph of Dynamo's.
+
+    That is how CUDA graphs tell parameters, whose addresses stay, from other inputs.  The addresses of ``added`` inputs
+    stay, too; where one does not, a CUDA graph is recorded anew.
+    """
+    if not hasattr(old, "_param_name_to_source"):
+        return
+    new._param_name_to_source = old._param_name_to_source
+    sources = {node.name: getattr(node, "_dynamo_source", None) for node in old.graph.find_nodes(op="placeholder")}
+    for node in new.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = sources.get(node.name)
+    for node in added:
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
 def graph_module(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A graph module like Dynamo's own: its Python code is generated when it is first called, if it ever is."""
     from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module

@@ -41,8 +41,7 @@ class Rewritten:
         outcome = rewrite(gm, read_config(self._options))
         self.sites.extend(outcome.sites)
         self.graphs.append(gm)
-        examples = [*example_inputs, *(extra.node.meta["example_value"] for extra in outcome.inputs)]
-        return with_inputs(self._then(outcome.module, examples), outcome)
+        return with_inputs(self._then(outcome.module, [*example_inputs, *outcome.examples]), outcome)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._compiled(*arguments, **named)

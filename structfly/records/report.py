@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +31,10 @@ class SiteReport:
         seconds_kept: predicted time of leaving the site alone, or None.
         peak_bytes: predicted memory the chosen candidate takes for logits and gradients, or None.
         peak_bytes_kept: the same when the site is left alone, or None.
+        loss: how much the loss is predicted to rise by a layer's candidate; None for rewrites that compute the same.
+        costs: a layer's amounts of each resource with the chosen candidate: params, flops, weight_bytes, saved_bytes,
+            transient_bytes, and time in seconds.
+        costs_kept: the same while it is dense.
         graph: number of the compiled graph it belongs to.
     """
 
@@ -44,6 +49,9 @@ class SiteReport:
     seconds_kept: float | None = None
     peak_bytes: int | None = None
     peak_bytes_kept: int | None = None
+    loss: float | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+    costs_kept: Mapping[str, float] = field(default_factory=dict)
     graph: int = 0
 
     @property
@@ -63,6 +71,7 @@ class Report:
         graphs: how many graphs the function was compiled to.
         graph_breaks: why it was more than one, where torch said so.
         unmatched_overrides: patterns of the configuration's overrides that match no site's name.
+        unmatched_layers: layers of the configuration's plan that are the name of no site.
         pass_seconds: time spent in structfly's own pass, summed over graphs.
     """
 
@@ -70,6 +79,7 @@ class Report:
     graphs: int = 0
     graph_breaks: list[str] = field(default_factory=list)
     unmatched_overrides: list[str] = field(default_factory=list)
+    unmatched_layers: list[str] = field(default_factory=list)
     pass_seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -97,8 +107,16 @@ class Report:
             console.print(f"graph break: {reason}", markup=False)
         for pattern in self.unmatched_overrides:
             console.print(f"override {pattern!r} matches the name of no site above", markup=False)
+        for layer in self.unmatched_layers:
+            console.print(f"the plan's layer {layer!r} is the name of no site above", markup=False)
+        if any(site.status == "rewritten" and site.loss is not None for site in self.sites):
+            console.print(_DENSE_WEIGHTS_STAY, markup=False)
 
 
+_DENSE_WEIGHTS_STAY = (
+    "The dense weights of layers restructured here stay in memory, for the model still owns them; "
+    "structfly.restructure_(model, ...) removes them."
+)
 _STYLE = {"rewritten": "green", "kept": "yellow", "missed": "red", "failed": "bold red"}
 
 
@@ -112,6 +130,10 @@ def _explanation(site: SiteReport) -> str:
         lines.append(f"memory: {format_bytes(site.peak_bytes)}; left alone: {format_bytes(site.peak_bytes_kept)}")
     if site.seconds is not None and site.seconds_kept is not None:
         lines.append(f"predicted time: {site.seconds * 1e3:.3g} ms; left alone: {site.seconds_kept * 1e3:.3g} ms")
+    if site.loss is not None and site.status == "rewritten":
+        lines.append(f"predicted loss: {site.loss:+.4g}")
+        for name in ("params", "flops", "weight_bytes"):
+            lines.append(f"{name}: {site.costs[name]:,.6g}; dense: {site.costs_kept[name]:,.6g}")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from structfly.backend import with_inputs
 from structfly.config import Config, SiteSettings, load_config
-from structfly.errors import RewriteError
+from structfly.errors import PlanError, RewriteError
 from structfly.lowering.device_profile import device_profile
-from structfly.records import Candidate, Cost, DeviceProfile, Menu, Miss, Site, Stage
+from structfly.patterns.linear.candidates import Candidate as Layer
+from structfly.records import Candidate, Cost, DeviceProfile, LayerMenu, Menu, Miss, Site, Stage
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.engine import Outcome, rewrite_graph
+from structfly.rewriter.inputs import InputLike
 from structfly.rewriter.region import Region
 
 
@@ -54,13 +57,17 @@ class SineOfDouble:
 
 
 def run(
-    rule: SineOfDouble, function: Callable[..., Any], *arguments: Any, config: Config | None = None
+    rule: SineOfDouble | Sequence[SineOfDouble],
+    function: Callable[..., Any],
+    *arguments: Any,
+    config: Config | None = None,
 ) -> tuple[Any, list[Outcome], list[fx.GraphModule]]:
     outcomes: list[Outcome] = []
     graphs: list[fx.GraphModule] = []
+    rules = rule if isinstance(rule, Sequence) else (rule,)
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        outcomes.append(rewrite_graph(gm, (rule,), config or Config(), device_profile))
+        outcomes.append(rewrite_graph(gm, rules, config or Config(), device_profile))
         graphs.append(outcomes[-1].module)
         return with_inputs(outcomes[-1].module.forward, outcomes[-1])
 
@@ -115,6 +122,72 @@ def test_what_one_rule_rewrites_is_no_miss_of_another() -> None:
     assert missed == [("cos",), ("mul",)]
 
 
+class _AlsoSines(SineOfDouble):
+    name = "also sines"
+
+
+def test_what_one_rule_finds_a_later_one_does_not() -> None:
+    """Nor where the earlier one keeps it; where it is switched off, it does."""
+    for seconds, status in ((0.0, "rewritten"), (2.0, "kept")):
+        rules = (SineOfDouble(seconds=seconds), _AlsoSines())
+        lines = [(site.rule, site.status) for site in run(rules, torch.sin, X)[1][0].sites]
+        assert lines == [("sine", status)]
+    off = load_config({"rules": {"sine": False}}, known_rules=("sine",))
+    lines = [(site.rule, site.status) for site in run(rules, torch.sin, X, config=off)[1][0].sites]
+    assert lines == [("sine", "kept"), ("also sines", "rewritten")]
+
+
+@dataclass(frozen=True)
+class _Sines(Site):
+    """Two sines that are rewritten each in its own place, or where the last of them stands."""
+
+    nodes: tuple[fx.Node, ...] = ()
+    apart: bool = True
+
+    @property
+    def dead_nodes(self) -> tuple[fx.Node, ...]:
+        return self.nodes
+
+    @property
+    def groups(self) -> tuple[tuple[fx.Node, ...], ...]:
+        return tuple((node,) for node in self.nodes) if self.apart else (self.nodes,)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_write_between_the_nodes_of_a_site_matters_where_they_are_computed_together(apart: bool) -> None:
+    class Both(SineOfDouble):
+        def find(self, region: Region) -> Sequence[Site | Miss]:
+            nodes = tuple(node for node in region.graph.nodes if node.target is torch.sin)
+            return [_Sines(self.name, "both", nodes[0], torch.device("cpu"), {}, nodes, apart)]
+
+        def rewrite(self, site: Site, candidate: Candidate, editor: Editor) -> None:
+            for node in site.dead_nodes:
+                editor.before(node)
+                editor.replace(node, editor.call(torch.sin, *node.args))
+
+    def function(x: Tensor) -> Tensor:
+        x = x + 0
+        first = torch.sin(x)
+        x.add_(1)
+        return first + torch.sin(x)
+
+    value, (outcome,), _ = run(Both(), function, X)
+    assert torch.equal(value, function(X))
+    assert [site.status for site in outcome.sites] == ["rewritten" if apart else "missed"]
+
+
+class _Impossible(SineOfDouble):
+    def menu(self, site: Site, profile: DeviceProfile, settings: SiteSettings) -> LayerMenu:  # type: ignore[override]
+        costs = {"params": 4.0, "saved_bytes": 0.0, "transient_bytes": 0.0, "time": 1.0}
+        return LayerMenu((Layer(None, 0.0, costs),))
+
+
+def test_a_budget_of_layers_that_cannot_be_kept_is_the_users_error() -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        run(_Impossible(), torch.sin, X, config=load_config({"budget": {"params": 0.5}}))
+    assert isinstance(caught.value.inner_exception, PlanError)
+
+
 def test_a_rewrite_predicted_to_be_slower_is_kept_unless_always() -> None:
     slow = SineOfDouble(seconds=2.0)
     _, (outcome,), _ = run(slow, torch.sin, X)
@@ -136,14 +209,14 @@ def test_a_rewrite_may_add_graph_inputs() -> None:
     factor = torch.tensor(3.0)
 
     def write(editor: Editor, x: fx.Node) -> fx.Node:
-        mode = x.meta["example_value"].fake_mode
-        extra = editor.add_input("factor", mode.from_tensor(factor), lambda: factor)
-        return editor.call(torch.mul, x, extra)
+        like = InputLike((), torch.float32, torch.device("cpu"))
+        extra = editor.add_inputs({"factor": like, "shift": like}, lambda arguments: [factor, arguments[0][0]])
+        return editor.call(torch.add, editor.call(torch.mul, x, extra["factor"]), extra["shift"])
 
     value, (outcome,), (gm,) = run(SineOfDouble(write), lambda x: torch.sin(x) + 1, X)
-    assert torch.equal(value, X * 3 + 1)
-    assert [node.target for node in gm.graph.nodes if node.op == "placeholder"][-1] == "factor"
-    assert len(outcome.inputs) == 1
+    assert torch.equal(value, X * 3 + X[0] + 1)
+    assert [node.target for node in gm.graph.nodes if node.op == "placeholder"][-2:] == ["factor", "shift"]
+    assert [example.shape for example in outcome.examples] == [(), ()]
 
 
 def failing(editor: Editor, x: fx.Node) -> fx.Node:
@@ -239,7 +312,10 @@ def test_an_input_cannot_be_added_inside_a_body() -> None:
         result: Tensor = checkpoint(torch.sin, x, use_reentrant=False)
         return result
 
-    rule = SineOfDouble(lambda editor, x: editor.add_input("extra", x.meta["example_value"], lambda: X))
+    def write(editor: Editor, x: fx.Node) -> fx.Node:
+        return editor.add_inputs({"extra": InputLike(X.shape, X.dtype, X.device)}, lambda arguments: [X])["extra"]
+
+    rule = SineOfDouble(write)
     _, (outcome,), _ = run(rule, function, X.clone().requires_grad_())
     assert "cannot add graph inputs" in outcome.sites[0].reason
 
