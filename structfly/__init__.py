@@ -10,6 +10,7 @@ from structfly.config import Config
 from structfly.config.budget import Budget
 from structfly.errors import ArgumentError, ConfigError, PlanError, RewriteError, StructflyError, UnsupportedError
 from structfly.explanation import explain
+from structfly.patterns.linear.projection import refresh
 from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.records import Report, SiteReport
 from structfly.restructure import (
@@ -46,6 +47,7 @@ __all__ = [
     "explain",
     "from_pretrained",
     "ops",
+    "refresh",
     "restructure_",
     "save_pretrained",
     "survey",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from structfly import compat
-from structfly.config import Config, load_config
+from structfly.config import Config, LayerPlan, load_config
 from structfly.lowering.device_profile import device_profile
-from structfly.patterns import DEFAULT_RULES
+from structfly.patterns import RULE_NAMES, rules_under
+from structfly.patterns.structures import STRUCTURES
+from structfly.restructure.plan import Plan
 from structfly.rewriter.engine import Outcome, rewrite_graph
 
 log = logging.getLogger("structfly")
-
-RULE_NAMES = tuple(rule.name for rule in DEFAULT_RULES)
 
 
 def structfly(
@@ -36,6 +37,7 @@ def structfly(
 
     Raises:
         ConfigError: an option is unknown or has a wrong value; nothing has been compiled then.
+        PlanError: the plan that the options name cannot be read, or their budget of layers cannot be kept.
         RewriteError: a rule failed and ``strict`` is set.
     """
     config = read_config(options, mode)
@@ -45,18 +47,25 @@ def structfly(
 
 
 def read_config(options: Mapping[str, object] | None, mode: str | None = None) -> Config:
-    """The validated configuration, with the default rules' names known."""
-    return load_config(options, mode, known_rules=RULE_NAMES)
+    """The validated configuration, with the names of rules and structures known, and the plan read.
+
+    Raises:
+        ConfigError: an option is unknown or has a wrong value.
+        PlanError: the plan's file cannot be read, or holds none.
+    """
+    config = load_config(options, mode, known_rules=RULE_NAMES, known_structures=STRUCTURES)
+    return config.model_copy(update={"plan": Plan.load(config.plan)}) if isinstance(config.plan, Path) else config
 
 
 def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
-    """Run the default rules over a graph, in place."""
+    """Run the rules over a graph, in place."""
     # Not at the top: they import triton.
     import structfly.lowering.layer_flops
     import structfly.lowering.linear_cross_entropy.flops
     import structfly.lowering.linear_divergence.flops  # noqa: F401
 
-    return rewrite_graph(gm, DEFAULT_RULES, config, device_profile)
+    planned = config.plan.layers if isinstance(config.plan, LayerPlan) else None
+    return rewrite_graph(gm, rules_under(config, planned), config, device_profile)
 
 
 def with_inputs(function: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch import fx
 
 from structfly import compat
 from structfly.backend import read_config, rewrite, with_inputs
+from structfly.config import LayerPlan
 from structfly.records import Report
 
 
@@ -29,6 +30,7 @@ def explain(
 
     Raises:
         ConfigError: an option is unknown or has a wrong value.
+        PlanError: the plan that the options name cannot be read.
     """
     config = read_config(options, mode)
     target = compat.original_callable(function)
@@ -46,7 +48,10 @@ def explain(
         with compat.graph_breaks() as breaks:
             torch.compile(_fresh(target), backend=collect)(*args, **kwargs)
         report.graph_breaks.extend(breaks)
-        report.unmatched_overrides.extend(config.unmatched_overrides(site.name for site in report.sites))
+        names = {site.name for site in report.sites}
+        report.unmatched_overrides.extend(config.unmatched_overrides(names))
+        if isinstance(config.plan, LayerPlan):
+            report.unmatched_layers.extend(name for name in config.plan.layers if name not in names)
         return report
 
     return run
