@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
-from structfly.lowering.linear_cross_entropy.tiles import HeadTiles, head_class, shipped_head_tiles
+from structfly.lowering.linear_cross_entropy.tiles import PRODUCTS, HeadTiles, head_class, shipped_head_tiles
 from structfly.lowering.template import Parameter, load, render
 from structfly.lowering.tuning.choice import SAFE
 from structfly.lowering.tuning.limits import shared_bytes, why_not
@@ -304,7 +304,7 @@ if __name__ == "__main__":
     rows_of_logits()
     products(SHIPPED, all_variants=True)
     for tiles in (SAFE, Tiles(m=64, n=256, k=64, group=8, parts=4, warps=4, stages=3)):
-        products(HeadTiles(False, *[tiles] * 7), all_variants=False)
+        products(HeadTiles(False, *[tiles] * len(PRODUCTS)), all_variants=False)
     rows_of_exponentials()
     rows_of_blocks()
     live_rows()
