@@ -156,13 +156,13 @@ class RowPass:
         self.rows = LiveRows(self.head, self._coefficients.chosen, self.length, apart=self.keeps == "exponentials")
         self.across = -(-classes // self.logits_tiles.n)
         stored = (self.length, row_stride(classes)) if self.keeps == "exponentials" else (1, 16)
-        exps, factor_x, self.sums, vectors = in_one_buffer(
+        exps, factor_x, self.sums = in_one_buffer(
             device,
             (stored, torch.bfloat16),
             ((self.length, hidden), torch.bfloat16),
             ((self.length * max(self.across, sums_width),), torch.float32),
-            ((6, self.length), torch.float32),
         )
+        vectors = torch.empty(6, self.length, device=device)  # apart, for they live longer
         self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors.unbind()
         self.chunk = ChunkRows(exps[:, :classes], factor_x, factor, entry)
         self.unused = factor

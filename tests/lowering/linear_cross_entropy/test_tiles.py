@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from structfly.lowering.gemm import Product, Tiles
 from structfly.lowering.head.linear import Wanted
@@ -88,7 +90,7 @@ def test_exponentials_take_what_the_planner_says(
     run = ExponentialRun(each, Wanted(x=True, weight=True))
     kept = [each.chunk.exps, each.chunk.factor_x, each.sums, each.reference, run.hidden_sums, run.weight_sum._plane]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    assert len(storages) == 2
+    assert len(storages) == 3
     spare = 0 if tiles.losses == INTERPRETED else 2**21
     taken = sum(storages.values()) + rows * 52 + spare
     promised = exponentials_bytes(rows, length, hidden, classes, tiles, dx=True, dw=True)
@@ -115,6 +117,18 @@ def test_blocks_are_whole_tiles_of_every_product_within_the_limit(
     if made.bytes > limit:
         assert made.rows <= 8 * tiles.block_rows
         assert made.classes <= 8 * tiles.block_classes
+
+
+def test_what_blocks_do_not_need_of_the_rows_is_let_go() -> None:
+    tiles = HeadTiles(False, *[INTERPRETED if DEVICE == "cpu" else SAFE] * len(PRODUCTS))
+    timer = HeadTimer(HeadShape(40, 32, 48), torch.device(DEVICE), 2**20, tiles)
+    each = RowPass(timer.head, timer._coefficients, 20, "rows", tiles)
+    each.do_all()
+    buffer = StorageWeakRef(each.chunk.factor_x.untyped_storage())
+    assert not buffer.expired()
+    each.release()
+    gc.collect()  # the interpreter leaves cycles
+    assert buffer.expired()
 
 
 def test_tables_can_hold_the_tiles_that_tests_run() -> None:
