@@ -112,7 +112,7 @@ def _untransposed(matrix: fx.Node) -> fx.Node | None:
         or (call.op == "transpose" and {call["dim0"] % 2, call["dim1"] % 2} == {0, 1})
         or (call.op == "permute" and [dim % 2 for dim in flat(call["dims"])] == [1, 0])
     )
-    source = call["input"]
+    source = call.get("input")
     return source if swaps and isinstance(source, fx.Node) else None
 
 

@@ -30,6 +30,10 @@ def einsum(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(torch.einsum("nd,dv->nv", x, w), t)
 
 
+def of_parts(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(x @ torch.cat(w.split([3, w.shape[1] - 3], 1), 1), t)
+
+
 def usual(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w), t)
 
@@ -46,7 +50,10 @@ def inputs(
 
 @pytest.mark.parametrize(
     ("loss", "dtype"),
-    [*((product, dtype) for dtype in DTYPES), (linear_of_the_transpose, torch.float32), (einsum, torch.float32)],
+    [
+        *((product, dtype) for dtype in DTYPES),
+        *((loss, torch.float32) for loss in (linear_of_the_transpose, einsum, of_parts)),
+    ],
 )
 def test_value_and_gradients(loss: Loss, dtype: torch.dtype) -> None:
     limited = {"rewrite": "always", "strict": True, "budget": {"loss_memory": 16 * 48 * dtype.itemsize}}
