@@ -94,14 +94,11 @@ class Blast(Structure):
             "left": torch.randn(shapes["left"], generator=generator) / (3 * self.rank) ** 0.5,
         }
 
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
-        """Alternating least squares; see :mod:`structfly.patterns.blast_projection`."""
-        return next(self.project_each([self], weight, statistics))
-
     @classmethod
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
+        """Alternating least squares; see :mod:`structfly.patterns.blast_projection`."""
         settings = [(each.rank, each.row_blocks, each.column_blocks, each.iterations) for each in choices]
         for right, scale, left in project_each(settings, weight, statistics):
             yield {"right": right, "scale": scale, "left": left}

@@ -77,18 +77,15 @@ class BlockSparse(Structure):
         kept = self._spread(sizes, generator)
         return {"values": random_values(kept, self.grid(sizes), sizes, generator), **self._indices(kept)}
 
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
+    @classmethod
+    def project_each(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[dict[str, Tensor]]:
         """The blocks that cost most to leave out one by one, tr(G_ii W_ij A_jj W_ij^T), and their least-squares refit.
 
         Where that is farther from ``weight`` than its blocks of the largest Frobenius norms are as they stand, those
         are refitted instead.  Without statistics they are the nearest there is.
         """
-        return next(self.project_each([self], weight, statistics))
-
-    @classmethod
-    def project_each(
-        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
-    ) -> Iterator[dict[str, Tensor]]:
         covariances = Covariances.of(statistics, weight)
         for each in choices:
             yield each._near(weight, statistics, covariances)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -67,10 +68,15 @@ class Chain(Structure):
             for name, shape, gain in zip(self.factors(sizes), shapes, gains, strict=True)
         }
 
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
+    @classmethod
+    def project_each(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[dict[str, Tensor]]:
         """By SVDs of blocks, and alternating least squares; see :mod:`structfly.patterns.chain_projection`."""
         sizes = LayerSizes(weight.shape[1], weight.shape[0])
-        return dict(zip(self.factors(sizes), project_chain(weight, self.shapes(sizes), statistics), strict=True))
+        for each in choices:
+            found = project_chain(weight, each.shapes(sizes), statistics)
+            yield dict(zip(each.factors(sizes), found, strict=True))
 
     def to_dense(self, sizes: LayerSizes, factors: Factors) -> Tensor:
         tensors = list(factors.values())

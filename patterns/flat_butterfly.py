@@ -79,14 +79,11 @@ class FlatButterfly(Structure):
         values = random_values(self.mask(), self.blocks(sizes), sizes, generator)
         return {"values": values, "columns": self.columns()}
 
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
-        """Least squares; where the statistics have an output Fisher, some steps of it, each over a row of blocks."""
-        return next(self.project_each([self], weight, statistics))
-
     @classmethod
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
+        """Least squares; where the statistics have an output Fisher, some steps of it, each over a row of blocks."""
         covariances = Covariances.of(statistics, weight)
         for each in choices:
             yield each.take(each.refit(weight, covariances)(weight))

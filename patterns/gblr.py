@@ -114,14 +114,11 @@ class GBLR(Structure):
             "left_index": index_of(rows),
         }
 
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
-        """A greedy choice of rectangles, then least squares; see :mod:`structfly.patterns.gblr_projection`."""
-        return next(self.project_each([self], weight, statistics))
-
     @classmethod
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
+        """A greedy choice of rectangles, then least squares; see :mod:`structfly.patterns.gblr_projection`."""
         projection = Projection(weight, statistics)
         for each in choices:
             shape = Shape(each.tile, each.group, each.groups, each.left_tiles, each.right_tiles)

@@ -53,14 +53,11 @@ class LowRank(Structure):
         left = torch.randn(sizes.out_features, self.rank, generator=generator) / (3 * self.rank) ** 0.5
         return {"right": right, "left": left}
 
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
-        """The minimum of ``statistics.loss_of``, by the SVD of the whitened weight (Eckart and Young 1936)."""
-        return next(self.project_each([self], weight, statistics))
-
     @classmethod
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
+        """The minimum of ``statistics.loss_of``, by the SVD of the whitened weight (Eckart and Young 1936)."""
         metric = Metric.of(Covariances.of(statistics, weight), weight)
         u, s, vt = torch.linalg.svd(metric.whiten(weight), full_matrices=False)
         left, right = metric.restore(u * s.sqrt(), s.sqrt()[:, None] * vt)

@@ -68,14 +68,11 @@ class PivotedLowRank(Structure):
         mixing = torch.randn(others, self.rank, generator=generator) / self.rank**0.5
         return {"pivots": pivots, "mixing": mixing, "order": torch.arange(sizes.out_features, dtype=torch.int32)}
 
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
-        """That of :class:`~structfly.patterns.low_rank.LowRank`, the pivots chosen by QR with column pivoting."""
-        return next(self.project_each([self], weight, statistics))
-
     @classmethod
     def project_each(
         cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
     ) -> Iterator[dict[str, Tensor]]:
+        """That of :class:`~structfly.patterns.low_rank.LowRank`, the pivots chosen by QR with column pivoting."""
         for factors in LowRank.project_each(_as_low_rank(choices), weight, statistics):
             yield _pivoted(factors["left"], factors["right"])
 

@@ -85,18 +85,15 @@ class Pixelfly(Structure):
         made["left"] *= 2**0.5
         return {**made, **self._even(made["values"], sizes)}
 
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
+    @classmethod
+    def project_each(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[dict[str, Tensor]]:
         """Alternating least squares of B, U and V, each for what the others leave, with g = 1/2.
 
         It begins with the best U V^T for the whole weight.  Under statistics it goes on from where it ends without
         them, so that it is no farther from ``weight`` than that.
         """
-        return next(self.project_each([self], weight, statistics))
-
-    @classmethod
-    def project_each(
-        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
-    ) -> Iterator[dict[str, Tensor]]:
         leading = _Leading(weight)
         known = [NO_STATISTICS, statistics] if has_metric(statistics) else [NO_STATISTICS]
         covariances = [Covariances.of(each, weight) for each in known]

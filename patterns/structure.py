@@ -59,9 +59,13 @@ class Structure(BaseModel, ABC):
         """Random factors, float32 on the CPU, to train from scratch: the entries of the weight have the variance
         1 / (3 in_features) on average, as those of :class:`torch.nn.Linear` have."""
 
+    @classmethod
     @abstractmethod
-    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
-        """Factors whose weight is near ``weight`` (out, in), in its dtype, which is float32 or float64.
+    def project_each(
+        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
+    ) -> Iterator[dict[str, Tensor]]:
+        """Factors of several settings, one after another, whose weights are near ``weight`` (out, in), in its dtype,
+        which is float32 or float64.  What settings have in common is done once.
 
         Near in the sense of :meth:`~structfly.records.layer.LayerStatistics.loss_of`, as far as the structure's
         projection can follow it; without statistics in the Frobenius norm.
@@ -80,13 +84,9 @@ class Structure(BaseModel, ABC):
     def menu(cls, sizes: LayerSizes) -> list[Self]:
         """The settings worth offering for a layer of these sizes, each with fewer parameters than the dense weight."""
 
-    @classmethod
-    def project_each(
-        cls, choices: Iterable[Self], weight: Tensor, statistics: LayerStatistics = NO_STATISTICS
-    ) -> Iterator[dict[str, Tensor]]:
-        """:meth:`project` for several settings, one after another; what they have in common is done once."""
-        for each in choices:
-            yield each.project(weight, statistics)
+    def project(self, weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> dict[str, Tensor]:
+        """:meth:`project_each` of this setting alone."""
+        return next(self.project_each([self], weight, statistics))
 
     @classmethod
     def losses(
