@@ -38,7 +38,7 @@ class Row:
 
     @classmethod
     def of_timing(cls, timing: Timing, *, kernel: str, provider: str, mode: str, metric: str = "time_s") -> Row:
-        """A row of seconds."""
+        """A row of samples, seconds unless ``metric`` says otherwise."""
         return cls(
             kernel=kernel,
             provider=provider,

@@ -62,18 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for metric, samples in (("time_s", seconds), ("gap", gaps)):
         found = measure.summarize(samples)
-        rows.append(
-            Row(
-                kernel=KERNEL,
-                provider="structfly",
-                mode=mode,
-                metric=metric,
-                p20=found.p20,
-                p50=found.median,
-                p80=found.p80,
-                samples=found.samples,
-            )
-        )
+        rows.append(Row.of_timing(found, kernel=KERNEL, provider="structfly", mode=mode, metric=metric))
     if chosen.output:
         command = recording.command_line("benchmarks.solver_time", given)
         recording.write(chosen.output, rows, environment=measure.environment("cpu"), command=command)
