@@ -52,7 +52,8 @@ def exponentials_bytes(
 ) -> int:
     """Bytes that the scheme "exponentials" takes besides inputs and gradients of ``rows``, ``length`` at a time.
 
-    The exponentials themselves are stored only where a gradient is wanted.
+    The exponentials themselves are stored only where a gradient is wanted.  Where none is, the planner keeps chunks
+    within a few MiB by what this says of them alone.
     """
     exps = row_stride(classes) * torch.bfloat16.itemsize * (dx or dw)
     across = tiles.exponentials.n if dx or dw else tiles.losses.n

@@ -33,6 +33,7 @@ class Trial:
     """One measurement.
 
     Attributes:
+        cut: what was tried.
         seconds: the time of a launch, None where there is none.
         problem: why there is none, or "".
     """
