@@ -152,7 +152,7 @@ class Product:
             "SPLIT": split,
             "PROGRAMS": programs,
         }
-        kernel = _kernel(template, tuple({**layout, **(parameters or {})}.items()))
+        kernel = kernel_of(template, tuple({**layout, **(parameters or {})}.items()))
         self._launch = Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
     @property
@@ -241,5 +241,5 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _kernel(template: str, parameters: tuple[tuple[str, Parameter], ...]) -> Any:
+def kernel_of(template: str, parameters: tuple[tuple[str, Parameter], ...]) -> Any:
     return getattr(load(render(template, **dict(parameters))), template)

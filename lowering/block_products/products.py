@@ -1,0 +1,138 @@
+"""Launches of the templates ``block_sums`` and ``block_gradients``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.errors import UnsupportedError
+from structfly.lowering.gemm import Tiles, kernel_of, programs_on
+from structfly.lowering.launch import Launch, on_device
+from structfly.lowering.template import Parameter
+
+_ALIGNMENT = 16  # bytes, of what a tensor descriptor begins at and steps by
+
+
+def block_sums(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    sources: Tensor,
+    *,
+    tiles: Tiles,
+    each: int = 0,
+    starts: Tensor | None = None,
+    blocks: Tensor | None = None,
+    turned: bool = False,
+    bias: Tensor | None = None,
+) -> None:
+    """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[m]^T, + bias[i].
+
+    Args:
+        a: (tokens, sources, side_k).
+        b: (blocks, side_n, side_k), or if ``turned`` (blocks, side_k, side_n), which is then not transposed.
+        c: (tokens, parts, side_n), written.
+        sources: int32, which part of ``a`` each member takes, those of part 0 first.
+        tiles: how the products are cut.
+        each: how many members every part has, or 0.
+        starts: int32 (parts + 1,), where the members of each part begin, where ``each`` is 0.
+        blocks: int32, which block each member takes; None for as many blocks as members, in order.
+        bias: (parts, side_n), or None.
+
+    Raises:
+        UnsupportedError: an operand's layout has no tensor descriptor.
+    """
+    tokens, parts, side_n = c.shape
+    if not c.numel():
+        return
+    side_k = a.shape[2]
+    arguments = [each_ for each_ in (sources, blocks, None if each else starts, bias) if each_ is not None]
+    parameters: dict[str, Parameter] = {
+        "side_n": side_n,
+        "side_k": side_k,
+        "each": each,
+        "blocks_listed": blocks is not None,
+        "turned": turned,
+        "bias": bias is not None,
+    }
+    box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
+    operands = [descriptor(a, tiles.m, 1, tiles.k), descriptor(b, *box_b)]
+    written = descriptor(c, tiles.m, 1, tiles.part)
+    count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
+    _launch("block_sums", operands, [*arguments, written], (tokens, parts, 0), count, parameters, tiles, a)
+
+
+def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles) -> None:
+    """c[i] = a[:, rows[i]]^T b[:, columns[i]], summed over the tokens.
+
+    Args:
+        a: (tokens, rows, side_m).
+        b: (tokens, columns, side_n).
+        c: (blocks, side_m, side_n), written.
+        rows, columns: int32 (blocks,).
+        tiles: how the products are cut.
+
+    Raises:
+        UnsupportedError: an operand's layout has no tensor descriptor.
+    """
+    blocks, side_m, side_n = c.shape
+    if not c.numel():
+        return
+    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n}
+    operands = [descriptor(a, tiles.k, 1, tiles.m), descriptor(b, tiles.k, 1, tiles.n)]
+    arguments = [rows, columns, descriptor(c, 1, tiles.m, tiles.part)]
+    tall = blocks * -(-side_m // tiles.m)
+    count = tall * -(-side_n // tiles.n)
+    sizes = (tall * tiles.m, side_n, len(a))
+    _launch("block_gradients", operands, arguments, sizes, count, parameters, tiles, a)
+
+
+def descriptor(tensor: Tensor, *box: int) -> Any:
+    """A tensor descriptor that moves so many entries along each dimension at a time.
+
+    Raises:
+        UnsupportedError: the last dimension is not contiguous, or another does not step by multiples of 16 bytes.
+    """
+    steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])]
+    if tensor.stride(-1) != 1 or any(step % _ALIGNMENT for step in steps):
+        raise UnsupportedError(
+            f"a {tuple(tensor.shape)} {tensor.dtype} operand of strides {tensor.stride()} in a generated product; its "
+            "last dimension must be contiguous, and the others begin at multiples of 16 bytes"
+        )
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor, list(box))
+
+
+def _launch(
+    template: str,
+    operands: list[Any],
+    arguments: list[Any],
+    sizes: tuple[int, int, int],
+    count: int,
+    parameters: dict[str, Parameter],
+    tiles: Tiles,
+    like: Tensor,
+) -> None:
+    shared: dict[str, Parameter] = {
+        "name": template,
+        "split": False,
+        "parts": tiles.parts,
+        "interpreted": not like.is_cuda,
+        "bfloat16": like.dtype == torch.bfloat16,
+    }
+    programs = min(programs_on(like.device), count)
+    constants = {
+        "BM": tiles.m,
+        "BN": tiles.n,
+        "BK": tiles.k,
+        "GROUP": tiles.group,
+        "SPLIT": 1,
+        "PROGRAMS": programs,
+    }
+    kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
+    launch = Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
+    with on_device(like.device):
+        launch(*operands, *arguments, *sizes)

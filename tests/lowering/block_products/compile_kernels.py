@@ -1,0 +1,53 @@
+"""Compile the products of blocks for Hopper, without a GPU: run by test_kernels.py in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+
+from structfly.lowering.gemm import Tiles
+from structfly.lowering.template import Parameter, load, render
+from tests.lowering.linear_cross_entropy.compile_kernels import compile_one
+
+TILES = Tiles(m=128, n=128, k=64, group=4, parts=2, warps=4, stages=3)
+KINDS = {"bf16": True, "fp16": False, "fp32": False}
+
+
+def box(kind: str, *sides: int) -> str:
+    """The type of a tensor descriptor."""
+    return f"tensordesc<{kind}[{','.join(map(str, sides))}]>"
+
+
+def compile_template(template: str, types: dict[str, str], kind: str, tiles: Tiles, **own: Parameter) -> None:
+    shared: dict[str, Parameter] = {"name": template, "split": False, "parts": tiles.parts, "interpreted": False}
+    kernel = getattr(load(render(template, **shared, bfloat16=KINDS[kind], **own)), template)
+    constants = {"BM": tiles.m, "BN": tiles.n, "BK": tiles.k, "GROUP": 4, "SPLIT": 1, "PROGRAMS": 132}
+    compile_one(kernel, {**types, **dict.fromkeys("MNK", "i32")}, constants, tiles.warps, tiles.stages)
+
+
+def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool) -> None:
+    tiles = Tiles(128, 64, 32, 4, 2, 4, 3) if kind == "fp32" else TILES
+    b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
+    types = {"a": box(kind, tiles.m, 1, tiles.k), "b": box(kind, *b), "sources": "*i32"}
+    types |= {"blocks": "*i32"} if listed else {}
+    types |= {} if each else {"starts": "*i32"}
+    types |= {"bias": f"*{kind}"} if bias else {}
+    types |= {"c": box(kind, tiles.m, 1, tiles.part)}
+    options: dict[str, Parameter] = {"turned": turned, "each": each, "blocks_listed": listed, "bias": bias}
+    compile_template("block_sums", types, kind, tiles, side_n=96, side_k=384, **options)
+
+
+def gradients(kind: str) -> None:
+    tiles = Tiles(64, 64, 32, 4, 1, 4, 3) if kind == "fp32" else TILES
+    types = {"a": box(kind, tiles.k, 1, tiles.m), "b": box(kind, tiles.k, 1, tiles.n)}
+    types |= {"rows": "*i32", "columns": "*i32", "c": box(kind, 1, tiles.m, tiles.part)}
+    compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384)
+
+
+if __name__ == "__main__":
+    for kind in KINDS:
+        gradients(kind)
+    for number, (turned, each, listed, bias) in enumerate(
+        itertools.product((False, True), (0, 4), (False, True), (False, True))
+    ):
+        sums(list(KINDS)[number % 3], turned, each, listed, bias)
+    print("compiled")
