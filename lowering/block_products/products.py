@@ -47,6 +47,9 @@ def block_sums(
     tokens, parts, side_n = c.shape
     if not c.numel():
         return
+    if not len(b):
+        c.zero_() if bias is None else c.copy_(bias.expand(c.shape))
+        return
     side_k = a.shape[2]
     arguments = [each_ for each_ in (sources, blocks, None if each else starts, bias) if each_ is not None]
     parameters: dict[str, Parameter] = {
@@ -79,6 +82,9 @@ def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tens
     """
     blocks, side_m, side_n = c.shape
     if not c.numel():
+        return
+    if not len(a):
+        c.zero_()
         return
     parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n}
     operands = [descriptor(a, tiles.k, 1, tiles.m), descriptor(b, tiles.k, 1, tiles.n)]

@@ -1,0 +1,27 @@
+"""For which operands products of blocks are generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_ALIGNED = 16  # bytes: what tensor descriptors step by
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def why_no_products(values: Tensor, sides: Iterable[int]) -> str:
+    """Why products with blocks like ``values`` are left to torch, or "".
+
+    Args:
+        values: the blocks.
+        sides: of the parts of all operands.
+    """
+    if not values.is_cuda:
+        return f"they are on {values.device.type}"
+    if values.dtype not in _DTYPES:
+        return f"they are {values.dtype}; generated are products of {', '.join(map(str, _DTYPES))}"
+    if any(side * values.element_size() % _ALIGNED for side in sides):
+        return f"their sides, {', '.join(map(str, sides))}, are no multiples of {_ALIGNED} bytes"
+    return ""

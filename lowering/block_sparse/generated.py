@@ -1,0 +1,61 @@
+"""Block-sparse products generated for GPUs: every block in its place, nothing gathered; the same bits every time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from structfly.lowering.block_products.products import block_gradients, block_sums
+from structfly.lowering.block_products.support import why_no_products
+from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
+from structfly.lowering.block_sparse.layout import BlockLayout, Grid
+from structfly.lowering.block_sparse.listing import by_columns, by_rows
+
+
+def why_not(values: Tensor) -> str:
+    """Why products of blocks like these (nnz, block_out, block_in) are not generated, or ""."""
+    return why_no_products(values, sides=values.shape[1:])
+
+
+def product(x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.product`."""
+    listing = by_rows(layout)
+    y = x.new_empty(len(x), grid.rows, grid.block_out)
+    source = x.view(len(x), grid.columns, grid.block_in)
+    tiles = sum_tiles(values, grid.block_out, grid.block_in)
+    block_sums(source, values, y, listing.sources, each=listing.each, starts=listing.starts, tiles=tiles)
+    return y.flatten(1)
+
+
+def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.gradient_of_x`."""
+    listing = by_columns(layout, grid.columns)
+    dx = grad.new_empty(len(grad), grid.columns, grid.block_in)
+    source = grad.view(len(grad), grid.rows, grid.block_out)
+    tiles = sum_tiles(values, grid.block_in, grid.block_out)
+    block_sums(
+        source,
+        values,
+        dx,
+        listing.sources,
+        each=listing.each,
+        starts=listing.starts,
+        blocks=listing.blocks,
+        turned=True,
+        tiles=tiles,
+    )
+    return dx.flatten(1)
+
+
+def gradient_of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.gradient_of_values`."""
+    _, block_out, block_in = values.shape
+    made = values.new_empty(values.shape)
+    block_gradients(
+        grad.unflatten(1, (-1, block_out)),
+        x.unflatten(1, (-1, block_in)),
+        made,
+        layout.rows(),
+        layout.columns.flatten(),
+        tiles=gradient_tiles(values, block_out, block_in),
+    )
+    return made
