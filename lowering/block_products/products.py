@@ -26,9 +26,10 @@ def block_sums(
     starts: Tensor | None = None,
     blocks: Tensor | None = None,
     turned: bool = False,
+    beside: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[m]^T, + bias[i].
+    """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[m]^T, + beside, + bias[i].
 
     Args:
         a: (tokens, sources, side_k).
@@ -39,6 +40,8 @@ def block_sums(
         each: how many members every part has, or 0.
         starts: int32 (parts + 1,), where the members of each part begin, where ``each`` is 0.
         blocks: int32, which block each member takes; None for as many blocks as members, in order.
+        beside: (tokens, rank) and (parts, side_n, rank), or if ``turned`` (rank, parts, side_n): a product of low rank
+            that is added, or None.
         bias: (parts, side_n), or None.
 
     Raises:
@@ -47,9 +50,9 @@ def block_sums(
     tokens, parts, side_n = c.shape
     if not c.numel():
         return
-    if not len(b):
-        c.zero_() if bias is None else c.copy_(bias.expand(c.shape))
-        return
+    if not len(b):  # of which there is no descriptor
+        b, sources = b.new_zeros(1, *b.shape[1:]), sources.new_zeros(1)
+        blocks = None if blocks is None else sources
     side_k = a.shape[2]
     arguments = [each_ for each_ in (sources, blocks, None if each else starts, bias) if each_ is not None]
     parameters: dict[str, Parameter] = {
@@ -58,10 +61,14 @@ def block_sums(
         "each": each,
         "blocks_listed": blocks is not None,
         "turned": turned,
+        "rank": 0 if beside is None else beside[0].shape[1],
         "bias": bias is not None,
     }
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
     operands = [descriptor(a, tiles.m, 1, tiles.k), descriptor(b, *box_b)]
+    if beside is not None:
+        thin = (tiles.k, 1, tiles.n) if turned else (1, tiles.n, tiles.k)
+        operands += [descriptor(beside[0], tiles.m, tiles.k), descriptor(beside[1], *thin)]
     written = descriptor(c, tiles.m, 1, tiles.part)
     count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
     _launch("block_sums", operands, [*arguments, written], (tokens, parts, 0), count, parameters, tiles, a)

@@ -11,23 +11,32 @@ from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.block_sparse.listing import by_columns, by_rows
 
 
-def why_not(values: Tensor) -> str:
-    """Why products of blocks like these (nnz, block_out, block_in) are not generated, or ""."""
-    return why_no_products(values, sides=values.shape[1:])
+def why_not(values: Tensor, *ranks: int) -> str:
+    """Why products of blocks like these (nnz, block_out, block_in) are not generated, or "".
+
+    Args:
+        ranks: of what is added to them.
+    """
+    return why_no_products(values, sides=(*values.shape[1:], *ranks))
 
 
-def product(x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tensor:
-    """As :func:`structfly.lowering.block_sparse.aten.product`."""
+Thin = tuple[Tensor, Tensor] | None
+"""A product of low rank that is added, (tokens, rank) with (features, rank) or (rank, features), or None."""
+
+
+def product(x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank)."""
     listing = by_rows(layout)
     y = x.new_empty(len(x), grid.rows, grid.block_out)
     source = x.view(len(x), grid.columns, grid.block_in)
     tiles = sum_tiles(values, grid.block_out, grid.block_in)
-    block_sums(source, values, y, listing.sources, each=listing.each, starts=listing.starts, tiles=tiles)
+    thin = beside and (beside[0], beside[1].view(grid.rows, grid.block_out, -1))
+    block_sums(source, values, y, listing.sources, each=listing.each, starts=listing.starts, beside=thin, tiles=tiles)
     return y.flatten(1)
 
 
-def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tensor:
-    """As :func:`structfly.lowering.block_sparse.aten.gradient_of_x`."""
+def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.gradient_of_x`; ``beside`` has (rank, features)."""
     listing = by_columns(layout, grid.columns)
     dx = grad.new_empty(len(grad), grid.columns, grid.block_in)
     source = grad.view(len(grad), grid.rows, grid.block_out)
@@ -41,6 +50,7 @@ def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid)
         starts=listing.starts,
         blocks=listing.blocks,
         turned=True,
+        beside=beside and (beside[0], beside[1].view(-1, grid.columns, grid.block_in)),
         tiles=tiles,
     )
     return dx.flatten(1)

@@ -31,14 +31,14 @@ def _between(call: Applied) -> list[Tensor]:
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     values, layout, grid = _read(call)
-    x = _padded(call.x, grid.columns * grid.block_in)
+    x = padded(call.x, grid.columns * grid.block_in)
     product = aten.product if generated.why_not(values) else generated.product
     return product(x, values, layout, grid)[:, : call.static[0]].contiguous()
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     values, layout, grid = _read(call)
-    grad = _padded(grad, grid.rows * grid.block_out)
+    grad = padded(grad, grid.rows * grid.block_out)
     plain = bool(generated.why_not(values)) or torch.is_grad_enabled()  # with it on, this is differentiated
     made: list[Tensor | None] = [None] * (1 + len(call.factors))
     if wanted[0]:
@@ -46,7 +46,7 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
         made[0] = of_x(grad, values, layout, grid)[:, : call.x.shape[1]]
     if wanted[1]:
         of_values = aten.gradient_of_values if plain else generated.gradient_of_values
-        made[1] = of_values(grad, _padded(call.x, grid.columns * grid.block_in), values, layout)
+        made[1] = of_values(grad, padded(call.x, grid.columns * grid.block_in), values, layout)
     return made
 
 
@@ -55,7 +55,8 @@ def _read(call: Applied) -> tuple[Tensor, BlockLayout, Grid]:
     return values, layout, Grid(layout.block_rows, call.static[1], values.shape[1], values.shape[2])
 
 
-def _padded(x: Tensor, width: int) -> Tensor:
+def padded(x: Tensor, width: int) -> Tensor:
+    """x (tokens, features) with zeros up to so many features."""
     return torch.nn.functional.pad(x, (0, width - x.shape[1])) if width > x.shape[1] else x.contiguous()
 
 

@@ -24,15 +24,24 @@ def compile_template(template: str, types: dict[str, str], kind: str, tiles: Til
     compile_one(kernel, {**types, **dict.fromkeys("MNK", "i32")}, constants, tiles.warps, tiles.stages)
 
 
-def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool) -> None:
+def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int = 0) -> None:
     tiles = Tiles(128, 64, 32, 4, 2, 4, 3) if kind == "fp32" else TILES
     b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
-    types = {"a": box(kind, tiles.m, 1, tiles.k), "b": box(kind, *b), "sources": "*i32"}
+    types = {"a": box(kind, tiles.m, 1, tiles.k), "b": box(kind, *b)}
+    thin = (tiles.k, 1, tiles.n) if turned else (1, tiles.n, tiles.k)
+    types |= {"a2": box(kind, tiles.m, tiles.k), "b2": box(kind, *thin)} if rank else {}
+    types |= {"sources": "*i32"}
     types |= {"blocks": "*i32"} if listed else {}
     types |= {} if each else {"starts": "*i32"}
     types |= {"bias": f"*{kind}"} if bias else {}
     types |= {"c": box(kind, tiles.m, 1, tiles.part)}
-    options: dict[str, Parameter] = {"turned": turned, "each": each, "blocks_listed": listed, "bias": bias}
+    options: dict[str, Parameter] = {
+        "turned": turned,
+        "each": each,
+        "blocks_listed": listed,
+        "rank": rank,
+        "bias": bias,
+    }
     compile_template("block_sums", types, kind, tiles, side_n=96, side_k=384, **options)
 
 
@@ -49,5 +58,5 @@ if __name__ == "__main__":
     for number, (turned, each, listed, bias) in enumerate(
         itertools.product((False, True), (0, 4), (False, True), (False, True))
     ):
-        sums(list(KINDS)[number % 3], turned, each, listed, bias)
+        sums(list(KINDS)[number % 3], turned, each, listed, bias, rank=72 * (number % 2))
     print("compiled")

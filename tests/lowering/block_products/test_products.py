@@ -41,6 +41,7 @@ def random(dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
     sources=st.integers(1, 4),
     listed=st.booleans(),
     turned=st.booleans(),
+    rank=st.integers(0, 5).map(lambda eights: 8 * eights),
     bias=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     tiles=cuts(),
@@ -54,6 +55,7 @@ def test_sums_are_as_accurate_as_eager(
     sources: int,
     listed: bool,
     turned: bool,
+    rank: int,
     bias: bool,
     dtype: torch.dtype,
     tiles: Tiles,
@@ -67,6 +69,7 @@ def test_sums_are_as_accurate_as_eager(
     order = torch.randperm(members, generator=generator) if listed else torch.arange(members)
     a, b = random(dtype, 0, tokens, sources, side_k), random(dtype, 1, max(members, 1), side_n, side_k)
     added = random(dtype, 2, len(counts), side_n) if bias else None
+    thin = (random(dtype, 3, tokens, rank), random(dtype, 4, len(counts), side_n, rank)) if rank else None
     stored = b.mT.contiguous() if turned else b
     c = torch.full((tokens, len(counts), side_n), float("nan"), dtype=dtype, device=DEVICE)
     starts = torch.tensor([0, *counts]).cumsum(0).to(DEVICE, torch.int32)
@@ -80,6 +83,7 @@ def test_sums_are_as_accurate_as_eager(
         starts=None if equal else starts,
         blocks=order.to(DEVICE, torch.int32) if listed else None,
         turned=turned,
+        beside=thin and (thin[0], thin[1].permute(2, 0, 1).contiguous() if turned else thin[1]),
         bias=added,
     )
 
@@ -88,6 +92,8 @@ def test_sums_are_as_accurate_as_eager(
         parts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         for member, part in enumerate(parts.tolist()):
             made[:, part] += a[:, of_members[member]].to(wide) @ b[order[member]].to(wide).t()
+        if thin is not None:
+            made += torch.einsum("tr,pnr->tpn", *(each.to(wide) for each in thin))
         return made if added is None else made + added.to(wide)
 
     exact = reference(torch.float64)
