@@ -65,17 +65,20 @@ def block_sums(
         "bias": bias is not None,
     }
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
-    operands = [descriptor(a, tiles.m, 1, tiles.k), descriptor(b, *box_b)]
+    operands = [descriptor(a.transpose(0, 1), 1, tiles.m, tiles.k), descriptor(b, *box_b)]
     if beside is not None:
-        thin = (tiles.k, 1, tiles.n) if turned else (1, tiles.n, tiles.k)
-        operands += [descriptor(beside[0], tiles.m, tiles.k), descriptor(beside[1], *thin)]
-    written = descriptor(c, tiles.m, 1, tiles.part)
+        thin = beside[1].transpose(0, 1) if turned else beside[1]
+        operands += [descriptor(beside[0][None], 1, tiles.m, tiles.k), descriptor(thin, *box_b)]
+    written = descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)
     count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
     _launch("block_sums", operands, [*arguments, written], (tokens, parts, 0), count, parameters, tiles, a)
 
 
 def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles) -> None:
     """c[i] = a[:, rows[i]]^T b[:, columns[i]], summed over the tokens.
+
+    Where there are fewer tiles than programs that run at once, the tokens are cut in ranges whose sums are added in
+    float32, in order.
 
     Args:
         a: (tokens, rows, side_m).
@@ -93,17 +96,39 @@ def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tens
     if not len(a):
         c.zero_()
         return
-    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n}
-    operands = [descriptor(a, tiles.k, 1, tiles.m), descriptor(b, tiles.k, 1, tiles.n)]
-    arguments = [rows, columns, descriptor(c, 1, tiles.m, tiles.part)]
     tall = blocks * -(-side_m // tiles.m)
     count = tall * -(-side_n // tiles.n)
+    split = ranges(count, -(-len(a) // tiles.k), programs_on(a.device, tiles))
+    sums = c
+    if split > 1:
+        sums = c.new_empty(split * blocks, side_m, side_n, dtype=torch.float32)
+        tiles = tiles.with_parts(2 * tiles.parts)  # for an epilogue of twice the bytes
+    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n}
+    operands = [
+        descriptor(a.transpose(0, 1), 1, tiles.k, tiles.m),
+        descriptor(b.transpose(0, 1), 1, tiles.k, tiles.n),
+    ]
+    arguments = [rows, columns, descriptor(sums, 1, tiles.m, tiles.part)]
     sizes = (tall * tiles.m, side_n, len(a))
-    _launch("block_gradients", operands, arguments, sizes, count, parameters, tiles, a)
+    _launch("block_gradients", operands, arguments, sizes, count, parameters, tiles, a, split)
+    if split > 1:
+        c.copy_(sums.view(split, *c.shape).sum(0))
+
+
+_MOST_RANGES = 8
+_COST_OF_A_RANGE = 0.02  # of the time of a round of whole sums: a range is written and read once more
+
+
+def ranges(tiles: int, steps: int, programs: int) -> int:
+    """In how many ranges ``tiles`` sums of ``steps`` steps are cut, so that few of the programs wait for the others."""
+    most = min(_MOST_RANGES, steps) if tiles < programs else 1
+    return min(range(1, most + 1), key=lambda split: -(-tiles * split // programs) / split + _COST_OF_A_RANGE * split)
 
 
 def descriptor(tensor: Tensor, *box: int) -> Any:
     """A tensor descriptor that moves so many entries along each dimension at a time.
+
+    A box that is one part of several has that dimension first: only then does a product take it from where it was put.
 
     Raises:
         UnsupportedError: the last dimension is not contiguous, or another does not step by multiples of 16 bytes.
@@ -128,21 +153,22 @@ def _launch(
     parameters: dict[str, Parameter],
     tiles: Tiles,
     like: Tensor,
+    split: int = 1,
 ) -> None:
     shared: dict[str, Parameter] = {
         "name": template,
-        "split": False,
+        "split": split > 1,
         "parts": tiles.parts,
         "interpreted": not like.is_cuda,
-        "bfloat16": like.dtype == torch.bfloat16,
+        "bfloat16": like.dtype == torch.bfloat16 and split == 1,
     }
-    programs = min(programs_on(like.device), count)
+    programs = min(programs_on(like.device, tiles), count * split)
     constants = {
         "BM": tiles.m,
         "BN": tiles.n,
         "BK": tiles.k,
         "GROUP": tiles.group,
-        "SPLIT": 1,
+        "SPLIT": split,
         "PROGRAMS": programs,
     }
     kernel = kernel_of(template, tuple({**shared, **parameters}.items()))

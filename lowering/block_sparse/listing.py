@@ -54,7 +54,7 @@ def _rows(layout: BlockLayout) -> Listing:
     if layout.starts is not None:
         return Listing(layout.columns, None, layout.starts, _in_each(layout.starts))
     rows, each = layout.columns.shape
-    starts = torch.arange(0, rows * each + 1, max(each, 1), dtype=torch.int32, device=layout.columns.device)
+    starts = each * torch.arange(rows + 1, dtype=torch.int32, device=layout.columns.device)
     return Listing(layout.columns.flatten(), None, starts, each)
 
 
