@@ -71,7 +71,7 @@ def block_sums(
         operands += [descriptor(beside[0], tiles.m, tiles.k), descriptor(beside[1], *thin)]
     written = descriptor(c, tiles.m, 1, tiles.part)
     count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
-    _launch("block_sums", operands, [*arguments, written], (tokens, parts, 0), count, parameters, tiles, a)
+    launch_product("block_sums", operands, [*arguments, written], (tokens, parts, 0), count, parameters, tiles, a)
 
 
 def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles) -> None:
@@ -99,7 +99,7 @@ def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tens
     tall = blocks * -(-side_m // tiles.m)
     count = tall * -(-side_n // tiles.n)
     sizes = (tall * tiles.m, side_n, len(a))
-    _launch("block_gradients", operands, arguments, sizes, count, parameters, tiles, a)
+    launch_product("block_gradients", operands, arguments, sizes, count, parameters, tiles, a)
 
 
 def descriptor(tensor: Tensor, *box: int) -> Any:
@@ -119,7 +119,7 @@ def descriptor(tensor: Tensor, *box: int) -> Any:
     return TensorDescriptor.from_tensor(tensor, list(box))
 
 
-def _launch(
+def launch_product(
     template: str,
     operands: list[Any],
     arguments: list[Any],
@@ -129,6 +129,15 @@ def _launch(
     tiles: Tiles,
     like: Tensor,
 ) -> None:
+    """Launch a template on the device of ``like``.
+
+    Args:
+        operands: descriptors of a and b.
+        arguments: the template's own.
+        sizes: M, N and K.
+        count: tiles.
+        parameters: the template's own.
+    """
     shared: dict[str, Parameter] = {
         "name": template,
         "split": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from structfly.lowering.block_products.matrices import Cut as MatrixCut
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.template import Parameter, load, render
 from tests.lowering.linear_cross_entropy.compile_kernels import compile_one
@@ -52,6 +53,27 @@ def gradients(kind: str) -> None:
     compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384)
 
 
+def matrix_products(kind: str, n_side: tuple[int, int], k_side: tuple[int, int], turned: bool, bias: bool) -> None:
+    tiles = Tiles(64, 64, 32, 4, 2, 4, 3) if kind == "fp32" else TILES
+    n, k = MatrixCut.of(*n_side, tiles.n), MatrixCut.of(*k_side, tiles.k)
+    part = max(n.box[0] // tiles.parts, 1), min(n.box[1], tiles.part)
+    types = {"a": box(kind, 1, tiles.m, tiles.k) if k.in_one_run else box(kind, 1, 1, tiles.m, tiles.k)}
+    types |= {"b": box(kind, 1, *k.box, tiles.n) if turned else box(kind, 1, *n.box, tiles.k)}
+    types |= {"bias": f"*{kind}"} if bias else {}
+    types |= {"c": box(kind, 1, tiles.m, *part)}
+    of_n: dict[str, Parameter] = {"n_side": n.side, "n_box": n.box, "n_tiles": n.tiles, "part_box": part}
+    of_k: dict[str, Parameter] = {"k_side": k.side, "k_box": k.box, "k_tiles": k.tiles, "k_apart": not k.in_one_run}
+    compile_template("matrix_products", types, kind, tiles, turned=turned, bias=bias, **of_n, **of_k)
+
+
+def matrix_gradients(kind: str, m_side: tuple[int, int]) -> None:
+    tiles = Tiles(64, 64, 32, 4, 1, 4, 3) if kind == "fp32" else TILES
+    m = MatrixCut.of(*m_side, tiles.m)
+    types = {"a": box(kind, 1, tiles.k, tiles.m), "b": box(kind, 1, tiles.k, tiles.n)}
+    types |= {"c": box(kind, 1, *m.box, tiles.part)}
+    compile_template("matrix_gradients", types, kind, tiles, m_side=m.side, m_box=m.box, m_tiles=m.tiles)
+
+
 if __name__ == "__main__":
     for kind in KINDS:
         gradients(kind)
@@ -59,4 +81,12 @@ if __name__ == "__main__":
         itertools.product((False, True), (0, 4), (False, True), (False, True))
     ):
         sums(list(KINDS)[number % 3], turned, each, listed, bias, rank=72 * (number % 2))
+    for number, (side, run) in enumerate(itertools.product(((16, 16), (4, 256), (3, 40)), ((1, 256), (1, 40)))):
+        kind = list(KINDS)[number % 3]
+        matrix_products(kind, side, run, turned=False, bias=False)
+        matrix_products(kind, run, side, turned=True, bias=False)
+        matrix_products(kind, side, run, turned=True, bias=False)
+        matrix_products(kind, run, run, turned=False, bias=True)
+        matrix_gradients(kind, side)
+        matrix_gradients(kind, run)
     print("compiled")
