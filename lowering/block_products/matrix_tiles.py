@@ -21,12 +21,19 @@ _GRADIENTS = (
     Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=8),
 )
 
+# Of several small matrices at once: 16 neighbours are the least that memory moves as a whole, 32 bytes.
+_BATCH, _BATCH_SAFE = 16, 8
+_AXIS = Tiles(m=32, n=32, k=32, group=8, parts=1, warps=8, stages=3)
+_AXIS_SAFE = Tiles(m=16, n=32, k=16, group=8, parts=1, warps=4, stages=2)
+_AXIS_GRADIENTS = Tiles(m=32, n=32, k=32, group=8, parts=1, warps=8, stages=3)
+_AXIS_GRADIENTS_SAFE = Tiles(m=16, n=16, k=32, group=8, parts=1, warps=4, stages=2)
+
 Axes = tuple[int, int]
 """A side's high and low axis."""
 
 
-def product_tiles(like: Tensor, tokens: int, matrices: int, n: Axes, k: Axes) -> Tiles:
-    """Of products of ``tokens`` rows with so many matrices, with sides of such axes."""
+def product_tiles(like: Tensor, tokens: int, n: Axes, k: Axes) -> Tiles:
+    """Of products of ``tokens`` rows with matrices that have sides of such axes."""
     capability = device_model(like.device).capability
     if capability is None:
         tiles = INTERPRETED
@@ -51,6 +58,23 @@ def gradient_tiles(like: Tensor, tokens: int, matrices: int, m: Axes, n: int) ->
     rows = m[0] * m[1]
     full = (t for t in cut if 10 * matrices * -(-rows // t.m) * -(-n // t.n) >= 9 * programs_on(like.device))
     return next(full, cut[-1])
+
+
+def axis_tiles(like: Tensor, tokens: int, matrices: int, n: int, k: int) -> tuple[Tiles, int]:
+    """Of products along an axis of a lattice with so many matrices (n, k), and how many of those a tile is of."""
+    return _several(like, _AXIS, _AXIS_SAFE, matrices, m=tokens, n=n, k=k)
+
+
+def axis_gradient_tiles(like: Tensor, tokens: int, matrices: int, m: int, n: int) -> tuple[Tiles, int]:
+    """Of the gradients of so many matrices (m, n) along an axis, and how many of those a tile is of."""
+    return _several(like, _AXIS_GRADIENTS, _AXIS_GRADIENTS_SAFE, matrices, m=m, n=n, k=tokens)
+
+
+def _several(like: Tensor, best: Tiles, safe: Tiles, matrices: int, **sides: int) -> tuple[Tiles, int]:
+    capability = device_model(like.device).capability
+    tiles, batch = (best, _BATCH) if capability == _HOPPER else (safe, _BATCH_SAFE)
+    least = {name: min(getattr(tiles, name), _enough(side)) for name, side in sides.items()}
+    return replace(tiles, **least), min(batch, max(8, _enough(matrices)))
 
 
 def _enough(size: int) -> int:

@@ -128,6 +128,7 @@ def launch_product(
     parameters: dict[str, Parameter],
     tiles: Tiles,
     like: Tensor,
+    split: int = 1,
 ) -> None:
     """Launch a template on the device of ``like``.
 
@@ -135,12 +136,13 @@ def launch_product(
         operands: descriptors of a and b.
         arguments: the template's own.
         sizes: M, N and K.
-        count: tiles.
+        count: tiles, as often as they are split.
         parameters: the template's own.
+        split: programs that share the inner dimension of a tile.
     """
     shared: dict[str, Parameter] = {
         "name": template,
-        "split": False,
+        "split": split > 1,
         "parts": tiles.parts,
         "interpreted": not like.is_cuda,
         "bfloat16": like.dtype == torch.bfloat16,
@@ -151,7 +153,7 @@ def launch_product(
         "BN": tiles.n,
         "BK": tiles.k,
         "GROUP": tiles.group,
-        "SPLIT": 1,
+        "SPLIT": split,
         "PROGRAMS": programs,
     }
     kernel = kernel_of(template, tuple({**shared, **parameters}.items()))

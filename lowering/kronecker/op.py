@@ -4,34 +4,54 @@ With z_t = w_t z_(t-1) for t = 1..T, z_0 = x, and g_t the gradient with respect 
 
     dw_t = g_t z_(t-1)^T,    g_(t-1) = w_t^T g_t,
 
-and what the forward keeps is z_1 .. z_(T-1).  On GPUs the products are generated where
-:func:`~structfly.lowering.kronecker.generated.why_not` has nothing against it.
+and what the forward keeps is z_1 .. z_(T-1).  On GPUs the products are generated, those with
+Monarch's factors in large tiles, where :func:`~structfly.lowering.kronecker.monarch.why_not`, or else
+:func:`~structfly.lowering.kronecker.lattice.why_not`, has nothing against it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from structfly.lowering.kronecker import aten, generated
+from structfly.lowering.kronecker import aten, lattice, monarch
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import Applied, LayerOp
+from structfly.lowering.layer_op import Applied, Backward, Between, Finish, LayerOp
+
+
+class _Products(NamedTuple):
+    """One way of making them."""
+
+    between: Between
+    finish: Finish
+    backward: Backward
+
+
+_BY_TORCH = _Products(aten.between, aten.finish, aten.backward)
+_WITH_MONARCH = _Products(monarch.between, monarch.finish, monarch.backward)
+_ALONG_AXES = _Products(lattice.between, lattice.finish, lattice.backward)
+
+
+def _products(factors: Sequence[Tensor]) -> _Products:
+    if not monarch.why_not(factors):
+        return _WITH_MONARCH
+    return _BY_TORCH if lattice.why_not(factors) else _ALONG_AXES
 
 
 def _between(call: Applied) -> list[Tensor]:
-    return aten.between(call) if generated.why_not(call.factors) else generated.between(call)
+    return _products(call.factors).between(call)
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    return aten.finish(call, between) if generated.why_not(call.factors) else generated.finish(call, between)
+    return _products(call.factors).finish(call, between)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    plain = bool(generated.why_not(call.factors)) or torch.is_grad_enabled()  # with it on, this is differentiated
-    return (aten.backward if plain else generated.backward)(grad, call, between, wanted)
+    differentiated = torch.is_grad_enabled()
+    return (_BY_TORCH if differentiated else _products(call.factors)).backward(grad, call, between, wanted)
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:

@@ -74,6 +74,28 @@ def matrix_gradients(kind: str, m_side: tuple[int, int]) -> None:
     compile_template("matrix_gradients", types, kind, tiles, m_side=m.side, m_box=m.box, m_tiles=m.tiles)
 
 
+def axis_products(kind: str, inner: bool, turned: bool, bias: bool) -> None:
+    tiles, batch = Tiles(32, 32, 16 if kind == "fp32" else 32, 4, 1, 8, 3), 16
+    b = (tiles.k, tiles.n) if turned else (tiles.n, tiles.k)
+    types = {"a": box(kind, tiles.m, 1, tiles.k, batch) if inner else box(kind, tiles.m, batch, tiles.k)}
+    types |= {"b": box(kind, batch, 1, *b) if inner else box(kind, batch, *b)}
+    types |= {"bias": f"*{kind}"} if bias else {}
+    types |= {"c": box(kind, tiles.m, 1, tiles.n, batch) if inner else box(kind, tiles.m, batch, tiles.n)}
+    sides: dict[str, Parameter] = {"side_n": 48, "side_k": 96, "count": 24, "runs": 2, "batch": batch}
+    compile_template("axis_products", types, kind, tiles, inner=inner, turned=turned, bias=bias, **sides)
+
+
+def axis_gradients(kind: str, inner: bool) -> None:
+    tiles, batch = Tiles(16, 32, 32, 4, 1, 8, 2 if kind == "fp32" else 3), 16
+
+    def lattice(side: int) -> str:
+        return box(kind, tiles.k, 1, side, batch) if inner else box(kind, tiles.k, batch, side)
+
+    types = {"a": lattice(tiles.m), "b": lattice(tiles.n)}
+    types |= {"c": box("fp32", 1, batch, 1, tiles.m, tiles.n) if inner else box("fp32", 1, batch, tiles.m, tiles.n)}
+    compile_template("axis_gradients", types, kind, tiles, inner=inner, side_m=48, side_n=96, runs=2, batch=batch)
+
+
 if __name__ == "__main__":
     for kind in KINDS:
         gradients(kind)
@@ -89,4 +111,7 @@ if __name__ == "__main__":
         matrix_products(kind, run, run, turned=False, bias=True)
         matrix_gradients(kind, side)
         matrix_gradients(kind, run)
+    for number, (inner, turned) in enumerate(itertools.product((False, True), (False, True))):
+        axis_products(list(KINDS)[number % 3], inner, turned, bias=inner != turned)
+        axis_gradients(list(KINDS)[number % 3], inner)
     print("compiled")

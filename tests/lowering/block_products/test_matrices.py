@@ -121,7 +121,7 @@ def test_boxes_have_every_entry_once(high: int, low: int, power: int) -> None:
 
 @given(tokens=st.integers(1, 300), n=axes(), k=axes())
 def test_tiles_are_no_longer_than_twice_their_sides(tokens: int, n: tuple[int, int], k: tuple[int, int]) -> None:
-    tiles = product_tiles(torch.empty(0, device=DEVICE), tokens, 2, n, k)
+    tiles = product_tiles(torch.empty(0, device=DEVICE), tokens, n, k)
     assert (tiles.m < 2 * max(tokens, 16), tiles.n < 2 * max(n[0] * n[1], 16)) == (True, True)
     assert tiles.k < 2 * max(k[0] * k[1], 16)
     assert gradient_tiles(torch.empty(0, device=DEVICE), tokens, 2, n, k[1]).m < 2 * max(n[0] * n[1], 16)
