@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from structfly.lowering.block_products.matrices import Cut as MatrixCut
+from structfly.lowering.block_products.matrix_tiles import (
+    AXIS,
+    AXIS_GRADIENTS,
+    BATCH,
+    FEW_TOKENS,
+    GRADIENTS,
+    PRODUCTS,
+)
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.template import Parameter, load, render
 from tests.lowering.linear_cross_entropy.compile_kernels import compile_one
@@ -53,8 +62,10 @@ def gradients(kind: str) -> None:
     compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384)
 
 
-def matrix_products(kind: str, n_side: tuple[int, int], k_side: tuple[int, int], turned: bool, bias: bool) -> None:
-    tiles = Tiles(64, 64, 32, 4, 2, 4, 3) if kind == "fp32" else TILES
+def matrix_products(
+    kind: str, n_side: tuple[int, int], k_side: tuple[int, int], turned: bool, bias: bool, tiles: Tiles = TILES
+) -> None:
+    tiles = Tiles(64, 64, 32, 4, 2, 4, 3) if kind == "fp32" else tiles
     n, k = MatrixCut.of(*n_side, tiles.n), MatrixCut.of(*k_side, tiles.k)
     part = max(n.box[0] // tiles.parts, 1), min(n.box[1], tiles.part)
     types = {"a": box(kind, 1, tiles.m, tiles.k) if k.in_one_run else box(kind, 1, 1, tiles.m, tiles.k)}
@@ -66,8 +77,8 @@ def matrix_products(kind: str, n_side: tuple[int, int], k_side: tuple[int, int],
     compile_template("matrix_products", types, kind, tiles, turned=turned, bias=bias, **of_n, **of_k)
 
 
-def matrix_gradients(kind: str, m_side: tuple[int, int]) -> None:
-    tiles = Tiles(64, 64, 32, 4, 1, 4, 3) if kind == "fp32" else TILES
+def matrix_gradients(kind: str, m_side: tuple[int, int], tiles: Tiles = TILES) -> None:
+    tiles = Tiles(64, 64, 32, 4, 1, 4, 3) if kind == "fp32" else tiles
     m = MatrixCut.of(*m_side, tiles.m)
     types = {"a": box(kind, 1, tiles.k, tiles.m), "b": box(kind, 1, tiles.k, tiles.n)}
     types |= {"c": box(kind, 1, *m.box, tiles.part)}
@@ -75,7 +86,7 @@ def matrix_gradients(kind: str, m_side: tuple[int, int]) -> None:
 
 
 def axis_products(kind: str, inner: bool, turned: bool, bias: bool) -> None:
-    tiles, batch = Tiles(32, 32, 16 if kind == "fp32" else 32, 4, 1, 8, 3), 16
+    tiles, batch = (replace(AXIS, k=16) if kind == "fp32" else AXIS), BATCH
     b = (tiles.k, tiles.n) if turned else (tiles.n, tiles.k)
     types = {"a": box(kind, tiles.m, 1, tiles.k, batch) if inner else box(kind, tiles.m, batch, tiles.k)}
     types |= {"b": box(kind, batch, 1, *b) if inner else box(kind, batch, *b)}
@@ -86,7 +97,7 @@ def axis_products(kind: str, inner: bool, turned: bool, bias: bool) -> None:
 
 
 def axis_gradients(kind: str, inner: bool) -> None:
-    tiles, batch = Tiles(16, 32, 32, 4, 1, 8, 2 if kind == "fp32" else 3), 16
+    tiles, batch = (replace(AXIS_GRADIENTS, m=16, stages=2) if kind == "fp32" else AXIS_GRADIENTS), BATCH
 
     def lattice(side: int) -> str:
         return box(kind, tiles.k, 1, side, batch) if inner else box(kind, tiles.k, batch, side)
@@ -114,4 +125,9 @@ if __name__ == "__main__":
     for number, (inner, turned) in enumerate(itertools.product((False, True), (False, True))):
         axis_products(list(KINDS)[number % 3], inner, turned, bias=inner != turned)
         axis_gradients(list(KINDS)[number % 3], inner)
+    for few in (PRODUCTS, FEW_TOKENS):
+        matrix_products("bf16", (4, 256), (1, 1024), turned=False, bias=False, tiles=few)
+        matrix_products("bf16", (1, 1024), (16, 16), turned=True, bias=False, tiles=few)
+    for choice in GRADIENTS:
+        matrix_gradients("bf16", (16, 16), choice)
     print("compiled")
