@@ -23,7 +23,8 @@ _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
 class Applied(NamedTuple):
     """What an op is applied to: hidden states, the weight's factors, and the op's numbers.
 
-    ``x`` (N, in); ``factors`` in the op's order, with the integer tensors that say where they stand; ``bias`` (out,).
+    ``x`` (N, in); ``factors`` in the op's order, with the integer tensors that say where they stand; ``bias`` (out,)
+    where the op's second step adds it.
     """
 
     x: Tensor
@@ -32,7 +33,7 @@ class Applied(NamedTuple):
     bias: Tensor | None = None
 
 
-# What is made on the way to y, and y (N, out) from that.
+# What is made on the way to y, and y (N, out) from that, with the bias of what it is applied to.
 Between = Callable[[Applied], list[Tensor]]
 Finish = Callable[[Applied, Sequence[Tensor]], Tensor]
 # (gradient (N, out), applied to, made between, wanted: of x and each factor) -> gradients, None where not wanted
@@ -52,6 +53,7 @@ class LayerOp:
         kept_shapes: of N rows, the factors' shapes and the static numbers: the shapes of what is made between.
         multiply_adds: of the same: those of each of the two steps; the backward has as many as both for x, and again
             for the factors.
+        adds_bias: whether ``finish`` adds the bias within its products; else it is added to what that gives.
     """
 
     def __init__(
@@ -67,8 +69,8 @@ class LayerOp:
         adds_bias: bool = False,
     ) -> None:
         self.name, self.between, self.finish, self.backward = name, between, finish, backward
-        self.adds_bias = adds_bias
         self.out_features, self.kept_shapes, self.multiply_adds = out_features, kept_shapes, multiply_adds
+        self.adds_bias = adds_bias
         forward_name, backward_name = f"structfly::{name}", f"structfly::{name}_backward"
         torch.library.define(
             forward_name,
@@ -121,7 +123,7 @@ class LayerOp:
     def _forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        call = Applied(x.reshape(-1, x.shape[-1]), factors, static, bias)
+        call = Applied(x.reshape(-1, x.shape[-1]), factors, static, bias if self.adds_bias else None)
         kept = self.between(call)
         y = self.finish(call, kept)
         if bias is not None and not self.adds_bias:

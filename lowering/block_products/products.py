@@ -71,7 +71,7 @@ def block_sums(
         operands += [descriptor(beside[0][None], 1, tiles.m, tiles.k), descriptor(thin, *box_b)]
     written = descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)
     count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
-    _launch("block_sums", operands, [*arguments, written], (tokens, parts, 0), count, parameters, tiles, a)
+    launch_product("block_sums", operands, [*arguments, written], (tokens, parts, 0), count, parameters, tiles, a)
 
 
 def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles) -> None:
@@ -110,7 +110,7 @@ def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tens
     ]
     arguments = [rows, columns, descriptor(sums, 1, tiles.m, tiles.part)]
     sizes = (tall * tiles.m, side_n, len(a))
-    _launch("block_gradients", operands, arguments, sizes, count, parameters, tiles, a, split)
+    launch_product("block_gradients", operands, arguments, sizes, count, parameters, tiles, a, split)
     if split > 1:
         c.copy_(sums.view(split, *c.shape).sum(0))
 
@@ -144,7 +144,7 @@ def descriptor(tensor: Tensor, *box: int) -> Any:
     return TensorDescriptor.from_tensor(tensor, list(box))
 
 
-def _launch(
+def launch_product(
     template: str,
     operands: list[Any],
     arguments: list[Any],
@@ -155,6 +155,16 @@ def _launch(
     like: Tensor,
     split: int = 1,
 ) -> None:
+    """Launch a template on the device of ``like``.
+
+    Args:
+        operands: descriptors of a and b.
+        arguments: the template's own.
+        sizes: M, N and K.
+        count: tiles, as often as they are split.
+        parameters: the template's own.
+        split: programs that share the inner dimension of a tile.
+    """
     shared: dict[str, Parameter] = {
         "name": template,
         "split": split > 1,

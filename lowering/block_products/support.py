@@ -1,4 +1,4 @@
-"""For which operands products of blocks are generated."""
+"""For which operands products of blocks are generated, and how rows are brought to what descriptors take."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def why_no_products(values: Tensor, sides: Iterable[int]) -> str:
     if any(side * values.element_size() % _ALIGNED for side in sides):
         return f"their sides, {', '.join(map(str, sides))}, are no multiples of {_ALIGNED} bytes"
     return ""
+
+
+def whole(rows: Tensor, width: int) -> Tensor:
+    """(N, width) of rows, with zeros after what there is, contiguous from a multiple of 16 bytes on."""
+    if width > rows.shape[1]:
+        return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+    rows = rows.contiguous()
+    return rows.clone() if rows.data_ptr() % _ALIGNED else rows

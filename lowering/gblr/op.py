@@ -27,7 +27,7 @@ def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    x, (right, right_index, left, left_index), (_, groups) = call
+    x, (right, right_index, left, left_index), (_, groups), _ = call
     (z,) = between
     dz = collect(grad, left, left_index, groups) if wanted[0] or wanted[1] else None
     return [
