@@ -1,4 +1,4 @@
-"""For which operands products of blocks are generated."""
+"""For which operands products of blocks are generated, and how operands are brought to whole blocks."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def why_no_products(values: Tensor, sides: Iterable[int]) -> str:
     if any(side * values.element_size() % _ALIGNED for side in sides):
         return f"their sides, {', '.join(map(str, sides))}, are no multiples of {_ALIGNED} bytes"
     return ""
+
+
+def padded(x: Tensor, width: int) -> Tensor:
+    """x (tokens, features) with zeros up to so many features."""
+    return torch.nn.functional.pad(x, (0, width - x.shape[1])) if width > x.shape[1] else x.contiguous()

@@ -3,6 +3,8 @@
 With z = R^T x and g the gradient with respect to y,
 
     dL = g z^T at L's tiles,    dz = L^T g,    dR = x dz^T at R's tiles,    dx = R dz.
+
+On GPUs the products are generated where :func:`~structfly.lowering.gblr.generated.why_not` has nothing against it.
 """
 
 from __future__ import annotations
@@ -10,33 +12,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from structfly.lowering.gblr.tile_products import collect, spread, tiles_of
+from structfly.lowering.gblr import generated, tile_products
 from structfly.lowering.layer_op import Applied, LayerOp
 
 
 def _between(call: Applied) -> list[Tensor]:
     right, right_index, _, _ = call.factors
-    return [collect(call.x, right, right_index, call.static[1])]
+    by = tile_products if _plain(right, call.x) else generated
+    return [by.collect(call.x, right, right_index, call.static[1])]
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     _, _, left, left_index = call.factors
-    return spread(between[0], left, left_index, call.static[0])
+    by = tile_products if _plain(left) else generated
+    return by.spread(between[0], left, left_index, call.static[0])
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     x, (right, right_index, left, left_index), (_, groups) = call
     (z,) = between
-    dz = collect(grad, left, left_index, groups) if wanted[0] or wanted[1] else None
+    of_left, of_right = (tile_products if _plain(each, grad, x) else generated for each in (left, right))
+    dz = of_left.collect(grad, left, left_index, groups) if wanted[0] or wanted[1] else None
     return [
-        spread(dz, right, right_index, x.shape[1]) if dz is not None and wanted[0] else None,
-        tiles_of(x, dz, right, right_index) if dz is not None and wanted[1] else None,
+        of_right.spread(dz, right, right_index, x.shape[1]) if dz is not None and wanted[0] else None,
+        of_right.tiles_of(x, dz, right, right_index) if dz is not None and wanted[1] else None,
         None,
-        tiles_of(grad, z, left, left_index) if wanted[3] else None,
+        of_left.tiles_of(grad, z, left, left_index) if wanted[3] else None,
         None,
     ]
+
+
+def _plain(tiles: Tensor, *others: Tensor) -> bool:
+    """Whether torch makes the products, because it must or because they are to be differentiated."""
+    again = torch.is_grad_enabled() and any(each.requires_grad for each in (tiles, *others))
+    return again or bool(generated.why_not(tiles))
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], static: Sequence[int]) -> list[tuple[int, ...]]:

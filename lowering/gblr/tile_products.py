@@ -4,7 +4,7 @@
 ``index[0]`` which group of columns, ``index[1]`` which tile of rows.  Rows of the last tile beyond M's are left out.
 
 Neighbouring tiles of one group that also follow each other in ``tiles`` are one product with a slice of the dense
-operand: nothing is gathered or copied.  The index is read on the host, which waits for a GPU.
+operand: nothing is gathered or copied.  The index is read on the host once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from structfly.lowering.remembered import remembered
 
 
 class _Run(NamedTuple):
@@ -26,7 +28,7 @@ class _Run(NamedTuple):
 
 def _runs(tiles: Tensor, index: Tensor, features: int) -> Iterator[_Run]:
     _, tile, group = tiles.shape
-    groups, places = index.tolist()
+    groups, places = remembered(Tensor.tolist, index)
     first = 0
     for end in range(1, len(groups) + 1):
         if end < len(groups) and groups[end] == groups[first] and places[end] == places[end - 1] + 1:

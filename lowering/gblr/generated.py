@@ -1,0 +1,82 @@
+"""Products with a tile-sparse matrix generated for GPUs: every tile in its place; the same bits every time.
+
+Functions, arguments and results are those of :mod:`structfly.lowering.gblr.tile_products`.  M's tiles that stand in one
+group are summed over by ``collect``, those that stand in one tile of rows by ``spread``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from structfly.lowering.block_products.listing import Listing, listed
+from structfly.lowering.block_products.products import block_gradients, block_sums
+from structfly.lowering.block_products.support import padded, why_no_products
+from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
+from structfly.lowering.remembered import remembered
+
+
+def why_not(tiles: Tensor) -> str:
+    """Why products with tiles (count, tile, group) are not generated, or ""."""
+    return why_no_products(tiles, sides=tiles.shape[1:])
+
+
+def collect(dense: Tensor, tiles: Tensor, index: Tensor, groups: int) -> Tensor:
+    """``dense`` (N, features) M, (N, groups * group)."""
+    _, tile, group = tiles.shape
+    made = dense.new_empty(len(dense), groups, group)
+    listing = remembered(_by_group, index, groups)
+    block_sums(
+        _in_tiles(dense, tile),
+        tiles,
+        made,
+        listing.sources,
+        each=listing.each,
+        starts=listing.starts,
+        blocks=listing.blocks,
+        turned=True,
+        tiles=sum_tiles(tiles, group, tile),
+    )
+    return made.flatten(1)
+
+
+def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int) -> Tensor:
+    """``components`` (N, groups * group) M^T, (N, features)."""
+    _, tile, group = tiles.shape
+    places = -(-features // tile)
+    made = components.new_empty(len(components), places, tile)
+    listing = remembered(_by_place, index, places)
+    block_sums(
+        components.unflatten(1, (-1, group)),
+        tiles,
+        made,
+        listing.sources,
+        each=listing.each,
+        starts=listing.starts,
+        blocks=listing.blocks,
+        tiles=sum_tiles(tiles, tile, group),
+    )
+    return made.flatten(1)[:, :features].contiguous()
+
+
+def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) -> Tensor:
+    """The tiles of ``dense``^T ``components``, shaped as ``tiles``; rows beyond M's are 0."""
+    _, tile, group = tiles.shape
+    made = tiles.new_empty(tiles.shape)
+    cut = gradient_tiles(tiles, tile, group)
+    block_gradients(
+        _in_tiles(dense, tile), components.unflatten(1, (-1, group)), made, index[1], index[0], tiles=cut
+    )
+    return made
+
+
+def _in_tiles(dense: Tensor, tile: int) -> Tensor:
+    """``dense`` (N, features) as (N, places, tile), with zeros beyond its features."""
+    return padded(dense, -(-dense.shape[1] // tile) * tile).unflatten(1, (-1, tile))
+
+
+def _by_group(index: Tensor, groups: int) -> Listing:
+    return listed(index[0], index[1], groups)
+
+
+def _by_place(index: Tensor, places: int) -> Listing:
+    return listed(index[1], index[0], places)
