@@ -12,6 +12,7 @@ from structfly.lowering.block_products.listing import Listing, listed
 from structfly.lowering.block_products.products import block_gradients, block_sums
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
+from structfly.lowering.gblr.tile_products import padded_rows
 from structfly.lowering.remembered import remembered
 
 
@@ -20,11 +21,12 @@ def why_not(tiles: Tensor) -> str:
     return why_no_products(tiles, sides=tiles.shape[1:])
 
 
-def collect(dense: Tensor, tiles: Tensor, index: Tensor, groups: int) -> Tensor:
-    """``dense`` (N, features) M, (N, groups * group)."""
+def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tensor:
+    """(dense M)^T with its rows put where ``order`` says: the product's tiles are stored transposed, so that a row that
+    goes elsewhere is still as long as a tile."""
     _, tile, group = tiles.shape
-    made = dense.new_empty(len(dense), groups, group)
-    listing = remembered(_by_group, index, groups)
+    made = dense.new_empty(len(order), padded_rows(len(dense)))
+    listing = remembered(_by_group, index, len(order) // group)
     block_sums(
         _in_tiles(dense, tile),
         tiles,
@@ -34,38 +36,39 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, groups: int) -> Tensor:
         starts=listing.starts,
         blocks=listing.blocks,
         turned=True,
+        rows=order,
         tiles=sum_tiles(tiles, group, tile),
     )
-    return made.flatten(1)
+    return made
 
 
 def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int) -> Tensor:
-    """``components`` (N, groups * group) M^T, (N, features)."""
+    """``components`` (groups * group, N) transposed, times M^T: (N, features)."""
     _, tile, group = tiles.shape
     places = -(-features // tile)
-    made = components.new_empty(len(components), places, tile)
+    made = components.new_empty(components.shape[1], places, tile)
     listing = remembered(_by_place, index, places)
     block_sums(
-        components.unflatten(1, (-1, group)),
+        components.unflatten(0, (-1, group)),
         tiles,
         made,
         listing.sources,
         each=listing.each,
         starts=listing.starts,
         blocks=listing.blocks,
+        a_turned=True,
         tiles=sum_tiles(tiles, tile, group),
     )
     return made.flatten(1)[:, :features].contiguous()
 
 
 def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) -> Tensor:
-    """The tiles of ``dense``^T ``components``, shaped as ``tiles``; rows beyond M's are 0."""
+    """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0."""
     _, tile, group = tiles.shape
     made = tiles.new_empty(tiles.shape)
+    of_groups = components.unflatten(0, (-1, group))
     cut = gradient_tiles(tiles, tile, group)
-    block_gradients(
-        _in_tiles(dense, tile), components.unflatten(1, (-1, group)), made, index[1], index[0], tiles=cut
-    )
+    block_gradients(_in_tiles(dense, tile), of_groups, made, index[1], index[0], b_turned=True, tiles=cut)
     return made
 
 

@@ -24,19 +24,24 @@ def compile_template(template: str, types: dict[str, str], kind: str, tiles: Til
     compile_one(kernel, {**types, **dict.fromkeys("MNK", "i32")}, constants, tiles.warps, tiles.stages)
 
 
-def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int = 0) -> None:
+def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int = 0, components: str = "") -> None:
+    """``components``: "read" or "written" with the tokens along each."""
     tiles = Tiles(128, 64, 32, 4, 2, 4, 3) if kind == "fp32" else TILES
     b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
-    types = {"a": box(kind, tiles.m, 1, tiles.k), "b": box(kind, *b)}
+    a = (1, tiles.k, tiles.m) if components == "read" else (tiles.m, 1, tiles.k)
+    types = {"a": box(kind, *a), "b": box(kind, *b)}
     thin = (tiles.k, 1, tiles.n) if turned else (1, tiles.n, tiles.k)
     types |= {"a2": box(kind, tiles.m, tiles.k), "b2": box(kind, *thin)} if rank else {}
     types |= {"sources": "*i32"}
     types |= {"blocks": "*i32"} if listed else {}
     types |= {} if each else {"starts": "*i32"}
     types |= {"bias": f"*{kind}"} if bias else {}
-    types |= {"c": box(kind, tiles.m, 1, tiles.part)}
+    written = {"rows": "*i32", "width": "i32", "c": f"*{kind}"}
+    types |= written if components == "written" else {"c": box(kind, tiles.m, 1, tiles.part)}
     options: dict[str, Parameter] = {
         "turned": turned,
+        "a_turned": components == "read",
+        "scattered": components == "written",
         "each": each,
         "blocks_listed": listed,
         "rank": rank,
@@ -45,16 +50,19 @@ def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int
     compile_template("block_sums", types, kind, tiles, side_n=96, side_k=384, **options)
 
 
-def gradients(kind: str) -> None:
+def gradients(kind: str, turned: bool = False) -> None:
     tiles = Tiles(64, 64, 32, 4, 1, 4, 3) if kind == "fp32" else TILES
-    types = {"a": box(kind, tiles.k, 1, tiles.m), "b": box(kind, tiles.k, 1, tiles.n)}
+    types = {"a": box(kind, tiles.k, 1, tiles.m), "b": box(kind, *((1, tiles.n, tiles.k) if turned else (tiles.k, 1, tiles.n)))}
     types |= {"rows": "*i32", "columns": "*i32", "c": box(kind, 1, tiles.m, tiles.part)}
-    compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384)
+    compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384, b_turned=turned)
 
 
 if __name__ == "__main__":
     for kind in KINDS:
         gradients(kind)
+        gradients(kind, turned=True)
+        sums(kind, turned=True, each=0, listed=True, bias=False, components="written")
+        sums(kind, turned=False, each=0, listed=True, bias=False, components="read")
     for number, (turned, each, listed, bias) in enumerate(
         itertools.product((False, True), (0, 4), (False, True), (False, True))
     ):
