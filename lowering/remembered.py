@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -42,10 +42,13 @@ def remembered(find: Callable[..., Found], *arguments: Tensor | Hashable) -> Fou
     key = (find, *(Tensor if isinstance(each, Tensor) else each for each in arguments))
     versions = tuple(each._version for each in tensors)
     entry = known.get(key)
-    if entry is not None and entry.versions == versions:
-        if all(reference() is each for reference, each in zip(entry.others, others, strict=True)):
-            return entry.found  # type: ignore[return-value]  # what this function found before
+    if entry is not None and entry.versions == versions and _are(entry.others, others):
+        return cast(Found, entry.found)  # by this very function
     with torch.inference_mode(False):  # what is found serves later calls that may record gradients
         found = find(*arguments)
     known[key] = _Entry(tuple(map(weakref.ref, others)), versions, found)
     return found
+
+
+def _are(references: tuple[weakref.ref[Tensor], ...], tensors: list[Tensor]) -> bool:
+    return all(reference() is each for reference, each in zip(references, tensors, strict=True))

@@ -88,7 +88,9 @@ class GBLR(Structure):
         wide = torch.promote_types(dtype, torch.float32).itemsize
         # Besides the components: those in the other order, or sums in float32, of them or of the outputs.
         narrow = wide > dtype.itemsize
-        sums = sympy.Max(between, rows * self.components * wide, TOKENS * sizes.out_features * wide) if narrow else between
+        sums = (
+            sympy.Max(between, rows * self.components * wide, TOKENS * sizes.out_features * wide) if narrow else between
+        )
         return LayerCost(
             parameters=parameters,
             flops=2 * TOKENS * parameters,

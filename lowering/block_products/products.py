@@ -81,7 +81,9 @@ def block_sums(
     _launch("block_sums", operands, [*arguments, *written], (tokens, parts, 0), count, parameters, tiles, a)
 
 
-def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles, b_turned: bool = False) -> None:
+def block_gradients(
+    a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles, b_turned: bool = False
+) -> None:
     """c[i] = a[:, rows[i]]^T b[:, columns[i]], summed over the tokens.
 
     Args:

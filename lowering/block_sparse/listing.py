@@ -15,8 +15,7 @@ def by_rows(layout: BlockLayout) -> Listing:
     columns = layout.columns.flatten()
     if layout.starts is not None:
         return Listing(columns, None, layout.starts, remembered(in_each, layout.starts))
-    rows, each = layout.columns.shape
-    return Listing(columns, None, remembered(_equal_starts, layout.columns), each)
+    return Listing(columns, None, remembered(_equal_starts, layout.columns), layout.columns.shape[1])
 
 
 def by_columns(layout: BlockLayout, columns: int) -> Listing:

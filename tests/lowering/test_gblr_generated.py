@@ -54,7 +54,9 @@ def test_products_are_those_of_the_dense_matrix(
         matrix = dense_of(leaf, where, features, groups)
         collected = (dense.to(wide) @ matrix).t()
         of_tiles = torch.autograd.grad(collected, leaf, components.to(wide))[0]
-        moved = collected.new_zeros(held.shape).index_copy(0, order.long(), F.pad(collected, (0, held.shape[1] - tokens)))
+        moved = collected.new_zeros(held.shape).index_copy(
+            0, order.long(), F.pad(collected, (0, held.shape[1] - tokens))
+        )
         return moved.detach(), (components.to(wide).t() @ matrix.t()).detach(), of_tiles
 
     expected = (references(wide) for wide in (torch.float32, torch.float64))

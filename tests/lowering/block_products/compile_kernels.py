@@ -52,7 +52,10 @@ def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int
 
 def gradients(kind: str, turned: bool = False) -> None:
     tiles = Tiles(64, 64, 32, 4, 1, 4, 3) if kind == "fp32" else TILES
-    types = {"a": box(kind, tiles.k, 1, tiles.m), "b": box(kind, *((1, tiles.n, tiles.k) if turned else (tiles.k, 1, tiles.n)))}
+    types = {
+        "a": box(kind, tiles.k, 1, tiles.m),
+        "b": box(kind, *((1, tiles.n, tiles.k) if turned else (tiles.k, 1, tiles.n))),
+    }
     types |= {"rows": "*i32", "columns": "*i32", "c": box(kind, 1, tiles.m, tiles.part)}
     compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384, b_turned=turned)
 

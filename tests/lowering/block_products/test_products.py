@@ -33,6 +33,12 @@ def random(dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
+def with_tokens_along(a: Tensor) -> Tensor:
+    """(parts, side, tokens) of (tokens, parts, side), in rows of a multiple of 16 bytes; what lies between is NaN."""
+    tokens = len(a)
+    return F.pad(a.permute(1, 2, 0), (0, -tokens % 8), value=float("nan")).contiguous()[..., :tokens]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     tokens=st.integers(1, 70),
@@ -77,7 +83,7 @@ def test_sums_are_as_accurate_as_eager(
     thin = (random(dtype, 3, tokens, rank), random(dtype, 4, len(counts), side_n, rank)) if rank else None
     stored = b.mT.contiguous() if turned else b
     width = -(-tokens // 8) * 8  # so that rows along the tokens begin at multiples of 16 bytes
-    seen = F.pad(a.permute(1, 2, 0), (0, width - tokens), value=float("nan"))[..., :tokens] if a_turned else a
+    seen = with_tokens_along(a) if a_turned else a
     rows = torch.randperm(len(counts) * side_n, generator=generator).to(DEVICE, torch.int32) if scattered else None
     shape = (len(counts) * side_n, width) if scattered else (tokens, len(counts), side_n)
     c = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
@@ -139,7 +145,7 @@ def test_gradients_of_blocks_are_as_accurate_as_eager(
     rows, columns = (torch.randint(count, (blocks,), generator=generator) for count in grid)
     a, b = random(dtype, 0, tokens, grid[0], sides[0]), random(dtype, 1, tokens, grid[1], sides[1])
     c = torch.full((blocks, *sides), float("nan"), dtype=dtype, device=DEVICE)
-    seen = F.pad(b.permute(1, 2, 0), (0, -tokens % 8), value=float("nan"))[..., :tokens] if turned else b
+    seen = with_tokens_along(b) if turned else b
     places = [each.to(DEVICE, torch.int32) for each in (rows, columns)]
     block_gradients(a, seen, c, *places, b_turned=turned, tiles=tiles)
 
