@@ -74,7 +74,8 @@ def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) ->
 
 def _in_tiles(dense: Tensor, tile: int) -> Tensor:
     """``dense`` (N, features) as (N, places, tile), with zeros beyond its features."""
-    return padded(dense, -(-dense.shape[1] // tile) * tile).unflatten(1, (-1, tile))
+    places = -(-dense.shape[1] // tile)
+    return padded(dense, places * tile).view(len(dense), places, tile)
 
 
 def _by_group(index: Tensor, groups: int) -> Listing:

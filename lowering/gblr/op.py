@@ -32,7 +32,8 @@ def _between(call: Applied) -> list[Tensor]:
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     _, _, left, left_index, _ = call.factors
     by = tile_products if _plain(left) else generated
-    return by.spread(between[0][:, : len(call.x)], left, left_index, call.static[0])
+    y: Tensor = by.spread(between[0][:, : len(call.x)], left, left_index, call.static[0])
+    return y
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
