@@ -38,6 +38,7 @@ class Tiles:
         group: rows of tiles that are taken together, so that they share operands in the cache.
         parts: blocks of columns that an epilogue with operands of its own handles one after another.
         warps, stages: Triton's warps per program and depth of software pipelining.
+        resident: programs that share a multiprocessor, so that one stores while another multiplies.
 
     Raises:
         ValidationError: a field is no such number.
@@ -50,6 +51,7 @@ class Tiles:
     parts: Parts
     warps: Warps
     stages: Annotated[int, Field(ge=1, le=8)]
+    resident: Annotated[int, Field(ge=1, le=4)] = 1
 
     @property
     def part(self) -> int:
@@ -143,7 +145,7 @@ class Product:
             for each in arguments
         ]
         self._sizes = (rows, columns, inner)
-        programs = min(programs_on(a.device), -(-rows // tiles.m) * -(-columns // tiles.n) * split)
+        programs = min(programs_on(a.device, tiles), -(-rows // tiles.m) * -(-columns // tiles.n) * split)
         constants = {
             "BM": tiles.m,
             "BN": tiles.n,
@@ -213,9 +215,14 @@ def full_row_counts(columns: int, processors: int, most: int, tiles: Tiles) -> l
 
 
 @lru_cache(maxsize=16)
-def programs_on(device: torch.device) -> int:
-    """Programs that run at once: one a multiprocessor."""
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors; where the interpreter runs, as many as let small problems have several rounds."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def programs_on(device: torch.device, tiles: Tiles) -> int:
+    """Programs that run at once."""
+    return processors_of(device) * tiles.resident
 
 
 def has_descriptor(matrix: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def block_sums(
         starts: int32 (parts + 1,), where the members of each part begin, where ``each`` is 0.
         blocks: int32, which block each member takes; None for as many blocks as members, in order.
         rows: int32 (parts * side_n,), the row of ``c`` where each column of the result lies, or None.
-        beside: (tokens, rank) and (parts, side_n, rank), or if ``turned`` (rank, parts, side_n): a product of low rank
-            that is added, or None.
+        beside: (tokens, rank), or if ``a_turned`` (rank, tokens), and (parts, side_n, rank), or if ``turned``
+            (rank, parts, side_n): a product of low rank that is added, or None.
         bias: (parts, side_n), or None.
 
     Raises:
@@ -67,16 +68,16 @@ def block_sums(
         "turned": turned,
         "a_turned": a_turned,
         "scattered": rows is not None,
-        "rank": 0 if beside is None else beside[0].shape[1],
+        "rank": 0 if beside is None else beside[0].shape[0 if a_turned else 1],
         "bias": bias is not None,
     }
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
-    box_a = (1, tiles.k, tiles.m) if a_turned else (tiles.m, 1, tiles.k)
-    operands = [descriptor(a, *box_a), descriptor(b, *box_b)]
+    box_a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
+    operands = [descriptor(a if a_turned else a.transpose(0, 1), *box_a), descriptor(b, *box_b)]
     if beside is not None:
-        thin = (tiles.k, 1, tiles.n) if turned else (1, tiles.n, tiles.k)
-        operands += [descriptor(beside[0], tiles.m, tiles.k), descriptor(beside[1], *thin)]
-    written = [descriptor(c, tiles.m, 1, tiles.part)] if rows is None else [rows, c.stride(0), c]
+        thin = beside[1].transpose(0, 1) if turned else beside[1]
+        operands += [descriptor(beside[0][None], *box_a), descriptor(thin, *box_b)]
+    written = [descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)] if rows is None else [rows, c.stride(0), c]
     count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
     _launch("block_sums", operands, [*arguments, *written], (tokens, parts, 0), count, parameters, tiles, a)
 
@@ -85,6 +86,9 @@ def block_gradients(
     a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles, b_turned: bool = False
 ) -> None:
     """c[i] = a[:, rows[i]]^T b[:, columns[i]], summed over the tokens.
+
+    Where there are fewer tiles than programs that run at once, the tokens are cut in ranges whose sums are added in
+    float32, in order.
 
     Args:
         a: (tokens, rows, side_m).
@@ -102,18 +106,39 @@ def block_gradients(
     if not len(a):
         c.zero_()
         return
-    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n, "b_turned": b_turned}
-    box_b = (1, tiles.n, tiles.k) if b_turned else (tiles.k, 1, tiles.n)
-    operands = [descriptor(a, tiles.k, 1, tiles.m), descriptor(b, *box_b)]
-    arguments = [rows, columns, descriptor(c, 1, tiles.m, tiles.part)]
     tall = blocks * -(-side_m // tiles.m)
     count = tall * -(-side_n // tiles.n)
+    split = ranges(count, -(-len(a) // tiles.k), programs_on(a.device, tiles))
+    sums = c
+    if split > 1:
+        sums = c.new_empty(split * blocks, side_m, side_n, dtype=torch.float32)
+        tiles = replace(tiles, parts=min(2 * tiles.parts, tiles.n // 16))  # for an epilogue of twice the bytes
+    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n, "b_turned": b_turned}
+    operands = [
+        descriptor(a.transpose(0, 1), 1, tiles.k, tiles.m),
+        descriptor(b, 1, tiles.n, tiles.k) if b_turned else descriptor(b.transpose(0, 1), 1, tiles.k, tiles.n),
+    ]
+    arguments = [rows, columns, descriptor(sums, 1, tiles.m, tiles.part)]
     sizes = (tall * tiles.m, side_n, len(a))
-    _launch("block_gradients", operands, arguments, sizes, count, parameters, tiles, a)
+    _launch("block_gradients", operands, arguments, sizes, count, parameters, tiles, a, split)
+    if split > 1:
+        c.copy_(sums.view(split, *c.shape).sum(0))
+
+
+_MOST_RANGES = 8
+_COST_OF_A_RANGE = 0.02  # of the time of a round of whole sums: a range is written and read once more
+
+
+def ranges(tiles: int, steps: int, programs: int) -> int:
+    """In how many ranges ``tiles`` sums of ``steps`` steps are cut, so that few of the programs wait for the others."""
+    most = min(_MOST_RANGES, steps) if tiles < programs else 1
+    return min(range(1, most + 1), key=lambda split: -(-tiles * split // programs) / split + _COST_OF_A_RANGE * split)
 
 
 def descriptor(tensor: Tensor, *box: int) -> Any:
     """A tensor descriptor that moves so many entries along each dimension at a time.
+
+    A box that is one part of several has that dimension first: only then does a product take it from where it was put.
 
     Raises:
         UnsupportedError: the last dimension is not contiguous, or another does not step by multiples of 16 bytes.
@@ -138,21 +163,22 @@ def _launch(
     parameters: dict[str, Parameter],
     tiles: Tiles,
     like: Tensor,
+    split: int = 1,
 ) -> None:
     shared: dict[str, Parameter] = {
         "name": template,
-        "split": False,
+        "split": split > 1,
         "parts": tiles.parts,
         "interpreted": not like.is_cuda,
-        "bfloat16": like.dtype == torch.bfloat16,
+        "bfloat16": like.dtype == torch.bfloat16 and split == 1,
     }
-    programs = min(programs_on(like.device), count)
+    programs = min(programs_on(like.device, tiles), count * split)
     constants = {
         "BM": tiles.m,
         "BN": tiles.n,
         "BK": tiles.k,
         "GROUP": tiles.group,
-        "SPLIT": 1,
+        "SPLIT": split,
         "PROGRAMS": programs,
     }
     kernel = kernel_of(template, tuple({**shared, **parameters}.items()))

@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.device_profile import device_model
-from structfly.lowering.gemm import Tiles
+from structfly.lowering.gemm import Tiles, processors_of
 from structfly.lowering.tuning.choice import INTERPRETED, SAFE
 
 _HOPPER = (9, 0)
-# Two programs a multiprocessor, each with three buffers of both operands: the index that a step loads takes a stage.
-_SUMS = Tiles(m=128, n=128, k=64, group=4, parts=2, warps=4, stages=4)
-_GRADIENTS = Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=3)
+_WHOLE_STEP = 64  # of an inner side; a shorter step where it leaves less of the last one empty
 
 
-def sum_tiles(like: Tensor, side_n: int, side_k: int) -> Tiles:
-    """Of sums whose parts are ``side_n`` wide, of blocks ``side_k`` long."""
-    return _cut(like, _SUMS, n=side_n, k=side_k)
+class Cut(NamedTuple):
+    """Tiles, and how long a multiprocessor takes for an entry of them, against the first."""
+
+    tiles: Tiles
+    cost: float
 
 
-def gradient_tiles(like: Tensor, side_m: int, side_n: int) -> Tiles:
-    """Of gradients of blocks (side_m, side_n)."""
-    return _cut(like, _GRADIENTS, m=side_m, n=side_n)
+# benchmarks/results/block_products_h100.json has the times these are of.
+CUTS = (
+    Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
+    Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.05),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.08),
+    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.4),
+    Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.7),
+    Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 2.3),
+)
+_SHORT_STEP = 32
 
 
-def _cut(like: Tensor, best: Tiles, **sides: int) -> Tiles:
-    """``best`` where it runs, no side of a tile more than twice as long as what it is of."""
-    model = device_model(like.device)
-    if model.capability is None:
+def sum_tiles(like: Tensor, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
+    """Of sums (tokens, parts, side_n) of products with blocks ``side_k`` long."""
+    return _best(like.device, (1, tokens), (parts, side_n), side_k)
+
+
+def gradient_tiles(like: Tensor, blocks: int, side_m: int, side_n: int) -> Tiles:
+    """Of gradients of blocks (blocks, side_m, side_n)."""
+    return _best(like.device, (blocks, side_m), (1, side_n), _WHOLE_STEP)
+
+
+def _best(device: torch.device, rows: tuple[int, int], columns: tuple[int, int], inner: int) -> Tiles:
+    """What takes the busiest multiprocessor least; ``rows`` and ``columns`` are so many sides of such a length."""
+    capability = device_model(device).capability
+    if capability is None:
         return INTERPRETED
-    tiles = best if model.capability == _HOPPER else SAFE
-    most = {name: min(getattr(tiles, name), max(16, 1 << (side - 1).bit_length())) for name, side in sides.items()}
-    return replace(tiles, **most)
+    if capability != _HOPPER:
+        return SAFE
+    processors = processors_of(device)
+
+    def time(cut: Cut) -> float:
+        tiles = cut.tiles
+        count = rows[0] * -(-rows[1] // tiles.m) * columns[0] * -(-columns[1] // tiles.n)
+        return -(-count // processors) * tiles.m * tiles.n * cut.cost
+
+    tiles = min(CUTS, key=time).tiles
+    return tiles if _padded(inner, _SHORT_STEP) == _padded(inner, _WHOLE_STEP) else _with_short_steps(tiles)
+
+
+def _padded(side: int, step: int) -> int:
+    return -(-side // step) * step
+
+
+def _with_short_steps(tiles: Tiles) -> Tiles:
+    """As many bytes on their way, in more steps."""
+    stages = min(tiles.stages * tiles.k // _SHORT_STEP - 2, 6)
+    return Tiles(tiles.m, tiles.n, _SHORT_STEP, tiles.group, tiles.parts, tiles.warps, stages, tiles.resident)

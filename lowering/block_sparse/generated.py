@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.products import block_gradients, block_sums
@@ -24,14 +25,29 @@ Thin = tuple[Tensor, Tensor] | None
 """A product of low rank that is added, (tokens, rank) with (features, rank) or (rank, features), or None."""
 
 
-def product(x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None) -> Tensor:
-    """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank)."""
+def product(
+    x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None, bias: Tensor | None = None
+) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank), ``bias`` (features)."""
     listing = by_rows(layout)
     y = x.new_empty(len(x), grid.rows, grid.block_out)
     source = x.view(len(x), grid.columns, grid.block_in)
-    tiles = sum_tiles(values, grid.block_out, grid.block_in)
+    tiles = sum_tiles(values, len(x), grid.rows, grid.block_out, grid.block_in)
     thin = beside and (beside[0], beside[1].view(grid.rows, grid.block_out, -1))
-    block_sums(source, values, y, listing.sources, each=listing.each, starts=listing.starts, beside=thin, tiles=tiles)
+    if bias is not None:
+        missing = grid.rows * grid.block_out - len(bias)
+        bias = torch.nn.functional.pad(bias, (0, missing)).view(grid.rows, grid.block_out)
+    block_sums(
+        source,
+        values,
+        y,
+        listing.sources,
+        each=listing.each,
+        starts=listing.starts,
+        beside=thin,
+        bias=bias,
+        tiles=tiles,
+    )
     return y.flatten(1)
 
 
@@ -40,7 +56,7 @@ def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid,
     listing = by_columns(layout, grid.columns)
     dx = grad.new_empty(len(grad), grid.columns, grid.block_in)
     source = grad.view(len(grad), grid.rows, grid.block_out)
-    tiles = sum_tiles(values, grid.block_in, grid.block_out)
+    tiles = sum_tiles(values, len(grad), grid.columns, grid.block_in, grid.block_out)
     block_sums(
         source,
         values,
@@ -58,7 +74,7 @@ def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid,
 
 def gradient_of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
     """As :func:`structfly.lowering.block_sparse.aten.gradient_of_values`."""
-    _, block_out, block_in = values.shape
+    count, block_out, block_in = values.shape
     made = values.new_empty(values.shape)
     block_gradients(
         grad.unflatten(1, (-1, block_out)),
@@ -66,6 +82,6 @@ def gradient_of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLay
         made,
         layout.rows(),
         layout.columns.flatten(),
-        tiles=gradient_tiles(values, block_out, block_in),
+        tiles=gradient_tiles(values, count, block_out, block_in),
     )
     return made

@@ -33,8 +33,10 @@ def _between(call: Applied) -> list[Tensor]:
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     values, layout, grid = _read(call)
     x = padded(call.x, grid.columns * grid.block_in)
-    product = aten.product if generated.why_not(values) else generated.product
-    return product(x, values, layout, grid)[:, : call.static[0]].contiguous()
+    if generated.why_not(values):
+        y = aten.product(x, values, layout, grid)[:, : call.static[0]].contiguous()
+        return y if call.bias is None else y.add_(call.bias)
+    return generated.product(x, values, layout, grid, bias=call.bias)[:, : call.static[0]].contiguous()
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -69,6 +71,7 @@ BLOCK_SPARSE = LayerOp(
     out_features=lambda _, static: static[0],
     kept_shapes=lambda *_: [],
     multiply_adds=_multiply_adds,
+    adds_bias=True,
 )
 """Takes ``values`` (nnz, block_out, block_in) and the tensors of a
 :class:`~structfly.lowering.block_sparse.layout.BlockLayout`: ``columns``, and ``starts`` unless every row of blocks

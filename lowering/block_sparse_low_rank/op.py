@@ -31,8 +31,9 @@ def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     (values, _, left), layout, grid = _read(call)
     x = padded(call.x, grid.columns * grid.block_in)
     if generated.why_not(values, left.shape[1]) or grid.rows * grid.block_out != len(left):
-        return aten.product(x, values, layout, grid)[:, : len(left)].addmm(between[0], left.t())
-    return generated.product(x, values, layout, grid, (between[0], left))
+        y = aten.product(x, values, layout, grid)[:, : len(left)].addmm(between[0], left.t())
+        return y if call.bias is None else y.add_(call.bias)
+    return generated.product(x, values, layout, grid, (between[0], left), call.bias)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -77,6 +78,7 @@ BLOCK_SPARSE_LOW_RANK = LayerOp(
     out_features=lambda _, static: static[0],
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[1][0])],
     multiply_adds=_multiply_adds,
+    adds_bias=True,
 )
 """Takes ``values`` (nnz, block_out, block_in), ``right`` (rank, in), ``left`` (out, rank), and the tensors of a
 :class:`~structfly.lowering.block_sparse.layout.BlockLayout`; static: out_features, and the columns of the grid of

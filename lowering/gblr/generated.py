@@ -6,6 +6,7 @@ group are summed over by ``collect``, those that stand in one tile of rows by ``
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.listing import Listing, listed
@@ -37,15 +38,17 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tenso
         blocks=listing.blocks,
         turned=True,
         rows=order,
-        tiles=sum_tiles(tiles, group, tile),
+        tiles=sum_tiles(tiles, len(dense), len(order) // group, group, tile),
     )
     return made
 
 
-def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int) -> Tensor:
-    """``components`` (groups * group, N) transposed, times M^T: (N, features)."""
+def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int, bias: Tensor | None = None) -> Tensor:
+    """``components`` (groups * group, N) transposed, times M^T, + bias (features,): (N, features)."""
     _, tile, group = tiles.shape
     places = -(-features // tile)
+    if bias is not None:
+        bias = padded(bias[None], places * tile).view(places, tile)
     made = components.new_empty(components.shape[1], places, tile)
     listing = remembered(_by_place, index, places)
     block_sums(
@@ -57,7 +60,8 @@ def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int) -> T
         starts=listing.starts,
         blocks=listing.blocks,
         a_turned=True,
-        tiles=sum_tiles(tiles, tile, group),
+        bias=bias,
+        tiles=sum_tiles(tiles, len(made), places, tile, group),
     )
     return made.flatten(1)[:, :features].contiguous()
 
@@ -65,9 +69,9 @@ def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int) -> T
 def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) -> Tensor:
     """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0."""
     _, tile, group = tiles.shape
-    made = tiles.new_empty(tiles.shape)
+    made = torch.empty_like(tiles)
     of_groups = components.unflatten(0, (-1, group))
-    cut = gradient_tiles(tiles, tile, group)
+    cut = gradient_tiles(tiles, *tiles.shape)
     block_gradients(_in_tiles(dense, tile), of_groups, made, index[1], index[0], b_turned=True, tiles=cut)
     return made
 

@@ -31,13 +31,15 @@ def _between(call: Applied) -> list[Tensor]:
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     _, _, left, left_index, _ = call.factors
-    by = tile_products if _plain(left) else generated
-    y: Tensor = by.spread(between[0][:, : len(call.x)], left, left_index, call.static[0])
-    return y
+    z, out_features = between[0][:, : len(call.x)], call.static[0]
+    if _plain(left):
+        y = tile_products.spread(z, left, left_index, out_features)
+        return y if call.bias is None else y.add_(call.bias)
+    return generated.spread(z, left, left_index, out_features, call.bias)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    x, (right, right_index, left, left_index, order), _ = call
+    x, (right, right_index, left, left_index, order) = call.x, call.factors
     of_left, of_right = (tile_products if _plain(each, grad, x) else generated for each in (left, right))
     made: list[Tensor | None] = [None] * 6
     if wanted[0] or wanted[1]:
@@ -73,6 +75,7 @@ GBLR = LayerOp(
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
+    adds_bias=True,
 )
 """Takes ``right`` (right_tiles, tile, group), ``right_index`` (2, right_tiles), ``left`` (left_tiles, tile, group),
 ``left_index`` (2, left_tiles) and ``order`` (groups * group,); static: out_features."""

@@ -42,10 +42,12 @@ def test_products_are_those_of_the_dense_matrix(
     tiles = random(where.shape[1], tile, group)
     order = torch.randperm(groups * group, generator=generator).to(DEVICE, torch.int32)
     dense, held = random(tokens, features), random(groups * group, padded_rows(tokens))
+    bias = random(features)
     components = held[:, :tokens]  # what lies beyond is never read
     made = (
         generated.collect(dense, tiles, where, order),
         generated.spread(components, tiles, where, features),
+        generated.spread(components, tiles, where, features, bias),
         generated.tiles_of(dense, components, tiles, where),
     )
 
@@ -57,10 +59,11 @@ def test_products_are_those_of_the_dense_matrix(
         moved = collected.new_zeros(held.shape).index_copy(
             0, order.long(), F.pad(collected, (0, held.shape[1] - tokens))
         )
-        return moved.detach(), (components.to(wide).t() @ matrix.t()).detach(), of_tiles
+        spread = (components.to(wide).t() @ matrix.t()).detach()
+        return moved.detach(), spread, spread + bias.to(wide), of_tiles
 
     expected = (references(wide) for wide in (torch.float32, torch.float64))
-    for mine, single, exact, what in zip(made, *expected, ("collected", "spread", "tiles"), strict=True):
+    for mine, single, exact, what in zip(made, *expected, ("collected", "spread", "with bias", "tiles"), strict=True):
         assert_as_accurate(mine, single.to(dtype), exact, dtype, what)
 
 
