@@ -82,7 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, product in products(*case).items():
             side = (inside if name == "gradients" else out) // grid
             cuts = [cut.tiles for cut in CUTS if cut.tiles.n < _MOST_EMPTY * side]
-            calls = {"torch.mm": plain[name], **{name_of(tiles): partial(product, tiles) for tiles in cuts}}
+            calls: dict[str, Callable[[], object]] = {
+                "torch.mm": plain[name],
+                **{name_of(tiles): partial(product, tiles) for tiles in cuts},
+            }
             mode = f"{name} {tokens}x{inside}x{out} bfloat16, blocks {inside // grid}x{out // grid}"
             times = measure.times_in_rotation(calls, "cuda", repeats=chosen.repeats)
             console.print(mode, *(f"{who}: {time.median * 1e3:.4f} ms" for who, time in times.items()), sep="\n  ")

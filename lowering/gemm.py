@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
@@ -60,7 +60,7 @@ class Tiles:
 
     def with_parts(self, parts: int) -> Tiles:
         """The same in so many parts, or as many as leave a part what a descriptor moves at least."""
-        return replace(self, parts=min(parts, self.n // 16))
+        return replace(self, parts=cast(Parts, min(parts, self.n // 16)))
 
     @property
     def step_work(self) -> int:

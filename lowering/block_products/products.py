@@ -26,34 +26,38 @@ def block_sums(
     starts: Tensor | None = None,
     blocks: Tensor | None = None,
     turned: bool = False,
+    a_turned: bool = False,
+    rows: Tensor | None = None,
     beside: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> None:
     """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[m]^T, + beside, + bias[i].
 
     Args:
-        a: (tokens, sources, side_k).
+        a: (tokens, sources, side_k), or if ``a_turned`` (sources, side_k, tokens).
         b: (blocks, side_n, side_k), or if ``turned`` (blocks, side_k, side_n), which is then not transposed.
-        c: (tokens, parts, side_n), written.
+        c: (tokens, parts, side_n), written; with ``rows`` (parts * side_n, at least tokens),
+            all of it written.
         sources: int32, which part of ``a`` each member takes, those of part 0 first.
         tiles: how the products are cut.
         each: how many members every part has, or 0.
         starts: int32 (parts + 1,), where the members of each part begin, where ``each`` is 0.
         blocks: int32, which block each member takes; None for as many blocks as members, in order.
-        beside: (tokens, rank) and (parts, side_n, rank), or if ``turned`` (rank, parts, side_n): a product of low rank
-            that is added, or None.
+        rows: int32 (parts * side_n,), the row of ``c`` where each column of the result lies, or None.
+        beside: (tokens, rank), or if ``a_turned`` (rank, tokens), and (parts, side_n, rank), or if ``turned``
+            (rank, parts, side_n): a product of low rank that is added, or None.
         bias: (parts, side_n), or None.
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
     """
-    tokens, parts, side_n = c.shape
+    tokens, side_n, side_k = a.shape[2 if a_turned else 0], b.shape[2 if turned else 1], b.shape[1 if turned else 2]
+    parts = c.shape[1] if rows is None else len(rows) // side_n
     if not c.numel():
         return
     if not len(b):  # of which there is no descriptor
         b, sources = b.new_zeros(1, *b.shape[1:]), sources.new_zeros(1)
         blocks = None if blocks is None else sources
-    side_k = a.shape[2]
     arguments = [each_ for each_ in (sources, blocks, None if each else starts, bias) if each_ is not None]
     parameters: dict[str, Parameter] = {
         "side_n": side_n,
@@ -61,20 +65,25 @@ def block_sums(
         "each": each,
         "blocks_listed": blocks is not None,
         "turned": turned,
-        "rank": 0 if beside is None else beside[0].shape[1],
+        "a_turned": a_turned,
+        "scattered": rows is not None,
+        "rank": 0 if beside is None else beside[0].shape[0 if a_turned else 1],
         "bias": bias is not None,
     }
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
-    operands = [descriptor(a.transpose(0, 1), 1, tiles.m, tiles.k), descriptor(b, *box_b)]
+    box_a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
+    operands = [descriptor(a if a_turned else a.transpose(0, 1), *box_a), descriptor(b, *box_b)]
     if beside is not None:
         thin = beside[1].transpose(0, 1) if turned else beside[1]
-        operands += [descriptor(beside[0][None], 1, tiles.m, tiles.k), descriptor(thin, *box_b)]
-    written = descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)
+        operands += [descriptor(beside[0][None], *box_a), descriptor(thin, *box_b)]
+    written = [descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)] if rows is None else [rows, c.stride(0), c]
     count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
-    launch_product("block_sums", operands, [*arguments, written], (tokens, parts, 0), count, parameters, tiles, a)
+    launch_product("block_sums", operands, [*arguments, *written], (tokens, parts, 0), count, parameters, tiles, a)
 
 
-def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles) -> None:
+def block_gradients(
+    a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles, b_turned: bool = False
+) -> None:
     """c[i] = a[:, rows[i]]^T b[:, columns[i]], summed over the tokens.
 
     Where there are fewer tiles than programs that run at once, the tokens are cut in ranges whose sums are added in
@@ -82,7 +91,7 @@ def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tens
 
     Args:
         a: (tokens, rows, side_m).
-        b: (tokens, columns, side_n).
+        b: (tokens, columns, side_n), or if ``b_turned`` (columns, side_n, tokens).
         c: (blocks, side_m, side_n), written.
         rows, columns: int32 (blocks,).
         tiles: how the products are cut.
@@ -103,10 +112,10 @@ def block_gradients(a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tens
     if split > 1:
         sums = c.new_empty(split * blocks, side_m, side_n, dtype=torch.float32)
         tiles = tiles.with_parts(2 * tiles.parts)  # for an epilogue of twice the bytes
-    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n}
+    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n, "b_turned": b_turned}
     operands = [
         descriptor(a.transpose(0, 1), 1, tiles.k, tiles.m),
-        descriptor(b.transpose(0, 1), 1, tiles.k, tiles.n),
+        descriptor(b, 1, tiles.n, tiles.k) if b_turned else descriptor(b.transpose(0, 1), 1, tiles.k, tiles.n),
     ]
     arguments = [rows, columns, descriptor(sums, 1, tiles.m, tiles.part)]
     sizes = (tall * tiles.m, side_n, len(a))

@@ -27,7 +27,7 @@ def why_no_products(values: Tensor, sides: Iterable[int]) -> str:
     return ""
 
 
-def whole(rows: Tensor, width: int) -> Tensor:
+def padded(rows: Tensor, width: int) -> Tensor:
     """(N, width) of rows, with zeros after what there is, contiguous from a multiple of 16 bytes on."""
     if width > rows.shape[1]:
         return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))

@@ -3,7 +3,7 @@
 Every part of a result is the sum of some parts of the source, each times a matrix.  Those parts are gathered side by
 side, so that the sum is inside one matrix product.  Neighbouring parts of the result that have as many blocks are made
 by one batched product, as many of them as keep what is gathered within the size of the source, and on a CPU within
-:data:`_CACHED`.  The host reads how many blocks each has, and on a GPU waits for that.
+:data:`_CACHED`.  How many blocks each has is read on the host once for a layout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.listing import member_counts
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
+from structfly.lowering.block_sparse.listing import by_columns
+from structfly.lowering.remembered import remembered
 
 _CACHED = 1 << 18  # elements gathered at a time on a CPU: 1 MiB of float32
 
@@ -42,14 +45,13 @@ def product(x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tenso
 
 def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tensor:
     """dx (tokens, columns of blocks * block_in) of dy (tokens, rows of blocks * block_out)."""
-    columns, order = layout.columns.flatten().sort(stable=True)
-    edges = torch.arange(grid.columns + 1, dtype=columns.dtype, device=columns.device)
-    counts = torch.searchsorted(columns, edges).diff().tolist()
+    listing = by_columns(layout, grid.columns)
+    counts = remembered(member_counts, listing.starts)
 
     def matrices(members: slice) -> Tensor:
-        return values.index_select(0, order[members])
+        return values[members] if listing.blocks is None else values.index_select(0, listing.blocks[members])
 
-    return _sums_of_products(grad, grid.block_out, layout.rows()[order], counts, grid.block_in, matrices)
+    return _sums_of_products(grad, grid.block_out, listing.sources, counts, grid.block_in, matrices)
 
 
 def gradient_of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:

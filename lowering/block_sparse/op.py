@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.support import padded
 from structfly.lowering.block_sparse import aten, generated
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.layer_op import Applied, LayerOp
@@ -55,11 +56,6 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
 def _read(call: Applied) -> tuple[Tensor, BlockLayout, Grid]:
     values, layout = call.factors[0], BlockLayout(*call.factors[1:])
     return values, layout, Grid(layout.block_rows, call.static[1], values.shape[1], values.shape[2])
-
-
-def padded(x: Tensor, width: int) -> Tensor:
-    """x (tokens, features) with zeros up to so many features."""
-    return torch.nn.functional.pad(x, (0, width - x.shape[1])) if width > x.shape[1] else x.contiguous()
 
 
 def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.support import padded
 from structfly.lowering.block_sparse import aten, generated
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
-from structfly.lowering.block_sparse.op import padded
 from structfly.lowering.layer_op import Applied, LayerOp
 
 

@@ -19,7 +19,7 @@ from structfly.lowering.block_products.matrix_tiles import (
     gradient_tiles,
     product_tiles,
 )
-from structfly.lowering.block_products.support import whole, why_no_products
+from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.kronecker.reference import FactorShape
 from structfly.lowering.layer_op import Applied
 
@@ -53,7 +53,7 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     """y."""
     last, (out_features,) = call.factors[-1], call.static
     shape = FactorShape(*last.shape)
-    bias = call.bias if call.bias is None else whole(call.bias[None], shape.features_out)
+    bias = call.bias if call.bias is None else padded(call.bias[None], shape.features_out)
     features = between[-1].view(len(call.x), shape.features_in) if between else call.x
     return _product(features, last, bias)[:, :out_features].contiguous()
 
@@ -62,12 +62,12 @@ def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Seq
     """The gradients that are wanted, of x and each factor."""
     made: list[Tensor | None] = [None] * len(wanted)
     tokens = len(call.x)
-    grad = whole(grad, FactorShape(*call.factors[-1].shape).features_out)
+    grad = padded(grad, FactorShape(*call.factors[-1].shape).features_out)
     for t in reversed(range(len(call.factors))):
         factor = call.factors[t]
         width = FactorShape(*factor.shape).features_in
         if wanted[t + 1]:
-            before = between[t - 1].view(tokens, width) if t else whole(call.x, width)
+            before = between[t - 1].view(tokens, width) if t else padded(call.x, width)
             made[t + 1] = _gradient(grad, before, factor)
         if not any(wanted[: t + 1]):
             return made
@@ -80,7 +80,7 @@ def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None) -> Te
     """(tokens, features) of (tokens, features), with the bias (1, features) added."""
     shape = FactorShape(*factor.shape)
     tokens = len(features)
-    features = whole(features, shape.features_in)
+    features = padded(features, shape.features_in)
     made = features.new_empty(tokens, shape.features_out)
     if _is_large(shape):
         matrix_products(

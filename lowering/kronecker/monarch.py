@@ -19,7 +19,7 @@ from torch import Tensor
 
 from structfly.lowering.block_products.matrices import matrix_gradients, matrix_products
 from structfly.lowering.block_products.matrix_tiles import gradient_tiles, product_tiles
-from structfly.lowering.block_products.support import whole, why_no_products
+from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.kronecker.reference import FactorShape
 from structfly.lowering.layer_op import Applied
 
@@ -99,7 +99,7 @@ def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Seq
     matrix_products(grad[:, :, None], second[:, None], dz.transpose(1, 2), turned=True, tiles=tiles)
     if wanted[1]:
         of_first = first.new_empty(k, r, l, inputs)
-        x = whole(call.x, k * inputs).view(tokens, k, inputs)
+        x = padded(call.x, k * inputs).view(tokens, k, inputs)
         tiles = gradient_tiles(first, tokens, k, (l, r), inputs)
         matrix_gradients(dz.flatten(2), x, of_first.transpose(1, 2), tiles=tiles)
         made[1] = of_first
@@ -127,7 +127,7 @@ def _between(call: Applied, monarch: _Monarch) -> Tensor:
     first = monarch.first
     tokens, inputs = len(call.x), first.shape[3]
     z = call.x.new_empty(tokens, l, k, r)
-    x = whole(call.x, k * inputs).view(tokens, k, 1, inputs)
+    x = padded(call.x, k * inputs).view(tokens, k, 1, inputs)
     tiles = product_tiles(first, tokens, (l, r), (1, inputs))
     matrix_products(x, first, z.transpose(1, 2), tiles=tiles)
     return z
@@ -136,7 +136,7 @@ def _between(call: Applied, monarch: _Monarch) -> Tensor:
 def _in_blocks(rows: Tensor, monarch: _Monarch) -> Tensor:
     """(N, l, outputs) of (N, out)."""
     blocks, outputs, _ = monarch.second.shape
-    rows = whole(rows, blocks * outputs)
+    rows = padded(rows, blocks * outputs)
     return (
         rows.view(len(rows), outputs, blocks).mT.contiguous()
         if monarch.strided

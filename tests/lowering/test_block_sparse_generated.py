@@ -60,11 +60,12 @@ def test_a_layout_is_listed_once_until_it_is_written(monkeypatch: pytest.MonkeyP
     first = listing.by_columns(layout, 2)
     assert listing.by_columns(layout, 2) is first
     assert (first.sources.tolist(), first.starts.tolist(), first.each) == ([0, 1, 1], [0, 2, 3], 0)
-    assert first.blocks is not None
-    assert first.blocks.tolist() == [0, 1, 2]
+    assert first.blocks is None
     layout.columns.copy_(torch.tensor([1, 0, 1], dtype=torch.int32))
     again = listing.by_columns(layout, 2)
     assert again.sources.tolist() == [1, 0, 1]
+    assert again.blocks is not None
+    assert again.blocks.tolist() == [1, 0, 2]
     assert listing.by_rows(layout).blocks is None
 
 

@@ -48,18 +48,23 @@ def check_buffers(code: str, tiles: Tiles) -> None:
     assert "ttg.local_load" not in code
 
 
-def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int = 0) -> None:
+def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int = 0, components: str = "") -> None:
+    """``components``: "read" or "written" with the tokens along each."""
     tiles = TILES
     b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
-    types = {"a": box(kind, 1, tiles.m, tiles.k), "b": box(kind, *b)}
+    a = (1, tiles.k, tiles.m) if components == "read" else (1, tiles.m, tiles.k)
+    types = {"a": box(kind, *a), "b": box(kind, *b)}
     types |= {"a2": types["a"], "b2": types["b"]} if rank else {}
     types |= {"sources": "*i32"}
     types |= {"blocks": "*i32"} if listed else {}
     types |= {} if each else {"starts": "*i32"}
     types |= {"bias": f"*{kind}"} if bias else {}
-    types |= {"c": box(kind, 1, tiles.m, tiles.part)}
+    written = {"rows": "*i32", "width": "i32", "c": f"*{kind}"}
+    types |= written if components == "written" else {"c": box(kind, 1, tiles.m, tiles.part)}
     options: dict[str, Parameter] = {
         "turned": turned,
+        "a_turned": components == "read",
+        "scattered": components == "written",
         "each": each,
         "blocks_listed": listed,
         "rank": rank,
@@ -68,11 +73,13 @@ def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int
     compile_template("block_sums", types, kind, tiles, side_n=96, side_k=384, **options)
 
 
-def gradients(kind: str, split: bool) -> None:
+def gradients(kind: str, split: bool, turned: bool) -> None:
     tiles = replace(TILES, parts=4) if split else TILES
-    types = {"a": box(kind, 1, tiles.k, tiles.m), "b": box(kind, 1, tiles.k, tiles.n)}
+    b = (1, tiles.n, tiles.k) if turned else (1, tiles.k, tiles.n)
+    types = {"a": box(kind, 1, tiles.k, tiles.m), "b": box(kind, *b)}
     types |= {"rows": "*i32", "columns": "*i32", "c": box("fp32" if split else kind, 1, tiles.m, tiles.part)}
-    compile_template("block_gradients", types, kind, tiles, split=split, side_m=96, side_n=384)
+    options: dict[str, Parameter] = {"split": split, "b_turned": turned}
+    compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384, **options)
 
 
 def matrix_products(
@@ -119,8 +126,11 @@ def axis_gradients(kind: str, inner: bool) -> None:
 
 
 if __name__ == "__main__":
-    for kind, split in itertools.product(KINDS, (False, True)):
-        gradients(kind, split)
+    for kind, split, turned in itertools.product(KINDS, (False, True), (False, True)):
+        gradients(kind, split, turned)
+    for kind in KINDS:
+        sums(kind, turned=True, each=0, listed=True, bias=False, components="written")
+        sums(kind, turned=False, each=0, listed=True, bias=False, components="read")
     for number, (turned, each, listed, bias) in enumerate(
         itertools.product((False, True), (0, 4), (False, True), (False, True))
     ):

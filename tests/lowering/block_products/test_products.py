@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from structfly.errors import UnsupportedError
 from structfly.lowering.block_products.products import block_gradients, block_sums
@@ -32,6 +33,12 @@ def random(dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
+def with_tokens_along(a: Tensor) -> Tensor:
+    """(parts, side, tokens) of (tokens, parts, side), in rows of a multiple of 16 bytes; what lies between is NaN."""
+    tokens = len(a)
+    return F.pad(a.permute(1, 2, 0), (0, -tokens % 8), value=float("nan")).contiguous()[..., :tokens]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     tokens=st.integers(1, 70),
@@ -41,6 +48,8 @@ def random(dtype: torch.dtype, seed: int, *shape: int) -> Tensor:
     sources=st.integers(1, 4),
     listed=st.booleans(),
     turned=st.booleans(),
+    a_turned=st.booleans(),
+    scattered=st.booleans(),
     rank=st.integers(0, 5).map(lambda eights: 8 * eights),
     bias=st.booleans(),
     dtype=st.sampled_from(DTYPES),
@@ -55,6 +64,8 @@ def test_sums_are_as_accurate_as_eager(
     sources: int,
     listed: bool,
     turned: bool,
+    a_turned: bool,
+    scattered: bool,
     rank: int,
     bias: bool,
     dtype: torch.dtype,
@@ -71,10 +82,14 @@ def test_sums_are_as_accurate_as_eager(
     added = random(dtype, 2, len(counts), side_n) if bias else None
     thin = (random(dtype, 3, tokens, rank), random(dtype, 4, len(counts), side_n, rank)) if rank else None
     stored = b.mT.contiguous() if turned else b
-    c = torch.full((tokens, len(counts), side_n), float("nan"), dtype=dtype, device=DEVICE)
+    width = -(-tokens // 8) * 8  # so that rows along the tokens begin at multiples of 16 bytes
+    seen = with_tokens_along(a) if a_turned else a
+    rows = torch.randperm(len(counts) * side_n, generator=generator).to(DEVICE, torch.int32) if scattered else None
+    shape = (len(counts) * side_n, width) if scattered else (tokens, len(counts), side_n)
+    c = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
     starts = torch.tensor([0, *counts]).cumsum(0).to(DEVICE, torch.int32)
     block_sums(
-        a,
+        seen,
         stored,
         c,
         of_members.to(DEVICE, torch.int32),
@@ -83,7 +98,13 @@ def test_sums_are_as_accurate_as_eager(
         starts=None if equal else starts,
         blocks=order.to(DEVICE, torch.int32) if listed else None,
         turned=turned,
-        beside=thin and (thin[0], thin[1].permute(2, 0, 1).contiguous() if turned else thin[1]),
+        a_turned=a_turned,
+        rows=rows,
+        beside=thin
+        and (
+            with_tokens_along(thin[0][:, None])[0] if a_turned else thin[0],
+            thin[1].permute(2, 0, 1).contiguous() if turned else thin[1],
+        ),
         bias=added,
     )
 
@@ -96,6 +117,9 @@ def test_sums_are_as_accurate_as_eager(
             made += torch.einsum("tr,pnr->tpn", *(each.to(wide) for each in thin))
         return made if added is None else made + added.to(wide)
 
+    if rows is not None:
+        assert c.isfinite().all()
+        c = c[rows.long(), :tokens].t().view(tokens, len(counts), side_n)
     exact = reference(torch.float64)
     assert_as_accurate(c, reference(torch.float32).to(dtype), exact, dtype, "sums")
 
@@ -106,6 +130,7 @@ def test_sums_are_as_accurate_as_eager(
     sides=st.tuples(SIDES, SIDES),
     grid=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     blocks=st.integers(1, 5),
+    turned=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     tiles=cuts(),
     seed=st.integers(0, 100),
@@ -115,6 +140,7 @@ def test_gradients_of_blocks_are_as_accurate_as_eager(
     sides: tuple[int, int],
     grid: tuple[int, int],
     blocks: int,
+    turned: bool,
     dtype: torch.dtype,
     tiles: Tiles,
     seed: int,
@@ -123,7 +149,9 @@ def test_gradients_of_blocks_are_as_accurate_as_eager(
     rows, columns = (torch.randint(count, (blocks,), generator=generator) for count in grid)
     a, b = random(dtype, 0, tokens, grid[0], sides[0]), random(dtype, 1, tokens, grid[1], sides[1])
     c = torch.full((blocks, *sides), float("nan"), dtype=dtype, device=DEVICE)
-    block_gradients(a, b, c, rows.to(DEVICE, torch.int32), columns.to(DEVICE, torch.int32), tiles=tiles)
+    seen = with_tokens_along(b) if turned else b
+    places = [each.to(DEVICE, torch.int32) for each in (rows, columns)]
+    block_gradients(a, seen, c, *places, b_turned=turned, tiles=tiles)
 
     def reference(wide: torch.dtype) -> Tensor:
         return torch.stack(
