@@ -82,6 +82,7 @@ SETTINGS: Mapping[str, Callable[[LayerSizes], Structure]] = {
 """Structures with settings, by the name of the provider, for layers of any sizes that they fit."""
 
 GBLR = "gblr, masks of a quarter"
+OURS = (*SETTINGS, GBLR)
 TWO_PRODUCTS = "two products"  # of torch.mm: the peer that low rank must be no slower than
 
 

@@ -27,7 +27,7 @@ from benchmarks.matmul import matmul_rate, other_work
 from benchmarks.recording import Row
 from benchmarks.sizes import sizes
 from benchmarks.structured_case import PASSES, Case, Layer, clear, errors, make_inputs, make_layer, peak_memory, step
-from benchmarks.structured_layers import BARS, DENSE, SETTINGS, Place, Provider
+from benchmarks.structured_layers import BARS, DENSE, OURS, Place, Provider
 from benchmarks.structured_peers import PEERS
 from structfly import measure
 from structfly.errors import ArgumentError
@@ -38,7 +38,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"shapes": [(1024, 512, 2048)], "dtype": "float32", "matmul": 1024},
     "cuda": {"shapes": [tuple(map(int, shape.split("x"))) for shape in BARS], "dtype": "bfloat16", "matmul": 8192},
 }
-OURS = (*SETTINGS, structured_layers.GBLR)
 
 
 @contextmanager
