@@ -37,7 +37,6 @@ DEFAULTS = (
     DENSE,
     "pixelfly, grid 16, 3 factors, rank 128",
     "monarch, 4 blocks",
-    "monarch, 16 blocks",
     "low rank, a quarter",
 )
 _PROFILED_STEPS = 3
