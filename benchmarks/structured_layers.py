@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from benchmarks.gblr_training import layers_of
 from structfly import StructuredLinear
 from structfly.patterns.blast import Blast
 from structfly.patterns.gblr_learned import GaudiGBLR
@@ -23,7 +23,6 @@ from structfly.records.layer import LayerSizes
 DENSE = "dense"
 LOW_RANK_SHARE = GBLR_SHARE = 1 / 4  # of the dense parameters
 _RANK_MULTIPLE = 32
-_MASKS = ("row_widths", "row_locations", "column_widths", "column_locations")
 
 
 class Place(NamedTuple):
@@ -56,10 +55,13 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 
 def monarch(blocks: int) -> Callable[[LayerSizes], Monarch]:
-    """With as many numbers between the factors as the smaller side has, as in fly's and torch-structured's layers."""
+    """With as many numbers between the factors as the smaller side has, as in fly's and torch-structured's layers.
+
+    Outputs of a block are neighbours, which no weight that is learned or projected so minds.
+    """
 
     def setting(sizes: LayerSizes) -> Monarch:
-        return Monarch(blocks_in=blocks, blocks_out=blocks, block_rank=max(1, min(sizes) // blocks**2))
+        return Monarch(blocks_in=blocks, blocks_out=blocks, block_rank=max(1, min(sizes) // blocks**2), strided=False)
 
     return setting
 
@@ -99,18 +101,16 @@ def of_masks(masks: Path | None) -> Callable[[LayerSizes, Place], nn.Module]:
     """Generalised block low rank, finalised: of learned masks, or of equally wide ones at random places.
 
     Args:
-        masks: a safetensors file with ``row_widths``, ``row_locations``, ``column_widths`` and ``column_locations``
-            (components,), as :class:`GaudiGBLR` has them.  They are shares of a side, so that they fit all sizes.
+        masks: the JSON of :mod:`benchmarks.gblr_training`; sizes that it has no layer of get random places.
     """
 
     def build(sizes: LayerSizes, place: Place) -> nn.Module:
-        learned = None if masks is None else load_file(masks, device=place.device)
-        components = min(sizes) if learned is None else len(learned["row_widths"])
+        for layer in () if masks is None else layers_of(masks, place.device, place.dtype).values():
+            if (layer.in_features, layer.out_features) == tuple(sizes):
+                return layer.finalise()
+        components = min(sizes)
         width = min(1.0, GBLR_SHARE * sizes.parameters / (components * sum(sizes)))
-        layer = GaudiGBLR(*sizes, components, bias=False, width=width, device=place.device, dtype=place.dtype)
-        if learned is not None:
-            layer.load_state_dict({**layer.state_dict(), **{name: learned[name] for name in _MASKS}})
-        return layer.finalise()
+        return GaudiGBLR(*sizes, components, bias=False, width=width, device=place.device, dtype=place.dtype).finalise()
 
     return build
 

@@ -186,7 +186,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=list(names),
         help=f"those besides the dense layer: {', '.join(map(repr, names))}",
     )
-    parser.add_argument("--masks", type=Path, help="learned masks of the GBLR layers, a safetensors file")
+    parser.add_argument("--masks", type=Path, help="learned masks of the GBLR layers, a result of gblr_training")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)

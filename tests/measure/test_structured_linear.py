@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks import structured_layers, structured_linear
+from benchmarks import recording, structured_layers, structured_linear
 from benchmarks.recording import Row
 from benchmarks.structured_case import Case, Layer, errors, make_inputs, make_layer, step
 from benchmarks.structured_layers import BARS, DENSE, GBLR, SETTINGS, TWO_PRODUCTS, Place, Provider, dense_weight
 from benchmarks.structured_peers import PEERS, BatchedMonarch
 from structfly import StructuredLinear
+from structfly.measure import summarize
 from structfly.patterns.gblr_learned import GaudiGBLR
 from structfly.records.layer import LayerSizes
 
@@ -75,14 +75,17 @@ def test_every_bar_is_of_a_provider() -> None:
         assert not Case(tokens, LayerSizes(*sizes), "float32", "cuda", True).bars
 
 
-def test_masks_of_a_file_are_those_of_the_layer(tmp_path: Path) -> None:
-    learned = GaudiGBLR(64, 96, 8, width=0.25)
-    state = {name: value for name, value in learned.state_dict().items() if "widths" in name or "locations" in name}
-    save_file(state, tmp_path / "masks.safetensors")
-    layer = structured_layers.of_masks(tmp_path / "masks.safetensors")(LayerSizes(64, 96), HERE)
+def test_masks_of_a_result_are_those_of_the_layer(tmp_path: Path) -> None:
+    spans = {"output_starts": 24.0, "output_lengths": 48.0, "input_starts": 16.0, "input_lengths": 8.0}
+    rows = [
+        Row.of_timing(summarize([value] * 3), kernel="gblr_training", provider="one", mode="64 -> 96", metric=name)
+        for name, value in spans.items()
+    ]
+    recording.write(tmp_path / "run", rows, environment={}, command="")
+    layer = structured_layers.of_masks(tmp_path / "run.json")(LayerSizes(64, 96), HERE)
     assert isinstance(layer, StructuredLinear)
-    rows, columns = (mask.abs() > 1e-3 for mask in learned.masks())
-    inside = (rows.t().double() @ columns.double()) > 0
+    inside = torch.zeros(96, 64, dtype=torch.bool)
+    inside[24:72, 16:24] = True
     assert torch.equal(layer.to_dense() != 0, inside)
 
 
@@ -90,7 +93,7 @@ def test_masks_without_a_file_have_a_quarter_of_the_parameters() -> None:
     made: list[GaudiGBLR] = []
 
     class Kept(GaudiGBLR):
-        def finalise(self, tile: int = 32, group: int = 16, threshold: float = 1e-3) -> nn.Module:
+        def finalise(self, tile: int | None = None, group: int | None = None, threshold: float = 1e-3) -> nn.Module:
             made.append(self)
             return super().finalise(tile, group, threshold)
 
