@@ -6,8 +6,9 @@ Approximate: it acts only where one of the two is given.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import fx
 
 from structfly import compat
@@ -18,6 +19,7 @@ from structfly.patterns.linear.menu import Planned, offered_menu, planned_menu
 from structfly.patterns.linear.reads import TRAINS, linears_by_weight, why_not
 from structfly.patterns.linear.rewrite import rewrite_layer
 from structfly.patterns.linear.site import LinearSite
+from structfly.patterns.linear.times import Times
 from structfly.records import DeviceProfile, LayerMenu, Miss
 from structfly.records.cost import at_sizes
 from structfly.rewriter.editor import Editor
@@ -32,12 +34,15 @@ class RestructuredLinear:
 
     Args:
         plan: what each layer becomes, by qualified name, or None where a budget decides.
+        times: gives the times of layers on a device, where they count; None where the roofline predicts them.
     """
 
     name = "linear"
 
-    def __init__(self, plan: Mapping[str, Planned] | None = None) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: Mapping[str, Planned] | None = None, times: Callable[[torch.device], Times] | None = None
+    ) -> None:
+        self.plan, self.times = plan, times
 
     def find(self, region: Region) -> Sequence[LinearSite | Miss]:
         results: list[LinearSite | Miss] = []
@@ -60,7 +65,7 @@ class RestructuredLinear:
     def menu(self, site: LinearSite, profile: DeviceProfile, settings: SiteSettings) -> LayerMenu:
         if self.plan is not None:
             return planned_menu(site, profile, self.plan[site.name])
-        return offered_menu(site, profile, settings)
+        return offered_menu(site, profile, settings, self.times and self.times(site.device))
 
     def rewrite(self, site: LinearSite, candidate: Candidate, editor: Editor) -> None:
         assert candidate.structure is not None

@@ -1,0 +1,205 @@
+"""Times of layers on one device: those that are known, and within a bound those that are measured on first need."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from rich.progress import Progress
+
+from structfly import measure
+from structfly.layer_times.corrections import Corrections, LayerTime
+from structfly.layer_times.interpolation import Found, at_tokens
+from structfly.layer_times.store import Key, Origin, TimedLayer, TimesFile, known_times, precision_of
+from structfly.layer_times.timing import Timer, layer_seconds
+from structfly.patterns.structure import Structure
+from structfly.records import DeviceProfile
+from structfly.records.layer import OWN_MEASUREMENTS, LayerSeconds, Passes, Shape
+from structfly.rewriter.layer_costs import Conditions, dense_cost
+
+SPREAD = ((0.5,), (0.0, 1.0), (0.25, 0.75))
+"""Of the settings of a structure that are timed, by round: where they stand in order of predicted time."""
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Entry:
+    """Of a dense layer at some number of tokens.
+
+    Attributes:
+        dense: its seconds.
+        relative: times of structures to the dense layer's in the same rounds.
+        own: whether it was measured with what is installed, rather than shipped.
+        added: what of ``relative`` was measured now, None where nothing was.
+    """
+
+    dense: float
+    relative: dict[Structure, float]
+    own: bool
+    added: dict[Structure, float] | None = None
+
+
+class LayerTimes:
+    """What is known of layers' times on one device.
+
+    Args:
+        device: where they are timed.
+        profile: what the roofline assumes of it.
+        users: the user's file.
+        passes: what the times are of.
+        seconds: of measuring; no measurement begins when so many have been spent.
+
+    Raises:
+        UnsupportedError: for a device on which nothing can be measured.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        profile: DeviceProfile,
+        users: TimesFile,
+        *,
+        passes: Passes = "forward",
+        seconds: float = 0.0,
+        timer: Timer = layer_seconds,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.device, self.profile, self.passes, self.seconds = device, profile, passes, seconds
+        self.origin = Origin.here(measure.device_name(device))
+        self.refused: set[tuple[Structure | None, Shape, int]] = set()
+        """Layers that were to be timed and were not, for the time that is allowed was up, or memory was short."""
+        self._timer, self._clock, self._spent = timer, clock, 0.0
+        self._entries: dict[tuple[Shape, int], _Entry] = {}
+        dtypes = {precision_of(dtype, device.type): dtype for dtype in _DTYPES}
+        for each in known_times(self.origin, users):
+            if each.passes == passes and each.precision in dtypes:
+                place = Shape(each.key.sizes, dtypes[each.precision]), each.tokens
+                shipped = self._entries[place].relative if place in self._entries else {}
+                self._entries[place] = _Entry(each.dense, {**shipped, **each.relative}, each.origin == self.origin)
+        self._short: set[tuple[Structure | None, Shape, int]] = set()  # of memory
+        self._corrections: dict[int, Corrections] = {}
+        self.predicted = cache(self._predicted)
+
+    def of(self, structure: Structure | None, shape: Shape, tokens: int) -> LayerSeconds:
+        """The time of a layer, None for the dense one, over so many tokens."""
+        if tokens not in self._corrections:
+            self._corrections[tokens] = Corrections(self.at(tokens))
+        return self._corrections[tokens].of(shape, structure, self.predicted(structure, shape, tokens))
+
+    def at(self, tokens: int) -> tuple[LayerTime, ...]:
+        """What is known of layers over so many tokens, by their own measurements."""
+        series: dict[Shape, dict[int, _Entry]] = defaultdict(dict)
+        for (shape, count), entry in self._entries.items():
+            series[shape][count] = entry
+        return tuple(
+            LayerTime(
+                structure,
+                *shape,
+                tokens,
+                self.origin.device,
+                self.predicted(structure, shape, tokens),
+                found.value,
+                found.source,
+            )
+            for shape, entries in series.items()
+            for structure, found in _known(entries, tokens)
+        )
+
+    def measure(self, structure: Structure | None, shape: Shape, tokens: int) -> bool:
+        """Time a layer; False where its time is known already, or may not be measured."""
+        wanted = (structure, shape, tokens)
+        if self.of(*wanted).source in OWN_MEASUREMENTS or precision_of(*self._precise(shape)) is None:
+            return False
+        if self._spent >= self.seconds or wanted in self._short:
+            self.refused.add(wanted)
+            return False
+        start = self._clock()
+        try:
+            taken = self._timer(*wanted, self.device, self.passes)
+        except torch.OutOfMemoryError:
+            self._short.add(wanted)
+            self.refused.add(wanted)
+            return False
+        finally:
+            self._spent += self._clock() - start
+        entry = self._entries.setdefault((shape, tokens), _Entry(taken.dense, {}, True))
+        if not entry.own:
+            entry.dense, entry.own = taken.dense, True
+        entry.added = entry.added or {}
+        if structure is not None:
+            entry.relative[structure] = entry.added[structure] = taken.layer / taken.dense
+        self._corrections.pop(tokens, None)
+        return True
+
+    def spread(
+        self,
+        offered: Mapping[Shape, Sequence[type[Structure]]],
+        tokens: int,
+        *,
+        rounds: int = len(SPREAD),
+        progress: bool = False,
+    ) -> None:
+        """Time layers of each shape: the dense one first, then of each structure the setting in the middle of its menu
+        by predicted time, the least and the largest, and the two between.
+
+        Args:
+            offered: shapes, each with the structures offered there.
+            rounds: how many of those three are made.
+        """
+        wanted = list(self._in_order(offered, tokens, rounds))
+        with Progress(disable=not progress) as bar:
+            for structure, shape in bar.track(wanted, description="times"):
+                self.measure(structure, shape, tokens)
+
+    def entries(self) -> Iterator[TimedLayer]:
+        """What was measured since the object was made, for :func:`~structfly.layer_times.store.add_times`."""
+        for (shape, tokens), entry in self._entries.items():
+            precision = precision_of(*self._precise(shape))
+            if entry.added is not None and precision is not None:
+                yield TimedLayer.of(
+                    self.origin, Key(shape.sizes, precision, self.passes, tokens), entry.dense, entry.added
+                )
+
+    def _precise(self, shape: Shape) -> tuple[torch.dtype, str]:
+        return shape.dtype, self.device.type
+
+    def _predicted(self, structure: Structure | None, shape: Shape, tokens: int) -> float:
+        cost = dense_cost(*shape) if structure is None else structure.cost(*shape)
+        return Conditions(tokens, self.profile, self.passes).amounts(cost)["time"]
+
+    def _in_order(
+        self, offered: Mapping[Shape, Sequence[type[Structure]]], tokens: int, rounds: int
+    ) -> Iterator[tuple[Structure | None, Shape]]:
+        """What is timed: of what is most wanted first, for all shapes."""
+        yield from ((None, shape) for shape in offered)
+        menus = []
+        for shape, structures in offered.items():
+            for structure in structures:
+                menu = [each for each in structure.menu(shape.sizes) if not each.why_not(shape.sizes)]
+                ranked = sorted(menu, key=lambda each: self.predicted(each, shape, tokens))
+                menus.append((shape, ranked, set[int]()))
+        for ranks in SPREAD[:rounds]:
+            for shape, ranked, taken in menus:
+                for rank in ranks:
+                    pick = round(rank * (len(ranked) - 1))
+                    if ranked and pick not in taken:
+                        taken.add(pick)
+                        yield ranked[pick], shape
+
+
+def _known(entries: Mapping[int, _Entry], tokens: int) -> Iterator[tuple[Structure | None, Found]]:
+    """Seconds of each layer of a shape that has been measured at so many tokens, or on both sides."""
+    dense = at_tokens({count: entry.dense for count, entry in entries.items()}, tokens)
+    if dense is None:
+        return
+    yield None, dense
+    for structure in dict.fromkeys(each for entry in entries.values() for each in entry.relative):
+        known = {count: entry.relative[structure] for count, entry in entries.items() if structure in entry.relative}
+        found = at_tokens(known, tokens)
+        if found is not None:
+            yield structure, Found(dense.value * found.value, found.source)

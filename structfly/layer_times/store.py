@@ -1,0 +1,228 @@
+"""What was measured of layers, in files: one in the user's cache folder, and those that are shipped.
+
+An entry is of one dense layer under one set of conditions, with the layers that were timed in turns with it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from structfly.config.json_lines import problems_in
+from structfly.errors import ConfigError, StructflyError
+from structfly.lowering.cache import cache_folder, write_whole
+from structfly.patterns.structure import Structure
+from structfly.patterns.structures import NamedStructure
+from structfly.records.layer import LayerSizes, Passes
+from structfly.version import __version__
+
+log = logging.getLogger("structfly.layer_times")
+
+Precision: TypeAlias = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
+"""What products run in: a dtype, or float32 rounded to TF32."""
+
+
+def precision_of(dtype: torch.dtype, device_type: str) -> Precision | None:
+    """What products of ``dtype`` run in under the present settings of torch; None for one that no entry is of."""
+    if dtype == torch.float32 and device_type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    name = str(dtype).removeprefix("torch.")
+    return next((each for each in get_args(Precision) if each == name), None)
+
+
+class Key(NamedTuple):
+    """What an entry is of, apart from where it was measured."""
+
+    sizes: LayerSizes
+    precision: Precision
+    passes: Passes
+    tokens: int
+
+
+class Origin(NamedTuple):
+    """Where and with what it was measured."""
+
+    device: str
+    torch: str
+    structfly: str
+
+    @classmethod
+    def here(cls, device: str) -> Origin:
+        """On a device of this name, with what is installed."""
+        return cls(device, torch.__version__, __version__)
+
+
+class TimedStructure(BaseModel):
+    """A layer that was timed beside the dense one."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    structure: NamedStructure
+    relative: float = Field(gt=0, allow_inf_nan=False)
+
+
+class TimedLayer(BaseModel):
+    """An entry; ``dense`` in seconds, ``relative`` times of structures to the dense layer's in the same rounds."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    device: str
+    torch: str
+    structfly: str
+    precision: Precision
+    passes: Passes
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    dense: float = Field(gt=0, allow_inf_nan=False)
+    structures: tuple[TimedStructure, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        """What it is of."""
+        return Key(LayerSizes(self.in_features, self.out_features), self.precision, self.passes, self.tokens)
+
+    @property
+    def origin(self) -> Origin:
+        """Where it was measured."""
+        return Origin(self.device, self.torch, self.structfly)
+
+    @property
+    def relative(self) -> dict[Structure, float]:
+        """By structure."""
+        return {each.structure: each.relative for each in self.structures}
+
+    @classmethod
+    def of(cls, origin: Origin, key: Key, dense: float, relative: dict[Structure, float]) -> TimedLayer:
+        """The entry with these times."""
+        return cls(
+            **origin._asdict(),
+            precision=key.precision,
+            passes=key.passes,
+            in_features=key.sizes.in_features,
+            out_features=key.sizes.out_features,
+            tokens=key.tokens,
+            dense=dense,
+            structures=tuple(TimedStructure(structure=each, relative=time) for each, time in relative.items()),
+        )
+
+    @model_validator(mode="after")
+    def _fitting(self) -> TimedLayer:
+        if len(self.relative) < len(self.structures):
+            raise ValueError("structures has a setting twice; remove one")
+        for each in self.structures:
+            if reason := each.structure.why_not(self.key.sizes):
+                raise ValueError(f"structures has {each.structure!r}; {reason}")
+        return self
+
+
+class TimesFile(BaseModel):
+    """What a file holds."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    layers: tuple[TimedLayer, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_entry_each(self) -> TimesFile:
+        seen: dict[tuple[Origin, Key], int] = {}
+        for number, each in enumerate(self.layers):
+            first = seen.setdefault((each.origin, each.key), number)
+            if first != number:
+                raise ValueError(f"layers.{number} is of the same layer as layers.{first}; remove one")
+        return self
+
+    def with_entries(self, entries: Iterable[TimedLayer]) -> TimesFile:
+        """The same with these; where there was an entry of the same layer, the structures that only it has stay."""
+        found = {(each.origin, each.key): each for each in self.layers}
+        for each in entries:
+            old = found.get((each.origin, each.key))
+            relative = {} if old is None else old.relative
+            found[each.origin, each.key] = TimedLayer.of(
+                each.origin, each.key, each.dense, {**relative, **each.relative}
+            )
+        return TimesFile(layers=tuple(found.values()))
+
+
+def user_path() -> Path:
+    """Where the user's file is kept."""
+    return cache_folder() / "layer_times.json"
+
+
+def read_times(path: Path) -> TimesFile:
+    """A file; empty if there is none.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else; one line for each thing wrong in it.
+    """
+    remedy = "mend it, or remove it and measure again"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return TimesFile()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; {remedy}") from error
+    try:
+        return _parsed(text, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n{remedy}") from error
+
+
+def read_user_times() -> TimesFile:
+    """The user's file; see :func:`read_times`."""
+    return read_times(user_path())
+
+
+def add_times(path: Path, entries: Iterable[TimedLayer]) -> None:
+    """Add entries to a file, which is written whole or not at all.
+
+    Raises:
+        ConfigError: there is a file already, and it holds something else.
+        StructflyError: its folder cannot be written.
+    """
+    content = read_times(path).with_entries(entries).model_dump(mode="json")
+    write_whole(path, json.dumps(content, indent=1) + "\n", "measured times of layers")
+
+
+def keep_times(entries: Iterable[TimedLayer]) -> None:
+    """Add entries to the user's file; where that cannot be, say so in the log, for plans can be made without."""
+    entries = list(entries)
+    try:
+        if entries:
+            add_times(user_path(), entries)
+    except StructflyError as error:
+        log.warning("%s", error)
+
+
+def known_times(origin: Origin, users: TimesFile) -> Iterator[TimedLayer]:
+    """Entries of this device, what counts more later: those that are shipped, measured with any torch, then the user's,
+    measured with this version of torch and structfly."""
+    for file in _shipped():
+        yield from (each for each in file.layers if each.device == origin.device)
+    yield from (each for each in users.layers if each.origin == origin)
+
+
+def _shipped() -> Iterator[TimesFile]:
+    folder = resources.files("structfly.layer_times")
+    for file in sorted(folder.iterdir(), key=lambda each: each.name):
+        if file.name.endswith(".json"):
+            yield _parsed(file.read_text(encoding="utf-8"), file.name)
+
+
+def _parsed(text: str, source: str) -> TimesFile:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}, line {error.lineno}: no JSON: {error.msg}") from error
+    try:
+        return TimesFile.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError("\n".join(problems_in(error, source, text))) from error
