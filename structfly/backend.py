@@ -14,7 +14,7 @@ from torch import fx
 from structfly import compat
 from structfly.config import Config, LayerPlan, load_config
 from structfly.layer_times.known import LayerTimes
-from structfly.layer_times.store import keep_times, read_user_times
+from structfly.layer_times.store import keep_times, known_times, origin_on, read_user_times
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns import RULE_NAMES, rules_under
 from structfly.patterns.structures import STRUCTURES
@@ -82,7 +82,8 @@ def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
 
     @cache
     def times_on(device: torch.device) -> LayerTimes:
-        found.append(LayerTimes(device, device_profile(device), users, seconds=config.timing_seconds))
+        known = known_times(origin_on(device), users)
+        found.append(LayerTimes(device, device_profile(device), known, seconds=config.timing_seconds))
         return found[-1]
 
     try:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from rich.progress import Progress
 
-from structfly import measure
 from structfly.layer_times.corrections import Corrections, LayerTime
 from structfly.layer_times.interpolation import Found, at_tokens
-from structfly.layer_times.store import Key, Origin, TimedLayer, TimesFile, known_times, precision_of
+from structfly.layer_times.store import Key, TimedLayer, origin_on, precision_of
 from structfly.layer_times.timing import Timer, layer_seconds
 from structfly.patterns.structure import Structure
 from structfly.records import DeviceProfile
@@ -50,7 +49,7 @@ class LayerTimes:
     Args:
         device: where they are timed.
         profile: what the roofline assumes of it.
-        users: the user's file.
+        known: entries of this device, what counts more later.
         passes: what the times are of.
         seconds: of measuring; no measurement begins when so many have been spent.
 
@@ -62,7 +61,7 @@ class LayerTimes:
         self,
         device: torch.device,
         profile: DeviceProfile,
-        users: TimesFile,
+        known: Iterable[TimedLayer],
         *,
         passes: Passes = "forward",
         seconds: float = 0.0,
@@ -70,17 +69,19 @@ class LayerTimes:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.device, self.profile, self.passes, self.seconds = device, profile, passes, seconds
-        self.origin = Origin.here(measure.device_name(device))
+        self.origin = origin_on(device)
         self.refused: set[tuple[Structure | None, Shape, int]] = set()
         """Layers that were to be timed and were not, for the time that is allowed was up, or memory was short."""
-        self._timer, self._clock, self._spent = timer, clock, 0.0
+        self.spent = 0.0
+        """Seconds of measuring so far."""
+        self._timer, self._clock = timer, clock
         self._entries: dict[tuple[Shape, int], _Entry] = {}
         dtypes = {precision_of(dtype, device.type): dtype for dtype in _DTYPES}
-        for each in known_times(self.origin, users):
+        for each in known:
             if each.passes == passes and each.precision in dtypes:
                 place = Shape(each.key.sizes, dtypes[each.precision]), each.tokens
-                shipped = self._entries[place].relative if place in self._entries else {}
-                self._entries[place] = _Entry(each.dense, {**shipped, **each.relative}, each.origin == self.origin)
+                before = self._entries[place].relative if place in self._entries else {}
+                self._entries[place] = _Entry(each.dense, {**before, **each.relative}, each.origin == self.origin)
         self._short: set[tuple[Structure | None, Shape, int]] = set()  # of memory
         self._corrections: dict[int, Corrections] = {}
         self.predicted = cache(self._predicted)
@@ -115,7 +116,7 @@ class LayerTimes:
         wanted = (structure, shape, tokens)
         if self.of(*wanted).source in OWN_MEASUREMENTS or precision_of(*self._precise(shape)) is None:
             return False
-        if self._spent >= self.seconds or wanted in self._short:
+        if self.spent >= self.seconds or wanted in self._short:
             self.refused.add(wanted)
             return False
         start = self._clock()
@@ -126,7 +127,7 @@ class LayerTimes:
             self.refused.add(wanted)
             return False
         finally:
-            self._spent += self._clock() - start
+            self.spent += self._clock() - start
         entry = self._entries.setdefault((shape, tokens), _Entry(taken.dense, {}, True))
         if not entry.own:
             entry.dense, entry.own = taken.dense, True

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from structfly import measure
 from structfly.config.json_lines import problems_in
 from structfly.errors import ConfigError, StructflyError
 from structfly.lowering.cache import cache_folder, write_whole
@@ -53,10 +54,14 @@ class Origin(NamedTuple):
     torch: str
     structfly: str
 
-    @classmethod
-    def here(cls, device: str) -> Origin:
-        """On a device of this name, with what is installed."""
-        return cls(device, torch.__version__, __version__)
+
+def origin_on(device: torch.device) -> Origin:
+    """This device, with what is installed.
+
+    Raises:
+        UnsupportedError: for a device on which nothing can be measured.
+    """
+    return Origin(measure.device_name(device), torch.__version__, __version__)
 
 
 class TimedStructure(BaseModel):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
 from structfly.layer_times.known import LayerTimes
-from structfly.layer_times.store import keep_times, read_user_times
+from structfly.layer_times.store import keep_times, known_times, origin_on, read_user_times
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns.linear.candidates import Candidate, losses_of, offered, timed, undominated
 from structfly.patterns.structure import Structure
@@ -97,7 +97,8 @@ def survey(
     shapes = {name: Shape(layer.sizes, layer.weight.dtype) for name, layer in known.layers.items()}
     times: LayerTimes | None = None
     if timing_seconds is not None:
-        times = LayerTimes(device, conditions.profile, read_user_times(), passes=passes, seconds=timing_seconds)
+        known_before = known_times(origin_on(device), read_user_times())
+        times = LayerTimes(device, conditions.profile, known_before, passes=passes, seconds=timing_seconds)
         times.spread(_by_shape(shapes, offers), conditions.tokens, progress=progress)
         keep_times(times.entries())
     menus: Mapping[str, Sequence[Candidate]] = {

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from structfly import measure
 from structfly.layer_times import store
-from structfly.layer_times.store import Key, Origin, Precision, TimedLayer
+from structfly.layer_times.store import Key, Origin, Precision, TimedLayer, origin_on
 from structfly.layer_times.timing import Taken
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns.structure import Structure
@@ -18,7 +17,7 @@ from structfly.rewriter.layer_costs import Conditions, dense_cost
 CPU = torch.device("cpu")
 CONDITIONS = Conditions(4096, device_profile(CPU))
 SMALL, LARGE = (Shape(LayerSizes(*sizes), torch.float32) for sizes in ((128, 192), (256, 256)))
-HERE = Origin.here(measure.device_name(CPU))
+HERE = origin_on(CPU)
 
 
 def predicted(structure: Structure | None, shape: Shape) -> float:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from structfly.layer_times import timing
 from structfly.layer_times.known import LayerTimes
-from structfly.layer_times.store import Origin, TimesFile
+from structfly.layer_times.store import Origin, TimesFile, known_times
 from structfly.layer_times.timing import Taken, layer_seconds
 from structfly.patterns.block_sparse import BlockSparse
 from structfly.patterns.low_rank import LowRank
@@ -29,7 +29,7 @@ RANK = LowRank(rank=3)
 
 
 def times(file: TimesFile | None = None, **options: Any) -> LayerTimes:
-    return LayerTimes(CPU, CONDITIONS.profile, file or TimesFile(), **{"seconds": 1e9, **options})
+    return LayerTimes(CPU, CONDITIONS.profile, known_times(HERE, file or TimesFile()), **{"seconds": 1e9, **options})
 
 
 def timed_by(seconds: float = 1e9, rounds: int = 3) -> list[tuple[Structure | None, Shape]]:

@@ -68,7 +68,8 @@ def test_whatever_the_file_holds_nothing_is_chosen_that_it_has_slower_than_dense
         try:
             sites = sites_of(budget, rows, timing_seconds=0)
         except BackendCompilerFailed as error:
-            assert isinstance(error.inner_exception, PlanError)
+            if not isinstance(error.inner_exception, PlanError):
+                raise
             continue
         for name, sizes in (("up", UP), ("down", DOWN)):
             by_name = {repr(structure): time for structure, time in relative[sizes].items()}
@@ -108,7 +109,7 @@ def test_a_structure_that_the_roofline_finds_fast_and_the_device_slow_is_left(mo
     assert {site.status for site in slow.values()} == {"kept"}
     assert "measured slower than dense: " in slow["up"].reason
     assert timer.calls
-    with pytest.raises(BackendCompilerFailed, match="PlanError: .* left out, for they were measured slower than dense"):
+    with pytest.raises(BackendCompilerFailed, match=r"PlanError: .* they were measured slower than dense"):
         sites_of({"time": 0.9}, rows)
 
 
@@ -150,7 +151,7 @@ def test_where_time_does_not_count_nothing_is_timed_or_read(options: Any, monkey
         fast(torch.randn(8, 32))
     assert timer.calls == []
     assert "rewritten" in fast.statuses
-    with pytest.raises(BackendCompilerFailed, match="ConfigError: .*, line 1: no JSON"):
+    with pytest.raises(BackendCompilerFailed, match=r"ConfigError: .*, line 1: no JSON"):
         sites_of({"time": 0.8})
 
 
