@@ -14,6 +14,7 @@ from torch import fx
 from structfly import compat
 from structfly.config import Config, LayerPlan, load_config
 from structfly.layer_times.known import LayerTimes
+from structfly.layer_times.rates import profile_on
 from structfly.layer_times.store import keep_times, known_times, origin_on, read_user_times
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns import RULE_NAMES, rules_under
@@ -82,8 +83,9 @@ def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
 
     @cache
     def times_on(device: torch.device) -> LayerTimes:
-        known = known_times(origin_on(device), users)
-        found.append(LayerTimes(device, device_profile(device), known, seconds=config.timing_seconds))
+        origin = origin_on(device)
+        profile, known = profile_on(device, origin, users), known_times(origin, users)
+        found.append(LayerTimes(device, profile, known, seconds=config.timing_seconds))
         return found[-1]
 
     try:

@@ -12,8 +12,16 @@ import torch
 from structfly.errors import ArgumentError, UnsupportedError
 from structfly.layer_times import store
 from structfly.layer_times.known import SPREAD, LayerTimes
-from structfly.layer_times.store import TimedLayer, add_times, origin_on, precision_of, read_times
-from structfly.lowering.device_profile import device_profile
+from structfly.layer_times.rates import measured_rates, profile_on
+from structfly.layer_times.store import (
+    DeviceRates,
+    TimedLayer,
+    add_times,
+    origin_on,
+    precision_of,
+    read_times,
+    write_times,
+)
 from structfly.patterns.structures import OFFERED, STRUCTURES
 from structfly.records.layer import LayerSizes, Passes, Shape
 
@@ -23,19 +31,25 @@ class LayerTimesReport:
     """What :func:`time_layers` measured.
 
     Attributes:
-        device: its name.
+        rates: of the device.
         layers: what was measured now; what the file had before is not measured again.
         refused: how many measurements were left out, for the time was up, or memory was short.
         path: the file that they are kept in.
     """
 
-    device: str
+    rates: DeviceRates
     layers: tuple[TimedLayer, ...]
     refused: int
     path: Path
 
     def __str__(self) -> str:
-        lines = [f"Times of layers on {self.device}"]
+        rates = self.rates
+        lines = [f"Times of layers on {rates.device}"]
+        lines += [f"products in {name}: {rate / 1e12:.4g} TFLOP/s" for name, rate in rates.matrix_rate.items()]
+        lines += [
+            f"memory: {rates.bandwidth / 1e9:.4g} GB/s",
+            f"the smallest call: {rates.launch_seconds * 1e6:.3g} us",
+        ]
         for each in self.layers:
             what = f"{each.in_features}x{each.out_features}, {each.tokens} tokens, {each.precision}, {each.passes}"
             lines.append(f"\n{what}: dense {each.dense * 1e6:.4g} us")
@@ -56,7 +70,8 @@ def time_layers(
     seconds: float = 300.0,
     path: Path | str | None = None,
 ) -> LayerTimesReport:
-    """Time dense layers, and beside each five settings of every structure, spread over its menu.
+    """Measure the device's rates, then time dense layers, and beside each five settings of every structure, spread over
+    its menu.
 
     Plans under a budget of time take what is measured here, at these numbers of tokens and interpolated between two
     that are no more than an octave apart.  What the file has already of this device is not measured again.
@@ -86,19 +101,24 @@ def time_layers(
     if precision_of(dtype, place.type) is None:
         raise ArgumentError(f"dtype is {dtype}; allowed: float64, float32, bfloat16 and float16")
     offered = {Shape(LayerSizes(*sizes), dtype): [STRUCTURES[name] for name in structures] for sizes in layers}
+    write_times(
+        file, read_times(file)
+    )  # now, rather than after minutes, is the time to learn that it cannot be written
+    rates = measured_rates(origin, place, [dtype])
+    write_times(file, read_times(file).with_rates(rates))
     known = [each for each in read_times(file).layers if each.origin == origin]
-    add_times(file, ())  # now, rather than after minutes, is the time to learn that it cannot be written
+    profile = profile_on(place, origin, read_times(file))
     found: list[TimedLayer] = []
     refused, left = 0, seconds
     for each in passes:
-        times = LayerTimes(place, device_profile(place), known, passes=each, seconds=left)
+        times = LayerTimes(place, profile, known, passes=each, seconds=left)
         for rounds in range(len(SPREAD)):
             for count in tokens:
                 times.spread(offered, count, rounds=rounds + 1)
         found += times.entries()
         refused, left = refused + len(times.refused), left - times.spent
         add_times(file, times.entries())
-    return LayerTimesReport(origin.device, tuple(found), refused, file)
+    return LayerTimesReport(rates, tuple(found), refused, file)
 
 
 def _check(

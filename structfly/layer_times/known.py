@@ -17,13 +17,11 @@ from structfly.layer_times.store import Key, TimedLayer, origin_on, precision_of
 from structfly.layer_times.timing import Timer, layer_seconds
 from structfly.patterns.structure import Structure
 from structfly.records import DeviceProfile
-from structfly.records.layer import OWN_MEASUREMENTS, LayerSeconds, Passes, Shape
+from structfly.records.layer import DTYPES, OWN_MEASUREMENTS, LayerSeconds, Passes, Shape
 from structfly.rewriter.layer_costs import Conditions, dense_cost
 
 SPREAD = ((0.5,), (0.0, 1.0), (0.25, 0.75))
 """Of the settings of a structure that are timed, by round: where they stand in order of predicted time."""
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -76,7 +74,7 @@ class LayerTimes:
         """Seconds of measuring so far."""
         self._timer, self._clock = timer, clock
         self._entries: dict[tuple[Shape, int], _Entry] = {}
-        dtypes = {precision_of(dtype, device.type): dtype for dtype in _DTYPES}
+        dtypes = {precision_of(dtype, device.type): dtype for dtype in DTYPES}
         for each in known:
             if each.passes == passes and each.precision in dtypes:
                 place = Shape(each.key.sizes, dtypes[each.precision]), each.tokens

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -62,6 +62,25 @@ def origin_on(device: torch.device) -> Origin:
         UnsupportedError: for a device on which nothing can be measured.
     """
     return Origin(measure.device_name(device), torch.__version__, __version__)
+
+
+class DeviceRates(BaseModel):
+    """What a device was measured to do: operations a second of large products, a multiply-add counting two, bytes a
+    second through its memory, and seconds of the smallest call."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    device: str
+    torch: str
+    structfly: str
+    matrix_rate: dict[Precision, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    bandwidth: float = Field(gt=0, allow_inf_nan=False)
+    launch_seconds: float = Field(gt=0, allow_inf_nan=False)
+
+    @property
+    def origin(self) -> Origin:
+        """Where it was measured."""
+        return Origin(self.device, self.torch, self.structfly)
 
 
 class TimedStructure(BaseModel):
@@ -134,6 +153,7 @@ class TimesFile(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     format: Literal[1] = 1
+    devices: tuple[DeviceRates, ...] = ()
     layers: tuple[TimedLayer, ...] = ()
 
     @model_validator(mode="after")
@@ -143,7 +163,20 @@ class TimesFile(BaseModel):
             first = seen.setdefault((each.origin, each.key), number)
             if first != number:
                 raise ValueError(f"layers.{number} is of the same layer as layers.{first}; remove one")
+        origins = [each.origin for each in self.devices]
+        for number, origin in enumerate(origins):
+            if origins.index(origin) != number:
+                raise ValueError(
+                    f"devices.{number} is of the same device as devices.{origins.index(origin)}; remove one"
+                )
         return self
+
+    def with_rates(self, rates: DeviceRates) -> TimesFile:
+        """The same with these, over those of the same device and versions."""
+        before = next((each.matrix_rate for each in self.devices if each.origin == rates.origin), {})
+        others = [each for each in self.devices if each.origin != rates.origin]
+        made = rates.model_copy(update={"matrix_rate": {**before, **rates.matrix_rate}})
+        return TimesFile(devices=(*others, made), layers=self.layers)
 
     def with_entries(self, entries: Iterable[TimedLayer]) -> TimesFile:
         """The same with these; where there was an entry of the same layer, the structures that only it has stay."""
@@ -154,7 +187,7 @@ class TimesFile(BaseModel):
             found[each.origin, each.key] = TimedLayer.of(
                 each.origin, each.key, each.dense, {**relative, **each.relative}
             )
-        return TimesFile(layers=tuple(found.values()))
+        return TimesFile(devices=self.devices, layers=tuple(found.values()))
 
 
 def user_path() -> Path:
@@ -193,7 +226,16 @@ def add_times(path: Path, entries: Iterable[TimedLayer]) -> None:
         ConfigError: there is a file already, and it holds something else.
         StructflyError: its folder cannot be written.
     """
-    content = read_times(path).with_entries(entries).model_dump(mode="json")
+    write_times(path, read_times(path).with_entries(entries))
+
+
+def write_times(path: Path, file: TimesFile) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        StructflyError: its folder cannot be written.
+    """
+    content = file.model_dump(mode="json")
     write_whole(path, json.dumps(content, indent=1) + "\n", "measured times of layers")
 
 
@@ -210,12 +252,13 @@ def keep_times(entries: Iterable[TimedLayer]) -> None:
 def known_times(origin: Origin, users: TimesFile) -> Iterator[TimedLayer]:
     """Entries of this device, what counts more later: those that are shipped, measured with any torch, then the user's,
     measured with this version of torch and structfly."""
-    for file in _shipped():
+    for file in shipped_files():
         yield from (each for each in file.layers if each.device == origin.device)
     yield from (each for each in users.layers if each.origin == origin)
 
 
-def _shipped() -> Iterator[TimesFile]:
+def shipped_files() -> Iterator[TimesFile]:
+    """Those that come with structfly."""
     folder = resources.files("structfly.layer_times")
     for file in sorted(folder.iterdir(), key=lambda each: each.name):
         if file.name.endswith(".json"):

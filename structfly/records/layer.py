@@ -35,6 +35,9 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of layers that are timed."""
+
 Passes: TypeAlias = Literal["forward", "training"]
 """What a time is of: a forward pass without gradients, or a forward and a backward pass that makes all gradients."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
 from structfly.layer_times.known import LayerTimes
+from structfly.layer_times.rates import profile_on
 from structfly.layer_times.store import keep_times, known_times, origin_on, read_user_times
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns.linear.candidates import Candidate, losses_of, offered, timed, undominated
@@ -92,15 +93,16 @@ def survey(
     if not known.layers:
         raise ArgumentError(f"no layer is left to restructure; left: {known.left or 'the model has no linear layers'}")
     device = next(iter(known.layers.values())).weight.device
-    conditions = Conditions(tokens or known.tokens, device_profile(device), passes)
     offers = {name: _offered_to(name, known_structures, overrides or {}) for name in known.layers}
     shapes = {name: Shape(layer.sizes, layer.weight.dtype) for name, layer in known.layers.items()}
-    times: LayerTimes | None = None
+    tokens, profile, times = tokens or known.tokens, device_profile(device), None
     if timing_seconds is not None:
-        known_before = known_times(origin_on(device), read_user_times())
-        times = LayerTimes(device, conditions.profile, known_before, passes=passes, seconds=timing_seconds)
-        times.spread(_by_shape(shapes, offers), conditions.tokens, progress=progress)
+        origin, users = origin_on(device), read_user_times()
+        profile = profile_on(device, origin, users)
+        times = LayerTimes(device, profile, known_times(origin, users), passes=passes, seconds=timing_seconds)
+        times.spread(_by_shape(shapes, offers), tokens, progress=progress)
         keep_times(times.entries())
+    conditions = Conditions(tokens, profile, passes)
     menus: Mapping[str, Sequence[Candidate]] = {
         name: _menu(shapes[name], offers[name], layer.weight, known.statistics[name], conditions, times)
         for name, layer in track(known.layers.items(), "candidates", disable=not progress)
@@ -124,10 +126,10 @@ def survey(
         menus=menus,
         statistics=known.statistics,
         left=known.left,
-        tokens=conditions.tokens,
+        tokens=tokens,
         loss=known.loss,
         dense_loss=dense_loss,
-        times=() if times is None else times.at(conditions.tokens),
+        times=() if times is None else times.at(tokens),
         untimed=0 if times is None else len(times.refused),
     )
 

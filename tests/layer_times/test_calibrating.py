@@ -44,6 +44,8 @@ def test_layers_are_timed_at_all_tokens_and_kept(device: Slow) -> None:
     assert {(each.key.sizes, each.tokens, each.passes) for each in found.layers} == asked
     assert all(each.dense == 1.0 and len(each.structures) == 10 for each in found.layers)
     assert found.layers == report.layers
+    assert found.devices == (report.rates,)
+    assert report.rates.matrix_rate.keys() == {"float32"}
     assert report.refused == 0
     again = on_cpu(passes=("forward", "training"), structures=["low_rank", "monarch"])
     assert again.layers == ()
@@ -51,7 +53,7 @@ def test_layers_are_timed_at_all_tokens_and_kept(device: Slow) -> None:
 
 
 def test_what_is_shipped_is_measured_here_all_the_same(device: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_shipped", lambda: iter([store.TimesFile(layers=(entry(SIZES[0], 1, {}),))]))
+    monkeypatch.setattr(store, "shipped_files", lambda: iter([store.TimesFile(layers=(entry(SIZES[0], 1, {}),))]))
     on_cpu(layers=SIZES[:1], tokens=[1])
     assert device.calls[0][0] is None
 
@@ -74,6 +76,7 @@ def test_the_command_prints_what_was_measured(tmp_path: Path, capsys: pytest.Cap
     options = ["--device", "cpu", "--dtype", "float32", "--structures", "monarch", "--output", str(path)]
     assert main(["calibrate", "--layers", "64x48", "--tokens", "1", "8", *options]) == 0
     printed = capsys.readouterr().out
+    assert "products in float32: " in printed
     assert "64x48, 8 tokens, float32, forward: dense 1e+06 us" in printed
     assert printed.count("   2.0") == 2 * 5
     assert printed.endswith(f"Kept in {path}.\n")

@@ -124,13 +124,13 @@ def test_shipped_times_are_of_any_torch_and_the_users_count_more(monkeypatch: py
             entry(SIZES, 8, {SETTINGS[0]: 9.0}, origin=Origin("another", *HERE[1:])),
         )
     )
-    monkeypatch.setattr(store, "_shipped", lambda: iter([shipped]))
+    monkeypatch.setattr(store, "shipped_files", lambda: iter([shipped]))
     users = TimesFile(layers=(entry(SIZES, 8, {SETTINGS[0]: 2.0}), entry(SIZES, 8, {}, origin=Origin("x", "y", "z"))))
     assert list(known_times(HERE, users)) == [shipped.layers[0], users.layers[0]]
 
 
 def test_what_is_shipped_can_be_read() -> None:
-    for file in store._shipped():
+    for file in store.shipped_files():
         assert file.layers
 
 
