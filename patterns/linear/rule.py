@@ -13,15 +13,13 @@ from torch import fx
 
 from structfly import compat
 from structfly.config import SiteSettings
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear.candidates import Candidate
 from structfly.patterns.linear.menu import Planned, offered_menu, planned_menu
-from structfly.patterns.linear.reads import TRAINS, linears_by_weight, why_not
+from structfly.patterns.linear.reads import TRAINS, linears_by_weight, rows_of, why_not
 from structfly.patterns.linear.rewrite import rewrite_layer
 from structfly.patterns.linear.site import LinearSite
 from structfly.patterns.linear.times import Times
 from structfly.records import DeviceProfile, LayerMenu, Miss
-from structfly.records.cost import at_sizes
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import LinearLike
 from structfly.rewriter.region import Region, qualified_name
@@ -81,7 +79,7 @@ class RestructuredLinear:
             device=stored.device,
             sizes={},
             calls=tuple(calls),
-            rows=tuple(_rows(call) for call in calls),
+            rows=tuple(rows_of(call.x) for call in calls),
             stored=stored,
             transposed=calls[0].transposed,
             place=region.graph.find_nodes(op="placeholder").index(weight),
@@ -96,12 +94,3 @@ class RestructuredLinear:
         if planned.sizes != site.layer:
             return f"the plan has it as {planned.sizes}; here it is {site.layer}"
         return "" if planned.structure is None else planned.structure.why_not(site.layer)
-
-
-def _rows(call: LinearLike) -> int:
-    """How many rows a linear is applied to, at the example's sizes."""
-    value = example_of(call.x)
-    rows = 1
-    for size in value.shape[:-1]:
-        rows *= int(at_sizes(compat.expression(size), compat.size_hints(value)))
-    return rows

@@ -7,9 +7,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from rich.progress import Progress
+from torch import nn
 
 from structfly.layer_times.corrections import Corrections, LayerTime
 from structfly.layer_times.interpolation import Found, at_tokens
@@ -17,11 +19,13 @@ from structfly.layer_times.store import Key, TimedLayer, origin_on, precision_of
 from structfly.layer_times.timing import Timer, layer_seconds
 from structfly.patterns.structure import Structure
 from structfly.records import DeviceProfile
-from structfly.records.layer import DTYPES, OWN_MEASUREMENTS, LayerSeconds, Passes, Shape
+from structfly.records.layer import DTYPES, OWN_MEASUREMENTS, AppliedOp, LayerSeconds, Passes, Shape
 from structfly.rewriter.layer_costs import Conditions, dense_cost
 
 SPREAD = ((0.5,), (0.0, 1.0), (0.25, 0.75))
 """Of the settings of a structure that are timed, by round: where they stand in order of predicted time."""
+
+_Key: TypeAlias = Structure | AppliedOp
 
 
 @dataclass
@@ -36,9 +40,9 @@ class _Entry:
     """
 
     dense: float
-    relative: dict[Structure, float]
+    relative: dict[_Key, float]
     own: bool
-    added: dict[Structure, float] | None = None
+    added: dict[_Key, float] | None = None
 
 
 class LayerTimes:
@@ -68,7 +72,7 @@ class LayerTimes:
     ) -> None:
         self.device, self.profile, self.passes, self.seconds = device, profile, passes, seconds
         self.origin = origin_on(device)
-        self.refused: set[tuple[Structure | None, Shape, int]] = set()
+        self.refused: set[tuple[_Key | None, Shape, int]] = set()
         """Layers that were to be timed and were not, for the time that is allowed was up, or memory was short."""
         self.spent = 0.0
         """Seconds of measuring so far."""
@@ -80,7 +84,7 @@ class LayerTimes:
                 place = Shape(each.key.sizes, dtypes[each.precision]), each.tokens
                 before = self._entries[place].relative if place in self._entries else {}
                 self._entries[place] = _Entry(each.dense, {**before, **each.relative}, each.origin == self.origin)
-        self._short: set[tuple[Structure | None, Shape, int]] = set()  # of memory
+        self._short: set[tuple[_Key | None, Shape, int]] = set()  # of memory
         self._corrections: dict[int, Corrections] = {}
         self.predicted = cache(self._predicted)
 
@@ -107,19 +111,38 @@ class LayerTimes:
             )
             for shape, entries in series.items()
             for structure, found in _known(entries, tokens)
+            if not isinstance(structure, AppliedOp)
         )
+
+    def of_op(self, op: AppliedOp, shape: Shape, tokens: int) -> LayerSeconds | None:
+        """The time of a layer as its op has it; None where it was not measured."""
+        entries = {count: entry for (each, count), entry in self._entries.items() if each == shape}
+        found = dict(_known(entries, tokens)).get(op)
+        return None if found is None else LayerSeconds(found.value, found.source)
 
     def measure(self, structure: Structure | None, shape: Shape, tokens: int) -> bool:
         """Time a layer; False where its time is known already, or may not be measured."""
-        wanted = (structure, shape, tokens)
-        if self.of(*wanted).source in OWN_MEASUREMENTS or precision_of(*self._precise(shape)) is None:
+        if self.of(structure, shape, tokens).source in OWN_MEASUREMENTS:
+            return False
+        return self._measure(structure, lambda: structure, shape, tokens)
+
+    def measure_op(self, op: AppliedOp, layer: Callable[[], nn.Module], shape: Shape, tokens: int) -> bool:
+        """Time a layer as its op has it, which ``layer`` makes; False where its time is known already, or may not be
+        measured."""
+        return self.of_op(op, shape, tokens) is None and self._measure(op, layer, shape, tokens)
+
+    def _measure(
+        self, key: _Key | None, what: Callable[[], Structure | nn.Module | None], shape: Shape, tokens: int
+    ) -> bool:
+        wanted = (key, shape, tokens)
+        if precision_of(*self._precise(shape)) is None:
             return False
         if self.spent >= self.seconds or wanted in self._short:
             self.refused.add(wanted)
             return False
         start = self._clock()
         try:
-            taken = self._timer(*wanted, self.device, self.passes)
+            taken = self._timer(what(), shape, tokens, self.device, self.passes)
         except torch.OutOfMemoryError:
             self._short.add(wanted)
             self.refused.add(wanted)
@@ -130,8 +153,8 @@ class LayerTimes:
         if not entry.own:
             entry.dense, entry.own = taken.dense, True
         entry.added = entry.added or {}
-        if structure is not None:
-            entry.relative[structure] = entry.added[structure] = taken.layer / taken.dense
+        if key is not None:
+            entry.relative[key] = entry.added[key] = taken.layer / taken.dense
         self._corrections.pop(tokens, None)
         return True
 
@@ -191,7 +214,7 @@ class LayerTimes:
                         yield ranked[pick], shape
 
 
-def _known(entries: Mapping[int, _Entry], tokens: int) -> Iterator[tuple[Structure | None, Found]]:
+def _known(entries: Mapping[int, _Entry], tokens: int) -> Iterator[tuple[_Key | None, Found]]:
     """Seconds of each layer of a shape that has been measured at so many tokens, or on both sides."""
     dense = at_tokens({count: entry.dense for count, entry in entries.items()}, tokens)
     if dense is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
@@ -21,7 +21,7 @@ from structfly.errors import ConfigError, StructflyError
 from structfly.lowering.cache import cache_folder, write_whole
 from structfly.patterns.structure import Structure
 from structfly.patterns.structures import NamedStructure
-from structfly.records.layer import LayerSizes, Passes
+from structfly.records.layer import AppliedOp, LayerSizes, Passes
 from structfly.version import __version__
 
 log = logging.getLogger("structfly.layer_times")
@@ -92,8 +92,24 @@ class TimedStructure(BaseModel):
     relative: float = Field(gt=0, allow_inf_nan=False)
 
 
+class TimedOp(BaseModel):
+    """The same of a layer that is known as its op has it; see :class:`~structfly.records.layer.AppliedOp`."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    op: str
+    factors: tuple[tuple[int, ...], ...]
+    static: tuple[int, ...] = ()
+    relative: float = Field(gt=0, allow_inf_nan=False)
+
+    @property
+    def applied(self) -> AppliedOp:
+        """What it is."""
+        return AppliedOp(self.op, self.factors, self.static)
+
+
 class TimedLayer(BaseModel):
-    """An entry; ``dense`` in seconds, ``relative`` times of structures to the dense layer's in the same rounds."""
+    """An entry; ``dense`` in seconds, ``relative`` times of others to the dense layer's in the same rounds."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
@@ -107,6 +123,7 @@ class TimedLayer(BaseModel):
     tokens: int = Field(ge=1)
     dense: float = Field(gt=0, allow_inf_nan=False)
     structures: tuple[TimedStructure, ...] = ()
+    ops: tuple[TimedOp, ...] = ()
 
     @property
     def key(self) -> Key:
@@ -119,12 +136,14 @@ class TimedLayer(BaseModel):
         return Origin(self.device, self.torch, self.structfly)
 
     @property
-    def relative(self) -> dict[Structure, float]:
-        """By structure."""
-        return {each.structure: each.relative for each in self.structures}
+    def relative(self) -> dict[Structure | AppliedOp, float]:
+        """By structure, and by what an op has."""
+        found: dict[Structure | AppliedOp, float] = {each.structure: each.relative for each in self.structures}
+        found.update((each.applied, each.relative) for each in self.ops)
+        return found
 
     @classmethod
-    def of(cls, origin: Origin, key: Key, dense: float, relative: dict[Structure, float]) -> TimedLayer:
+    def of(cls, origin: Origin, key: Key, dense: float, relative: Mapping[Structure | AppliedOp, float]) -> TimedLayer:
         """The entry with these times."""
         return cls(
             **origin._asdict(),
@@ -134,13 +153,22 @@ class TimedLayer(BaseModel):
             out_features=key.sizes.out_features,
             tokens=key.tokens,
             dense=dense,
-            structures=tuple(TimedStructure(structure=each, relative=time) for each, time in relative.items()),
+            structures=tuple(
+                TimedStructure(structure=each, relative=time)
+                for each, time in relative.items()
+                if isinstance(each, Structure)
+            ),
+            ops=tuple(
+                TimedOp(**each._asdict(), relative=time)
+                for each, time in relative.items()
+                if isinstance(each, AppliedOp)
+            ),
         )
 
     @model_validator(mode="after")
     def _fitting(self) -> TimedLayer:
-        if len(self.relative) < len(self.structures):
-            raise ValueError("structures has a setting twice; remove one")
+        if len(self.relative) < len(self.structures) + len(self.ops):
+            raise ValueError("structures or ops has a layer twice; remove one")
         for each in self.structures:
             if reason := each.structure.why_not(self.key.sizes):
                 raise ValueError(f"structures has {each.structure!r}; {reason}")

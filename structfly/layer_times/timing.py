@@ -25,12 +25,12 @@ class Taken(NamedTuple):
     dense: float
 
 
-Timer = Callable[[Structure | None, Shape, int, torch.device, Passes], Taken]
-"""Times a layer of a structure, None for the dense one, of a shape, over so many tokens, on a device."""
+Timer = Callable[[Structure | nn.Module | None, Shape, int, torch.device, Passes], Taken]
+"""Times a layer, a structure's or the dense one for None, of a shape, over so many tokens, on a device."""
 
 
 def layer_seconds(
-    structure: Structure | None, shape: Shape, tokens: int, device: torch.device, passes: Passes
+    what: Structure | nn.Module | None, shape: Shape, tokens: int, device: torch.device, passes: Passes
 ) -> Taken:
     """Median times of warm calls, eager, without the bias that all have alike.  No mode that the caller stands in, and
     no random number that it draws, is touched."""
@@ -43,8 +43,10 @@ def layer_seconds(
         torch.set_grad_enabled(training),
     ):
         layers: dict[str, nn.Module] = {"dense": nn.Linear(*sizes, bias=False, device=device, dtype=dtype)}
-        if structure is not None:
-            layers["layer"] = StructuredLinear(structure, *sizes, bias=False, device=device, dtype=dtype)
+        if isinstance(what, Structure):
+            layers["layer"] = StructuredLinear(what, *sizes, bias=False, device=device, dtype=dtype)
+        elif what is not None:
+            layers["layer"] = what
         x = torch.randn(tokens, sizes.in_features, device=device, dtype=dtype, requires_grad=training)
         gradient = torch.randn(tokens, sizes.out_features, device=device, dtype=dtype) if training else None
         calls = {

@@ -35,6 +35,17 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
 
+class AppliedOp(NamedTuple):
+    """A structured layer as its op has it: the op's name, the shapes of its factors, and its numbers.
+
+    Layers that agree in these and in their shape take equally long.
+    """
+
+    op: str
+    factors: tuple[tuple[int, ...], ...]
+    static: tuple[int, ...]
+
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Of layers that are timed."""
 

@@ -113,7 +113,7 @@ class Report:
             console.print(f"override {pattern!r} matches the name of no site above", markup=False)
         for layer in self.unmatched_layers:
             console.print(f"the plan's layer {layer!r} is the name of no site above", markup=False)
-        if any(site.status == "rewritten" and site.loss is not None for site in self.sites):
+        if any(site.status == "rewritten" and site.rule == "linear" for site in self.sites):
             console.print(_DENSE_WEIGHTS_STAY, markup=False)
 
 

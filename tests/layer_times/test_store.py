@@ -100,7 +100,7 @@ def test_two_entries_of_one_layer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layers\.1 is of the same layer as layers\.0; remove one"):
         TimesFile(layers=(one, one))
     twice = one.model_dump(mode="json") | {"structures": [{"structure": SETTINGS[0], "relative": 1.0}] * 2}
-    with pytest.raises(ValueError, match="a setting twice"):
+    with pytest.raises(ValueError, match="a layer twice"):
         TimedLayer.model_validate(twice | {"structures": tuple(twice["structures"])})
 
 
