@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from structfly import measure
 from structfly.patterns.structure import Structure, StructuredLinear
-from structfly.records.layer import Passes, Shape
+from structfly.records.layer import LayerSizes, Passes, Shape
 
 _SAMPLE_SECONDS = 0.05  # of the rounds of one measurement, within these numbers
 _FEWEST, _MOST = 3, 50
@@ -42,9 +42,11 @@ def layer_seconds(
         torch.autocast(device.type, enabled=False),
         torch.set_grad_enabled(training),
     ):
-        layers: dict[str, nn.Module] = {"dense": nn.Linear(*sizes, bias=False, device=device, dtype=dtype)}
+        dense = nn.Linear(*sizes, bias=False, device="meta", dtype=dtype).to_empty(device=device)
+        nn.init.normal_(dense.weight, std=sizes.in_features**-0.5)
+        layers: dict[str, nn.Module] = {"dense": dense}
         if isinstance(what, Structure):
-            layers["layer"] = StructuredLinear(what, *sizes, bias=False, device=device, dtype=dtype)
+            layers["layer"] = _structured(what, shape, device)
         elif what is not None:
             layers["layer"] = what
         x = torch.randn(tokens, sizes.in_features, device=device, dtype=dtype, requires_grad=training)
@@ -58,11 +60,30 @@ def layer_seconds(
         if once < _LONG:
             repeats = min(max(round(_SAMPLE_SECONDS / once), _FEWEST), _MOST)
             found = measure.times_in_rotation(calls, device, repeats=repeats, warmups=0)
-    dense = found["dense"].median
-    return Taken(found["layer"].median if "layer" in found else dense, dense)
+    seconds = {name: each.median for name, each in found.items()}
+    return Taken(seconds.get("layer", seconds["dense"]), seconds["dense"])
 
 
 def _step(layer: nn.Module, x: Tensor, gradient: Tensor) -> None:
     layer.zero_grad(set_to_none=True)
     x.grad = None
     layer(x).backward(gradient)
+
+
+def _structured(structure: Structure, shape: Shape, device: torch.device) -> StructuredLinear:
+    """A layer with what is learned drawn on its device, for :meth:`Structure.initial` draws on the CPU."""
+    sizes, dtype = shape
+    layer = StructuredLinear(structure, *sizes, bias=False, device="meta", dtype=dtype).to_empty(device=device)
+    with torch.no_grad():
+        for name, factor in layer.factors.items():
+            if factor.is_floating_point():
+                factor.normal_(std=sizes.in_features**-0.5)
+            else:
+                factor.copy_(_positions(structure, sizes)[name])
+    return layer
+
+
+@lru_cache(maxsize=256)
+def _positions(structure: Structure, sizes: LayerSizes) -> dict[str, Tensor]:
+    """The factors that say where others stand, which depend on nothing that a measurement changes."""
+    return {name: each for name, each in structure.initial(sizes).items() if not each.is_floating_point()}

@@ -20,6 +20,7 @@ from structfly.patterns.block_sparse import BlockSparse
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.monarch import Monarch
 from structfly.patterns.structure import Structure, StructuredLinear
+from structfly.patterns.structures import STRUCTURES
 from structfly.records.layer import LayerSizes, Passes, Shape
 from tests.layer_times.fabricated import CONDITIONS, CPU, HERE, LARGE, SMALL, Slow, entry, predicted
 
@@ -189,6 +190,18 @@ def test_real_layers_are_timed_whatever_mode_the_caller_stands_in(passes: Passes
         taken = layer_seconds(RANK, shape, 4, CPU, passes)
     assert min(taken) > 0
     assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_what_is_timed_is_a_layer_of_the_structure(name: str) -> None:
+    sizes = LayerSizes(128, 128)
+    structure, x = STRUCTURES[name].menu(sizes)[0], torch.randn(3, 128)
+    layer = timing._structured(structure, Shape(sizes, torch.float32), CPU)
+    with torch.no_grad():
+        y = layer(x)
+        torch.testing.assert_close(y, x @ layer.to_dense().t(), rtol=1e-3, atol=1e-4)
+    assert y.isfinite().all()
+    assert y.norm() > 0
 
 
 def test_a_training_step_makes_all_gradients_anew() -> None:
