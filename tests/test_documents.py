@@ -66,7 +66,8 @@ def test_the_page_on_restructuring_runs(capsys: pytest.CaptureFixture[str], monk
     assert len(predicted) == 3
     assert "times of layers: " in printed
     assert predicted == sorted(predicted)  # the budgets fall
-    assert printed.strip().endswith("True")
+    assert "\nTrue\n" in printed
+    assert len(re.findall(r"^(?:up|down) (?:merged|as it is|dense) ", printed, re.MULTILINE)) == 2
 
 
 def test_the_page_on_restructuring_names_every_structure() -> None:

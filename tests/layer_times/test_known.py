@@ -111,6 +111,18 @@ def test_what_is_known_is_not_measured_again() -> None:
     assert added == entry(SMALL.sizes, 8, {other: known.of(other, SMALL, 8).seconds})
 
 
+def test_what_is_measured_beside_a_shipped_entry_brings_its_own_dense_layer() -> None:
+    """So that the file that keeps it says nothing that was measured elsewhere."""
+    shipped = entry(SMALL.sizes, 8, {RANK: 0.5}, dense=7.0, origin=HERE._replace(torch="2.0"))
+    known = LayerTimes(CPU, CONDITIONS.profile, [shipped], seconds=1e9, timer=Slow({"low_rank": 2.0}))
+    assert known.of(RANK, SMALL, 8) == (3.5, "measured")
+    other = LowRank(rank=4)
+    known.measure(other, SMALL, 8)
+    (added,) = known.entries()
+    assert (added.dense, added.relative.keys(), added.origin) == (1.0, {other}, HERE)
+    assert known.of(RANK, SMALL, 8) == (0.5, "measured")
+
+
 other_origins = [
     HERE._replace(device="another"),
     HERE._replace(torch="2.0"),

@@ -99,9 +99,12 @@ def test_two_entries_of_one_layer_are_refused() -> None:
     one = entry(SIZES, 8, {})
     with pytest.raises(ValueError, match=r"layers\.1 is of the same layer as layers\.0; remove one"):
         TimesFile(layers=(one, one))
-    twice = one.model_dump(mode="json") | {"structures": [{"structure": SETTINGS[0], "relative": 1.0}] * 2}
-    with pytest.raises(ValueError, match="a layer twice"):
-        TimedLayer.model_validate(twice | {"structures": tuple(twice["structures"])})
+    for field, layer in (
+        ("structures", {"structure": SETTINGS[0], "relative": 1.0}),
+        ("ops", {"op": "low_rank_v1", "factors": ((3, 32), (64, 3)), "relative": 1.0}),
+    ):
+        with pytest.raises(ValueError, match="a layer twice"):
+            TimedLayer.model_validate(one.model_dump() | {field: (layer, layer)})
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_the_log(
