@@ -119,7 +119,7 @@ def test_what_is_measured_beside_a_shipped_entry_brings_its_own_dense_layer() ->
     other = LowRank(rank=4)
     known.measure(other, SMALL, 8)
     (added,) = known.entries()
-    assert (added.dense, added.relative.keys(), added.origin) == (1.0, {other}, HERE)
+    assert (added.dense, set(added.relative), added.origin) == (1.0, {other}, HERE)
     assert known.of(RANK, SMALL, 8) == (0.5, "measured")
 
 
