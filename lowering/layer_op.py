@@ -41,6 +41,10 @@ Backward = Callable[[Tensor, Applied, Sequence[Tensor], Sequence[bool]], list[Te
 Shapes = Sequence[Sequence[int]]
 
 
+FORWARD_OPS: dict[Any, LayerOp] = {}
+"""All that were made, by the overload that applies them."""
+
+
 class LayerOp:
     """One op, registered as ``structfly::{name}`` when the object is made.
 
@@ -87,6 +91,7 @@ class LayerOp:
         torch.library.register_autograd(forward_name, self._differentiate, setup_context=self._setup_context)
         self._forward_op: Any = getattr(torch.ops.structfly, name).default
         self._backward_op: Any = getattr(torch.ops.structfly, f"{name}_backward").default
+        FORWARD_OPS[self._forward_op] = self
         for device in DEVICES:
             _LIBRARY.impl(name, self._under_autocast(device), f"Autocast{device.upper()}")
         torch.library.register_vmap(forward_name, one_by_one(self._forward_op))
