@@ -13,6 +13,7 @@ from structfly.lowering.linear_cross_entropy.schedule import (
     block_sizes,
     exponential_rows,
     exponentials_bytes,
+    why_no_blocks,
     why_no_exponentials,
 )
 from structfly.lowering.linear_cross_entropy.tiles import HeadTiles, head_class, head_tiles
@@ -91,9 +92,9 @@ class ExponentialSizes(HeadSizes):
 
     def transient_bytes(self, length: int) -> int:
         """Bytes beyond the gradients themselves."""
-        wanted = self.site.gradients
+        site = self.site
         return exponentials_bytes(
-            self.rows, length, self.hidden, self.classes, self.tiles, dx=wanted.x, dw=wanted.weight
+            self.rows, length, self.hidden, self.classes, self.tiles, wanted=site.gradients, epilogue=site.epilogue
         )
 
     def chunk_lengths(self, limit: int, profile: DeviceProfile) -> list[int]:
@@ -126,7 +127,7 @@ def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSett
     # A program makes its coefficients, and with them the gradients, in the forward pass.
     schedules = ["forward"] if site.row_program else schedules_of(site.gradients, site.recompute)
     candidates: list[Candidate] = [_dense(site)]
-    if tiles is not None and site.gradients.any:
+    if tiles is not None and site.gradients.any and not why_no_blocks(site.epilogue, site.gradients):
         candidates += [_blocks(site, schemes["logits"], limit, schedule, profile, tiles) for schedule in schedules]
     for scheme, sizes in schemes.items():
         for length in sizes.chunk_lengths(limit, profile):
@@ -142,7 +143,7 @@ def _why_no_exponentials(site: CrossEntropyHead) -> str:
         site.epilogue,
         label_smoothing=site.label_smoothing,
         adapter=site.adapter,
-        bias_gradient=site.gradients.bias,
+        wanted=site.gradients,
         statistics=site.outputs != ("loss",) or bool(site.row_program),
     )
     row = site.weight_row
@@ -159,7 +160,7 @@ def _tiles_of(site: CrossEntropyHead, sizes: HeadSizes, profile: DeviceProfile) 
             hidden=sizes.hidden,
             classes=sizes.classes,
             weight_row=int(site.weight_row),
-            nonlinear=not site.epilogue.without_dead_classes()[0].linear,
+            nonlinear=site.epilogue.without_dead_classes()[0].slopes_vary,
         )
     )
 
@@ -171,6 +172,8 @@ def _dense(site: CrossEntropyHead) -> Candidate:
     if site.gradients.any:
         stages.append(Stage(0, 2 * logits, 1))
         stages.extend(dense_gradients(site))
+        if site.gradients.bias:
+            stages.append(Stage(0, logits, 1))
     return Candidate("dense", Cost(tuple(stages), transient_bytes=logits, saved_bytes=0), rewrites=False)
 
 
@@ -193,8 +196,11 @@ def _fused(
     calls = 1
     saved: Expression = 0
     if site.gradients.any:
-        if any(o.kind == "class" and wanted for o, wanted in zip(operands, site.gradients.operands, strict=True)):
+        by_class = any(o.kind == "class" and want for o, want in zip(operands, site.gradients.operands, strict=True))
+        if by_class and scheme == "logits":
             stages.append(Stage(0, chunk, launches))  # the row step's second sweep, in a kernel of its own
+        if site.gradients.bias or (by_class and scheme == "exponentials"):
+            stages.append(Stage(0, chunk, launches))  # sums over rows
         if schedule == "backward":
             stages.extend(logits)
             calls = 2

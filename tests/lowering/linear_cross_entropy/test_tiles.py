@@ -93,7 +93,7 @@ def test_exponentials_take_what_the_planner_says(
     assert len(storages) == 3
     spare = 0 if tiles.losses == INTERPRETED else 2**21
     taken = sum(storages.values()) + rows * 52 + spare
-    promised = exponentials_bytes(rows, length, hidden, classes, tiles, dx=True, dw=True)
+    promised = exponentials_bytes(rows, length, hidden, classes, tiles, wanted=Wanted(x=True, weight=True), epilogue=parse_epilogue(""))
     assert taken - 512 <= promised <= taken + 64 * length
 
 
