@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from structfly.lowering.gemm import Product, Tiles
+from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.head.linear import Wanted
 from structfly.lowering.linear_cross_entropy import blocks, exponentials, row_pass, tuning
 from structfly.lowering.linear_cross_entropy.exponentials import ExponentialRun
