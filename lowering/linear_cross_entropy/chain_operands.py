@@ -3,9 +3,9 @@
 With u = f(z; o), e = exp(u - r), s their sum along a row, and row n's loss counting c_n, the gradient of an operand o is
 a sum of c_n (p_nv - [v = t_n]) du_nv/do over what o is the same for, p = e / s.
 
-* One number, or one a row: along a row that is (c_n / s_n) sum_v e_nv (du_nv/do - du_nt/do).  The sum is made where the
-  exponentials are, in float32, and the factor is known once all tiles have s.  That the target's term is taken off
-  inside the sum, not after it, leaves no cancellation where the row is all but certain of its target.
+* One number, or one a row: along a row that is (c_n / s_n) sum_v e_nv (du_nv/do - du_nt/do), v other than t.  The sum
+  is made where the exponentials are, in float32, and the factor is known once all tiles have s.  Taken off inside the
+  sum, not after it, the target's du/do leaves no cancellation where the row is all but certain of its target.
 * One a class, added in one of the leading steps, whose slopes are the same for all classes of a row: with
   E_nv = f''_nv (e_nv - [v = t_n] s_n), f'' the slope of the steps after the leading ones, that is a sum over rows of
   E_nv and a factor of the row: c_n / s_n times the slopes of the leading steps after this one.  The bias comes before
@@ -64,12 +64,17 @@ class ChainOperands:
         """Take ``vectors`` (:attr:`vectors`, length) float32, and allocate what else is needed."""
         self.row_values, self.at_target, self.weights = vectors.split(self._vectors)
         self.row_sums = vectors.new_zeros(len(self.by_row), len(rows.index)) if self.by_row else vectors[:0]
-        self.label = rows.index[:0].new_empty(vectors.shape[1]) if self.sums_over_rows else rows.index
+        self.label = rows.index.new_empty(vectors.shape[1]) if self.keeps_label else rows.index
 
     @property
     def sums_over_rows(self) -> int:
         """How many gradients have a number for each class."""
         return self._bias_gradient + len(self.by_class)
+
+    @property
+    def keeps_label(self) -> bool:
+        """Whether a sum tells a row's target from its other classes."""
+        return bool(self.by_row or self.sums_over_rows)
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -92,6 +97,7 @@ class ChainOperands:
         factors = tuple((o.index, o.kind, False) for o in chain.operands if o in read and o.kind != "class")
         return {
             "row_operands": self._of_rows,
+            "keeps_label": self.keeps_label,
             "leading_steps": steps,
             "leading_operands": factors,
             "by_class": self.by_class,

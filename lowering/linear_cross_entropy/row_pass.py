@@ -250,7 +250,7 @@ class RowPass:
                 *(sampled, sampled.stride(0), self.bias, self.mask, self.weighted_classes, self.weighted_bias),
                 *self.operands.pointers,
                 *(self.chunk.factor_x, self.u_target, self.slope_target, self.u_sum, self.reference),
-                *(self.operands.row_values, self.operands.at_target),
+                *(self.operands.row_values, self.operands.at_target, self.operands.label),
             ],
         )
 
@@ -265,14 +265,17 @@ class RowPass:
     def _logits_product(self, *, largest: bool) -> Product:
         stored, operands = self.keeps == "exponentials", self.operands
         exps = Blocks(self.chunk.exps, cut=False) if stored else self.unused
-        moments = (operands.at_target, self.tile_moments, self.length) if operands.by_row else ()
+        of_moments = (operands.label, operands.at_target, self.tile_moments, self.length)
         # The slopes of rows that are not there: of hidden states 0, and of any operands.
         guarded = bool(operands.pointers) or not self.terms.epilogue.has_steepest
         return Product(
             "linear_cross_entropy_exponentials",
             self.chunk.factor_x,
             self.weight.t(),
-            [self.reference, self.sums, self.across, exps, self.bias, self.mask, *operands.chunk_pointers, *moments],
+            [
+                *(self.reference, self.sums, self.across, exps, self.bias, self.mask, *operands.chunk_pointers),
+                *(of_moments if operands.by_row else ()),
+            ],
             {**self.chain, "guarded": guarded, "stored": stored, "largest": largest},
             tiles=self.logits_tiles,
         )
@@ -282,7 +285,7 @@ class RowPass:
         chunk, kept = self.chunk, self.statistics if self.keeps == "rows" else None
         factor, entry = (chunk.factor, chunk.entry) if kept is None else (kept.factor, kept.entry)
         operands = self.operands
-        others = (self.unused, self.unused, operands.label) if kept is None else (kept.lse, kept.uniform, kept.label)
+        others = (self.unused, self.unused, self.rows.index) if kept is None else (kept.lse, kept.uniform, kept.label)
         return Launch(
             self.row_kernels.finish,
             (self.length,),

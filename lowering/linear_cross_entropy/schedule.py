@@ -76,7 +76,7 @@ def exponentials_bytes(
     over_rows = wanted.bias + kinds.count("class")
     by_row = len(kinds) - kinds.count("class")
     of_rows = sum(operand.kind == "row" for operand in epilogue.operands)
-    vectors = 6 + of_rows + by_row + over_rows + (over_rows > 0)
+    vectors = 6 + of_rows + by_row + over_rows + (by_row + over_rows > 0)
     row = exps + hidden * 2 + 4 * (max(across * (1 + by_row), hidden * wanted.x) + vectors)
     stored = (hidden, classes) if tiles.transposed else (classes, hidden)
     fixed = rows * (_ROW_BYTES + 4 * by_row) + 4 * classes * over_rows if stores else 0

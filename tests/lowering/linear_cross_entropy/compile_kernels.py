@@ -193,7 +193,7 @@ def products(cut: HeadTiles, *, all_variants: bool) -> None:
             "bias": "*bf16",
             "mask": "*u8",
             **operand_types(operands),
-            **({**floats("at_target", "tile_moments"), "length": "i32"} if by_row else {}),
+            **({"label": "*i32", **floats("at_target", "tile_moments"), "length": "i32"} if by_row else {}),
         }
         chain: dict[str, Any] = {**operands.parameters, "has_bias": bool(steps), "has_mask": not steps}
         flags = {"largest": largest, "stored": stored, "guarded": bool(by_row)}
@@ -269,6 +269,7 @@ def rows_of_exponentials() -> None:
         types |= {"sampled_stride": "i32", "bias": "*bf16", "mask": "*u8"}
         types |= {**floats("weighted_classes", "weighted_bias"), **operand_types(chain), "x_chunk": "*bf16"}
         types |= floats("u_target", "slope_target", "u_sum", "reference", "row_values", "at_target")
+        types |= {"chunk_label": "*i32"}
         compile_one(module.gather, types, {"SAMPLES": 8, "APART": 6282, **hidden}, warps=4)
         types = {**window, **floats("coefficient", "class_weight", "weight_sum", "tile_sums", "reference")}
         types |= {**floats("u_target", "slope_target", "u_sum", "losses"), **operand_types(chain)}

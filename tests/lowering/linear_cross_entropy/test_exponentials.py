@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,7 @@ from tests.lowering.linear_cross_entropy.served import (
 from tests.oracle import in_float64
 
 # numpy, which interprets the kernels, warns of the infinities and NaNs that are meant to be there.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|All-NaN).*:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|divide by zero|All-NaN).*:RuntimeWarning")
 
 
 def exponentials(**options: Any) -> Arguments:
@@ -195,17 +196,18 @@ def test_the_scale_of_rows_that_are_certain_of_their_target() -> None:
     call = exponentials(rows=60, classes=40, ignored=0.0, epilogue="mul:scalar0", cut=0)
     with torch.no_grad():
         assert call.target is not None
+        call.weight.copy_(4 * F.normalize(call.weight))
         call.x.copy_(4 * call.weight[call.target])
         call.operands[0].fill_(1.0)
     (scale,) = call.operands
     (made,) = torch.autograd.grad(run(call, *leaves_of(call)), scale)
     exact = [in_float64(leaf) for leaf in leaves_of(call)]
     (wanted,) = torch.autograd.grad(run_reference(call, *exact), exact[-1])
-    assert 1e-9 < -wanted.item() < 1e-4
+    assert 1e-9 < -wanted.item() < 1e-5
     assert abs(made.item() / wanted.item() - 1) <= 2.0**-8
 
 
-@pytest.mark.parametrize("epilogue", ["rdiv:1.5", "div:row0,rdiv:scalar1", "div:class0"])
+@pytest.mark.parametrize("epilogue", ["rdiv:1.5", "div:row0,rdiv:scalar1"])
 def test_slopes_of_rows_that_are_not_there_are_not_read(epilogue: str) -> None:
     call = exponentials(rows=50, classes=70, ignored=0.9, epilogue=epilogue, frozen={"operands"})
     with torch.no_grad():
