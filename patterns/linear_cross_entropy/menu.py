@@ -123,7 +123,7 @@ def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSett
     if profile.generated_products and not _why_no_exponentials(site):
         tiles = _tiles_of(site, schemes["logits"], profile)
         schemes["exponentials"] = ExponentialSizes(site, tiles)
-    limit = peak_limit(list(schemes.values()), profile, settings)
+    limit = peak_limit(list(schemes.values()), profile, settings, site.group_rows)
     # A program makes its coefficients, and with them the gradients, in the forward pass.
     schedules = ["forward"] if site.row_program else schedules_of(site.gradients, site.recompute)
     candidates: list[Candidate] = [_dense(site)]
@@ -220,7 +220,11 @@ def _fused(
             else:
                 stages.append(weight_product(site, rows, launches, weight_sum_bytes(site, sizes, length)))
     cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
-    why = f", logits made twice: a group of {site.group_rows} rows is more than a chunk" if first else ""
+    why = ""
+    if site.group_rows > 1 and site.gradients.any:
+        why = f", whole groups of {site.group_rows} rows"
+    if first:
+        why = f", logits made twice: a group of {site.group_rows} rows is more than a chunk"
     return FusedCandidate(
         f"{scheme}, {length} rows a chunk, {passes(site, schedule)}{why}",
         cost,
