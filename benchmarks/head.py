@@ -48,7 +48,7 @@ def _preferences(rows: Tensor) -> Tensor:
 
 # What is made of the rows' losses (N,), by name.
 ROW_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"preferences": _preferences}
-# What is made of x, w, targets and what LEARNED names, by name; ``head`` makes logits, with a bias where it is given one.
+# What is made of x, w, targets and what LEARNED names, by name; ``head`` makes logits, with a bias if it is given one.
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "plain": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED),
     "capped": lambda head, x, w, t: F.cross_entropy(torch.tanh(head(x, w) / 30.0) * 30.0, t, ignore_index=IGNORED),
@@ -176,7 +176,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     t[torch.rand(n, device=case.device, generator=generator) < case.ignored] = IGNORED
     x, w = x.to(case.torch_dtype), w.to(case.torch_dtype)
     w = w.t().contiguous().t() if case.transposed else w
-    learned = {"bias": torch.randn(v, device=case.device, generator=generator) / 4, "scale": torch.tensor(0.75).to(w.device)}
+    learned = {
+        "bias": torch.randn(v, device=case.device, generator=generator) / 4,
+        "scale": torch.tensor(0.75).to(w.device),
+    }
     names = LEARNED.get(case.loss, ())
     return Inputs(
         x.requires_grad_(),

@@ -1,7 +1,7 @@
-"""The tensors of the pointwise chain, and the gradients of these and of the bias, in the scheme of exponentials.
+"""The tensors of the pointwise chain, and gradients of these and of the bias, in the schemes of generated products.
 
-With u = f(z; o), e = exp(u - r), s their sum along a row, and row n's loss counting c_n, the gradient of an operand o is
-a sum of c_n (p_nv - [v = t_n]) du_nv/do over what o is the same for, p = e / s.
+With u = f(z; o), e = exp(u - r), s their sum along a row, and c_n the coefficient of row n's loss, the gradient of an
+operand o is a sum of c_n (p_nv - [v = t_n]) du_nv/do over what o is the same for, p = e / s.
 
 * One number, or one a row: along a row that is (c_n / s_n) sum_v e_nv (du_nv/do - du_nt/do), v other than t.  The sum
   is made where the exponentials are, in float32, and the factor is known once all tiles have s.  Taken off inside the
@@ -121,15 +121,35 @@ class ChainOperands:
     def _totals(self) -> Tensor:
         return torch.zeros(self.sums_over_rows, self._classes, device=self.weights.device)
 
-    def column_sums(self, rows: LiveRows, exps: Tensor, entry: Tensor) -> Launch:
-        """Adds the chunk's rows, of which the call's arguments are :attr:`LiveRows.count` and the first, to the sums
-        over rows; ``exps`` (length, classes) and ``entry`` (length,) as of
-        :class:`~structfly.lowering.linear_cross_entropy.row_pass.ChunkRows`."""
+    def column_sums(self, exps: Tensor, entry: Tensor) -> Launch:
+        """Adds a chunk's rows to the sums over rows; a call's arguments are :attr:`LiveRows.count` and the first.
+
+        Args:
+            exps: (length, classes) as of :class:`~structfly.lowering.linear_cross_entropy.row_pass.ChunkRows`.
+            entry: (length,), of the same.
+        """
+        return self._column_sums(exps, 0, self.label, entry, weighted=True)
+
+    def block_sums(self, dz: Tensor, first_class: int, label: Tensor, entry: Tensor) -> Launch:
+        """The same of a block that is the logits' gradient itself, for the bias.
+
+        Args:
+            dz: (rows, classes) of the block.
+            first_class: of the block.
+            label, entry: (N,) as of :class:`~structfly.lowering.linear_cross_entropy.row_pass.KeptRows`.
+        """
+        return self._column_sums(dz, first_class, label, entry, weighted=False)
+
+    def _column_sums(self, terms: Tensor, first_class: int, label: Tensor, entry: Tensor, *, weighted: bool) -> Launch:
+        length, width = terms.shape
         return Launch(
-            _module(self.sums_over_rows).column_sums,
-            (-(-self._classes // _COLUMNS),),
+            _module(self.sums_over_rows, weighted).column_sums,
+            (-(-width // _COLUMNS),),
             {"CLASSES": self._classes, "ROWS": _ROWS, "COLUMNS": _COLUMNS},
-            [len(exps), exps, exps.stride(0), self.label, entry, self.weights, self._totals],
+            [
+                *(length, width, first_class, terms, terms.stride(0), label, entry, self.weights),
+                self._totals[:, first_class:],
+            ],
         )
 
     def finish(self, made: Gradients, smoothed: Tensor | None) -> None:
@@ -150,6 +170,5 @@ class ChainOperands:
 
 
 @lru_cache(maxsize=16)
-def _module(sums: int) -> Any:
-    return load(render("linear_cross_entropy_column_sums", sums=sums))
-
+def _module(sums: int, weighted: bool) -> Any:
+    return load(render("linear_cross_entropy_column_sums", sums=sums, weighted=weighted, all_rows=not weighted))

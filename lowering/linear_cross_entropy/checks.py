@@ -138,4 +138,4 @@ def _why_unserved(call: Arguments) -> str:
         wanted=call.wanted,
         statistics=call.target is None or bool(call.statistics or call.row_loss),
     )
-    return reason or (why_no_blocks(epilogue, call.wanted) if call.scheme == "blocks" else "")
+    return reason or (why_no_blocks(epilogue) if call.scheme == "blocks" else "")

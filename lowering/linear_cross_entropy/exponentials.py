@@ -157,7 +157,7 @@ class ExponentialRun:
     @cached_property
     def column_sums(self) -> Launch:
         each = self.each
-        return each.operands.column_sums(each.rows, each.chunk.exps, each.chunk.entry)
+        return each.operands.column_sums(each.chunk.exps, each.chunk.entry)
 
     @cached_property
     def outer(self) -> tuple[Tensor, Tensor] | None:
@@ -172,7 +172,9 @@ class ExponentialRun:
         each = self.each
         if not each.share or not self.wanted.bias:
             return None
-        return self._class_weights * (self._counts.sum(dtype=torch.float64) * (each.constant_slope * each.share)).float()
+        return (
+            self._class_weights * (self._counts.sum(dtype=torch.float64) * (each.constant_slope * each.share)).float()
+        )
 
     @cached_property
     def _counts(self) -> Tensor:

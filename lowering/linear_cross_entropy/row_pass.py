@@ -98,7 +98,7 @@ class RowPass:
         keeps: "" for the losses alone, "exponentials" for :class:`ChunkRows`, "rows" for :class:`KeptRows`.
         tiles: of the head's products.
         sums_width: what ``sums`` has for each row of a chunk, at least.
-        wanted: which gradients will be, where ``keeps`` is "exponentials".
+        wanted: which gradients will be.
 
     Attributes:
         operands: of the pointwise chain.

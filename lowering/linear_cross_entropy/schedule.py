@@ -44,14 +44,22 @@ def why_no_exponentials(
     if adapter:
         return "the logits are a sum of two products"
     late = epilogue.of_classes_after_leading(wanted.operands)
-    return f"its {late[0]} needs a gradient, and is more than added before slopes differ from class to class" if late else ""
+    return (
+        f"its {late[0]} needs a gradient, and is more than added before slopes differ from class to class"
+        if late
+        else ""
+    )
 
 
-def why_no_blocks(epilogue: Epilogue, wanted: Wanted) -> str:
+def why_no_blocks(epilogue: Epilogue) -> str:
     """Why the scheme "blocks" does not serve a head that "exponentials" does, or ""."""
-    if epilogue.without_dead_classes()[0].operands:
-        return "its pointwise chain takes a tensor, other than masks of classes at its end"
-    return "the bias needs a gradient" if wanted.bias else ""
+    takes = epilogue.without_dead_classes()[0].operands
+    return "its pointwise chain takes a tensor, other than masks of classes at its end" if takes else ""
+
+
+def bias_sum_bytes(classes: int, *, bias: bool) -> int:
+    """Bytes of the sum that becomes the bias's gradient, if that is wanted."""
+    return 4 * classes * bias
 
 
 def exponentials_bytes(

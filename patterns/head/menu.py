@@ -100,8 +100,8 @@ def peak_limit(
     """``budget.loss_memory`` where it is set.  Otherwise a quarter of the logits, at most the profile's cap, but always
     what the profile's fast row count takes in the leanest of ``schemes`` and never less than 16 MiB.
 
-    Where gradients take the coefficients of ``group_rows`` rows together, the fast row count is of whole groups: a chunk
-    that does not hold one makes its logits twice, 8NHC operations where a dense head has 6NHC.
+    Where gradients take the coefficients of ``group_rows`` rows together, the fast row count is of whole groups: logits
+    of a group that no chunk holds are made twice, 8NHC operations where a dense head has 6NHC.
     """
     if settings.loss_memory is not None:
         return settings.loss_memory

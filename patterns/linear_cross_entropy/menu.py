@@ -10,6 +10,7 @@ import sympy
 from structfly.config import SiteSettings
 from structfly.lowering.gemm import TORCH_MM, busy, full_row_counts
 from structfly.lowering.linear_cross_entropy.schedule import (
+    bias_sum_bytes,
     block_sizes,
     exponential_rows,
     exponentials_bytes,
@@ -127,7 +128,7 @@ def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSett
     # A program makes its coefficients, and with them the gradients, in the forward pass.
     schedules = ["forward"] if site.row_program else schedules_of(site.gradients, site.recompute)
     candidates: list[Candidate] = [_dense(site)]
-    if tiles is not None and site.gradients.any and not why_no_blocks(site.epilogue, site.gradients):
+    if tiles is not None and site.gradients.any and not why_no_blocks(site.epilogue):
         candidates += [_blocks(site, schemes["logits"], limit, schedule, profile, tiles) for schedule in schedules]
     for scheme, sizes in schemes.items():
         for length in sizes.chunk_lengths(limit, profile):
@@ -244,7 +245,9 @@ def _blocks(
 ) -> FusedCandidate:
     """Blocks as large as the limit lets them be."""
     n, h, c, dtype, wanted = site.rows, site.hidden, site.classes, site.dtype, site.gradients
-    cut = block_sizes(sizes.rows, sizes.hidden, sizes.classes, limit, processors=profile.processors, tiles=tiles)
+    bias_bytes = bias_sum_bytes(sizes.classes, bias=wanted.bias)
+    rest = limit - bias_bytes
+    cut = block_sizes(sizes.rows, sizes.hidden, sizes.classes, rest, processors=profile.processors, tiles=tiles)
     rows, classes = sympy.Integer(min(cut.rows, sizes.rows)), sympy.Integer(min(cut.classes, sizes.classes))
     heights, widths = n / rows, c / classes
     losses = matmul(rows, h, c, heights, dtype)
@@ -254,13 +257,15 @@ def _blocks(
         stages += [matmul(rows, classes, h, heights * widths, dtype), Stage(0, n * h * sum_bytes * widths, 1)]
     if wanted.weight:
         stages += [matmul(classes, rows, h, heights * widths, dtype), Stage(0, c * h * sum_bytes * heights, 1)]
+    if wanted.bias:
+        stages.append(Stage(0, rows * classes * dtype.itemsize, heights * widths))
     calls, saved = 1, sum(sizes.gradient_bytes)
     if schedule == "backward":
         calls, saved = 2, 0
         stages.append(losses)
     return FusedCandidate(
         f"blocks of {rows} rows and {classes} classes, {passes(site, schedule)}",
-        Cost(tuple(stages), cut.bytes, saved, opaque_calls=calls),
+        Cost(tuple(stages), cut.bytes + bias_bytes, saved, opaque_calls=calls),
         schedule=schedule,
         scheme="blocks",
         workspace=limit,

@@ -40,7 +40,14 @@ def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch:
 @pytest.mark.parametrize("provider", ["eager", "eager-float", "inductor", "structfly", "structfly@1MiB"])
 @pytest.mark.parametrize(
     ("loss", "training"),
-    [("capped", True), ("capped", False), ("gathered", True), ("distilled", True), ("preferences", True), ("scaled", True)],
+    [
+        ("capped", True),
+        ("capped", False),
+        ("gathered", True),
+        ("distilled", True),
+        ("preferences", True),
+        ("scaled", True),
+    ],
 )
 def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: str, training: bool) -> None:
     torch._dynamo.reset()

@@ -34,7 +34,9 @@ LONG = parse_epilogue(
     "where:class6:class7,masked_fill:row8:scalar9,where:scalar10:-inf"
 )
 # Steps before which classes may have numbers with gradients, one whose slope differs between them, and some after.
-LEARNED = parse_epilogue("div:scalar0,add:class1,rsub:row2,where:class3:scalar4,mul:class5,tanh,mul:row6,masked_fill:row7:0.5")
+LEARNED = parse_epilogue(
+    "div:scalar0,add:class1,rsub:row2,where:class3:scalar4,mul:class5,tanh,mul:row6,masked_fill:row7:0.5"
+)
 
 
 def chain_of(epilogue: Epilogue) -> ChainOperands:
@@ -276,10 +278,10 @@ def rows_of_exponentials() -> None:
         types |= {**floats("tile_moments", "row_sums"), "rows": "i32", "exps": "*bf16", "exps_stride": "i32"}
         types |= {"x_chunk": "*bf16", **floats("factor", "entry", "weights", "lse_out", "uniform"), "label_out": "*i32"}
         compile_one(module.finish, types, {"TILES": 197, "TILE_BLOCK": 256, **hidden}, warps=4)
-    types = {"live": "*i32", "start": "i32", "length": "i32", "exps": "*bf16", "exps_stride": "i32", "label": "*i32"}
-    types |= floats("entry", "weights", "totals")
-    for sums in (1, 3):
-        module = load(render("linear_cross_entropy_column_sums", sums=sums))
+    types = {"live": "*i32", "start": "i32", **dict.fromkeys(("length", "width", "first_class"), "i32")}
+    types |= {"terms": "*bf16", "stride": "i32", "label": "*i32", **floats("entry", "weights", "totals")}
+    for sums, weighted in ((1, False), (3, True)):
+        module = load(render("linear_cross_entropy_column_sums", sums=sums, weighted=weighted, all_rows=not weighted))
         compile_one(module.column_sums, types, {"CLASSES": 50257, "ROWS": 32, "COLUMNS": 128}, warps=4)
     for uniform in (0.0, 1e-6):
         module = load(render("linear_cross_entropy_scatter", uniform=uniform, interpreted=False))

@@ -79,8 +79,7 @@ def calls(draw: st.DrawFn, scheme: str, workspaces: st.SearchStrategy[int], clas
     bias = draw(st.booleans())
     epilogue = draw(st.sampled_from(EPILOGUES) if blocks else st.sampled_from(EPILOGUES) | epilogues(torch.bfloat16))
     mask, chain = draw(st.booleans()), parse_epilogue(epilogue)
-    frozen = draw(st.sets(st.sampled_from(("x", "weight", "bias", "operands")), max_size=1 if blocks else 3))
-    frozen |= {"bias"} if blocks else set()
+    frozen = draw(st.sets(st.sampled_from(("x", "weight", "bias", "operands")), max_size=3))
     frozen |= {"operands"} if chain.of_classes_after_leading([True] * len(chain.operands)) else set()
     smoothing = draw(st.sampled_from((0.0, 0.1, 1.0))) if not mask and chain.linear else 0.0
     return served(
