@@ -138,7 +138,8 @@ def case_table(mode: str, rows: Sequence[Row]) -> Table:
         "x eager",
     ):
         table.add_column(heading, justify="right")
-    table.add_column("error: loss, dx, dw", justify="right")
+    gradients = [name for name in head.GRADIENTS if any(row.metric == f"relative_error_{name}" for row in rows)]
+    table.add_column(f"error: {', '.join(('loss', *gradients))}", justify="right")
     for provider in dict.fromkeys(row.provider for row in rows):
         time = values[provider, "time_s"]
         table.add_row(
@@ -151,7 +152,7 @@ def case_table(mode: str, rows: Sequence[Row]) -> Table:
             show(provider, "peak_extra_bytes", ".0f", 2**20),
             show(provider, "peak_extra_above_gradients_bytes", ".0f", 2**20),
             ratio(provider, "peak_extra_bytes", "eager"),
-            " ".join(show(provider, f"relative_error_{name}", ".1e") for name in ("loss", "dx", "dw")).strip(),
+            " ".join(show(provider, f"relative_error_{name}", ".1e") for name in ("loss", *gradients)).strip(),
         )
     return table
 
