@@ -170,7 +170,6 @@ class RowPass:
             ((self.length, hidden), torch.bfloat16),
             ((self.length * max(tiles, sums_width),), torch.float32),
         )
-        self.tile_moments = self.sums[self.length * self.across :]
         vectors = torch.empty(6 + self.operands.vectors, self.length, device=device)  # apart, for they live longer
         self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors[:6].unbind()
         self.operands.allocate(vectors[6:], self.rows)
@@ -194,6 +193,11 @@ class RowPass:
     def given(self, tensor: Tensor | None) -> Tensor:
         """The tensor, or for None one that the kernel does not read."""
         return self.unused if tensor is None else tensor.contiguous()
+
+    @property
+    def tile_moments(self) -> Tensor:
+        """Of each row and tile, what stands behind the sums of exponentials."""
+        return self.sums[self.length * self.across :]
 
     @cached_property
     def coefficient(self) -> Tensor:
