@@ -155,7 +155,7 @@ class RowPass:
 
     def release(self) -> None:
         """Let go of what only the pass itself needs."""
-        for name in ("gather", "exponentials", "largest", "finish", "sums", "tile_moments", "chunk"):
+        for name in ("gather", "exponentials", "largest", "finish", "sums", "chunk"):
             self.__dict__.pop(name, None)
 
     def _make_buffers(self, live_classes: Tensor | None, sums_width: int) -> None:
