@@ -25,7 +25,7 @@ from structfly.lowering.block_products.gradient_places import Gradients, Places,
 from structfly.lowering.block_products.gradients import LowRankGradients, block_gradients
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.products import block_sums
-from structfly.lowering.block_products.tiles import CUTS, Cut
+from structfly.lowering.block_products.tiles import GRADIENTS, Cut, sum_cuts
 
 KERNEL = "block_products"
 # Tokens, features in and out, blocks along a side, butterfly factors, rank.
@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             side = (out if name == "sums" else inside) // grid
             cuts = [
                 cut
-                for cut in CUTS
-                if cut.tiles.n < _MOST_EMPTY * side and (cut.abreast == 1 or name.startswith("gradients"))
+                for cut in (sum_cuts(inside // grid) if name == "sums" else GRADIENTS)
+                if cut.tiles.n < _MOST_EMPTY * side
             ]
             calls: dict[str, Callable[[], object]] = {
                 "torch.mm": plain[name],

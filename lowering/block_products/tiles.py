@@ -16,11 +16,11 @@ from structfly.lowering.gemm import Tiles, processors_of, programs_on
 from structfly.lowering.tuning.choice import INTERPRETED, SAFE
 
 _HOPPER = (9, 0)
-_WHOLE_STEP = 64  # of an inner side; a shorter step where it leaves less of the last one empty
+_WHOLE_STEP, _SHORT_STEP = 64, 32  # of an inner side
 
 
 class Cut(NamedTuple):
-    """Tiles, and how long a multiprocessor takes for an entry of them, against the first.
+    """Tiles, and how long a multiprocessor takes for an entry of them, against the fastest.
 
     ``abreast``: how many of them, side by side, a program makes of gradients, which share what they take of a.
     """
@@ -30,9 +30,9 @@ class Cut(NamedTuple):
     abreast: int = 1
 
 
-# Means of benchmarks/results/block_products_h100.json over the products that fill all of these: 16384 tokens, sums of
-# blocks 256x256, 256x1024 and 64x256 and gradients of blocks 256x256.
-CUTS = (
+# Costs are means of benchmarks/results/block_products_h100.json, each over the products that its sides do not leave much
+# of a tile empty, at 16384 tokens or more; 1 is the least of each list.
+SUMS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
     Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.02),
     Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.07),
@@ -40,7 +40,24 @@ CUTS = (
     Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.57),
     Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.78),
 )
-_SHORT_STEP = 32
+# Where steps of 64 leave more of an inner side's last one empty than steps of 32.
+SHORT_SUMS = (
+    Cut(Tiles(m=128, n=128, k=32, group=8, parts=2, warps=4, stages=5, resident=2), 1.0),
+    Cut(Tiles(m=256, n=128, k=32, group=8, parts=2, warps=8, stages=6), 1.08),
+    Cut(Tiles(m=128, n=256, k=32, group=8, parts=2, warps=8, stages=6), 1.1),
+    Cut(Tiles(m=256, n=64, k=32, group=2, parts=1, warps=4, stages=6), 1.3),
+    Cut(Tiles(m=128, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.4),
+    Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.8),
+)
+GRADIENTS = (
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=4, warps=8, stages=3), 1.0, abreast=2),
+    Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.02),
+    Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.2, abreast=3),
+    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.21),
+    Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.5),
+    Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.7),
+)
 
 
 def sum_tiles(like: Tensor, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
@@ -55,9 +72,13 @@ def _sum_tiles(device: torch.device, tokens: int, parts: int, side_n: int, side_
         count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
         return -(-count // processors) * tiles.m * tiles.n * cut.cost
 
-    tiles = _best(device, [cut for cut in CUTS if cut.abreast == 1], time).tiles
-    short = tiles.k == _WHOLE_STEP and _padded(side_k, _SHORT_STEP) < _padded(side_k, _WHOLE_STEP)
-    return _with_short_steps(tiles) if short else tiles
+    return _best(device, sum_cuts(side_k), time).tiles
+
+
+def sum_cuts(side_k: int) -> Sequence[Cut]:
+    """Those among which sums over inner sides so long choose."""
+    shorter = _padded(side_k, _SHORT_STEP) < _padded(side_k, _WHOLE_STEP)
+    return SHORT_SUMS if shorter else SUMS
 
 
 def gradient_cut(device: torch.device, tokens: int, members: Sequence[int], made: Gradients) -> Cut:
@@ -68,7 +89,7 @@ def gradient_cut(device: torch.device, tokens: int, members: Sequence[int], made
         split = ranges(count, tokens, cut.tiles.k, programs_on(device, cut.tiles)) if count else 1
         return rounds(split, count, tokens, processors) * cut.tiles.m * cut.tiles.n * cut.abreast * cut.cost
 
-    return _best(device, CUTS, time)
+    return _best(device, GRADIENTS, time)
 
 
 def _best(device: torch.device, cuts: Sequence[Cut], time: Callable[[Cut, int], float]) -> Cut:
@@ -82,9 +103,3 @@ def _best(device: torch.device, cuts: Sequence[Cut], time: Callable[[Cut, int], 
 
 def _padded(side: int, step: int) -> int:
     return -(-side // step) * step
-
-
-def _with_short_steps(tiles: Tiles) -> Tiles:
-    """As many bytes on their way, in more steps."""
-    stages = min(tiles.stages * tiles.k // _SHORT_STEP - 2, 6)
-    return Tiles(tiles.m, tiles.n, _SHORT_STEP, tiles.group, tiles.parts, tiles.warps, stages, tiles.resident)

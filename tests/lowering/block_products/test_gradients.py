@@ -18,7 +18,7 @@ from structfly.lowering.block_products.gradient_places import (
     gradient_places,
 )
 from structfly.lowering.block_products.gradients import LowRankGradients, block_gradients
-from structfly.lowering.block_products.tiles import CUTS
+from structfly.lowering.block_products.tiles import GRADIENTS
 from structfly.lowering.gemm import Tiles
 from tests.lowering.block_products.test_products import DEVICE, DTYPES, SIDES, cuts, random, with_tokens_along
 from tests.oracle import assert_as_accurate
@@ -147,7 +147,7 @@ def test_the_same_bits_every_time() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tiles", "abreast"), [*((cut.tiles, cut.abreast) for cut in CUTS), *SEVERAL])
+@pytest.mark.parametrize(("tiles", "abreast"), [*((cut.tiles, cut.abreast) for cut in GRADIENTS), *SEVERAL])
 @pytest.mark.parametrize("split", [1, 3])
 def test_every_cut_on_a_gpu_is_as_accurate_as_eager(
     tiles: Tiles, abreast: int, split: int, monkeypatch: pytest.MonkeyPatch
