@@ -30,8 +30,8 @@ class Cut(NamedTuple):
     abreast: int = 1
 
 
-# Costs are means of benchmarks/results/block_products_h100.json, each over the products that its sides do not leave much
-# of a tile empty, at 16384 tokens or more; 1 is the least of each list.
+# Costs are means of benchmarks/results/block_products_h100.json, each over the products that leave none of its tiles
+# partly empty, at 16384 tokens or more.
 SUMS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
     Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.02),
