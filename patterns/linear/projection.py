@@ -36,14 +36,14 @@ def refresh() -> None:
     _generation = next(_refreshes)
 
 
-def _state(weight: Tensor) -> tuple[int, ...]:
+def state_of(weight: Tensor) -> tuple[int, ...]:
     """Another one when the weight has changed: every write in place counts up its version, but for those through
     ``.data``; assigning ``.data`` changes its address."""
     return compat.version(weight), weight.data_ptr(), _generation
 
 
 @contextmanager
-def _plainly(weight: Tensor) -> Iterator[None]:
+def plainly(weight: Tensor) -> Iterator[None]:
     """Outside of the modes that a call stands in."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         yield
@@ -73,7 +73,7 @@ class _Projection:
     def __init__(self, weight: Tensor, wanted: Wanted) -> None:
         self.wanted = wanted
         out_features, in_features = wanted.of(weight).shape
-        with _plainly(weight):
+        with plainly(weight):
             self.factors = [
                 torch.empty(shape, dtype=wanted.dtype if learned else torch.int32, device=weight.device)
                 for shape, learned in wanted.structure.factors(LayerSizes(in_features, out_features)).values()
@@ -82,10 +82,10 @@ class _Projection:
 
     def update(self, weight: Tensor) -> None:
         """Project the weight, if it is not what it was."""
-        state = _state(weight)
+        state = state_of(weight)
         if state == self.made_of:
             return
-        with _plainly(weight):
+        with plainly(weight):
             made = self.wanted.structure.project(widened(self.wanted.of(weight)))
             for own, factor in zip(self.factors, made.values(), strict=True):
                 own.copy_(factor)
@@ -129,10 +129,10 @@ def remembered_losses(weight: Tensor, transposed: bool) -> Losses:
 
     def losses(structure: type[Structure], menu: Sequence[Structure]) -> Sequence[float]:
         state, known = of_weight.get((transposed, structure), (None, ()))
-        if state != _state(weight):
-            with _plainly(weight):
+        if state != state_of(weight):
+            with plainly(weight):
                 known = tuple(losses_of(weight.t() if transposed else weight)(structure, menu))
-            of_weight[transposed, structure] = _state(weight), known
+            of_weight[transposed, structure] = state_of(weight), known
         return known
 
     return losses
