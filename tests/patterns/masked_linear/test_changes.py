@@ -67,6 +67,10 @@ def test_layers_that_run_one_graph_with_masks_of_their_own() -> None:
     [
         (block_mask(SIZES, 16, 16, 0.9, 2), "; compiled were 8 blocks of 16 x 16, in all rows"),
         (block_mask(SIZES, 32, 32, 0.4, 2), "blocks of 32 x 32"),
+        (
+            torch.kron(torch.tensor([[1, 1, 1], [1, 0, 1], [1, 0, 1], [0, 0, 1]]), torch.ones(16, 32)),
+            "keeps 8 blocks of 16 x 32, in all rows; compiled were 8 blocks of 16 x 16, in all rows",
+        ),
         (MASK.roll(3, 1), "the mask changes between columns"),
         (MASK.float() * 0.5, "values other than 0 and 1"),
     ],
