@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from structfly.config import Config
+from structfly.patterns.batched_chain import BatchedChain
 from structfly.patterns.linear import RestructuredLinear
 from structfly.patterns.linear.menu import Planned
 from structfly.patterns.linear_cross_entropy import LinearCrossEntropy
@@ -13,7 +14,7 @@ from structfly.patterns.linear_divergence import LinearDivergence
 from structfly.patterns.masked_linear import MaskedLinear
 from structfly.rewriter.rule import Rule
 
-DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence(), MaskedLinear())
+DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence(), MaskedLinear(), BatchedChain())
 RULE_NAMES = (*(rule.name for rule in DEFAULT_RULES), RestructuredLinear.name)
 
 
@@ -26,6 +27,7 @@ def rules_under(config: Config, plan: Mapping[str, Planned] | None = None) -> tu
 __all__ = [
     "DEFAULT_RULES",
     "RULE_NAMES",
+    "BatchedChain",
     "LinearCrossEntropy",
     "LinearDivergence",
     "MaskedLinear",

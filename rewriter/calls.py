@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from structfly import compat
+
 
 @dataclass(frozen=True)
 class Call:
@@ -41,6 +43,7 @@ _REDUCE = ("input", "dim", "keepdim")
 _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[str, ...]]] = {
     "linear": (("input", "weight", "bias"), (F.linear,), ()),
     "matmul": (_BINARY, (torch.matmul, operator.matmul, torch.mm), ("matmul", "mm", "__matmul__")),
+    "bmm": (("input", "mat2"), (torch.bmm,), ("bmm",)),
     "addmm": (("input", "mat1", "mat2"), (torch.addmm,), ("addmm",)),
     "einsum": (("equation", "*operands"), (torch.einsum, torch.functional.einsum), ()),
     "add": (_BINARY, (torch.add, operator.add, operator.iadd), ("add", "add_")),
@@ -138,7 +141,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "kron": (_BINARY, (torch.kron,), ("kron",)),
     "tril": (("input", "diagonal"), (torch.tril,), ("tril",)),
     "triu": (("input", "diagonal"), (torch.triu,), ("triu",)),
-    "pad": (("input", "pad", "mode", "value"), (F.pad,), ()),
+    "pad": (("input", "pad", "mode", "value"), (F.pad, compat.PAD), ()),
     "stack": (("tensors", "dim"), (torch.stack,), ()),
     "cat": (("tensors", "dim"), (torch.cat, torch.concat), ()),
     "full": (("size", "fill_value"), (torch.full,), ()),

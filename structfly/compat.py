@@ -21,6 +21,10 @@ from torch.utils._sympy.functions import FloorDiv
 # ------------------------------------------------------------------------------------------------ graph vocabulary
 
 
+PAD: Callable[..., Tensor] = torch._C._nn.pad
+"""What ``F.pad`` is in a Dynamo graph."""
+
+
 def functorch_nesting(node: fx.Node) -> int:
     """+1 where a torch.func transform (grad, vmap, jvp) opens in the graph, -1 where one closes, else 0."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""

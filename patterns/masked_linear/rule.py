@@ -61,6 +61,9 @@ class MaskedLinear:
         if not isinstance(mask, Constant):
             reason = f"the weight is {describe(masked.nodes[-1])}, and what would be its mask is no constant: {mask}"
             return miss(masked.nodes[-1], reason, 0)
+        if any((node in region.undifferentiated) != (linear.node in region.undifferentiated) for node in masked.nodes):
+            reason = "the weight is masked under no_grad, and the linear is not; mask it where gradients are recorded"
+            return miss(masked.nodes[-1], reason, _CONSTANT)
         product = example_of(linear.node)
         if product.device.type not in DEVICES:
             reason = f"the weight is on {product.device.type}; supported devices: {', '.join(DEVICES)}"

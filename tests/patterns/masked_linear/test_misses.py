@@ -63,6 +63,11 @@ def written_through_a_view(layer: Layer) -> Tensor:
     return masked
 
 
+def without_gradient(layer: Layer) -> Tensor:
+    with torch.no_grad():
+        return layer.w * layer.mask
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -75,6 +80,7 @@ def written_through_a_view(layer: Layer) -> Tensor:
         (lambda: Layer(masked=lambda m: m.w * torch.eye(32, 64)), "eye is not known to be made of constants"),
         (lambda: Layer(masked=written), "mul_ writes into"),
         (lambda: Layer(masked=written_through_a_view), "add_ writes into getitem"),
+        (lambda: Layer(masked=without_gradient), "the weight is masked under no_grad, and the linear is not"),
         (in_inference_mode, "made under torch.inference_mode"),
     ],
 )  # fmt: skip
