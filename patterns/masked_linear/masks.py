@@ -1,5 +1,6 @@
 """How a masked weight is written: ``W * mask``, ``W.masked_fill(~mask, 0)`` or ``where(mask, W, 0)``, under casts and
-transposes."""
+transposes, and perhaps while it is viewed in blocks: ``(W.view(r, b, c, b) * mask[:, None, :, None]).view(out, in)``.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from structfly.rewriter.calls import Call, read
 from structfly.rewriter.linear import LinearLike, is_cast, untransposed
 from structfly.rewriter.region import example
+from structfly.rewriter.views import RESHAPES
 from structfly.rewriter.writes import written
 
 
@@ -21,7 +23,8 @@ class Masked:
 
     Attributes:
         nodes: what stands between the weight and the linear.
-        weight: W before it is masked.
+        weight: W before it is masked, a matrix.
+        shape: in which it is masked; the matrix's numbers are in the same order.
         mask: what is 1, or True, where W is kept; where it is left out if ``inverted``.
         inverted: see ``mask``.
         transposed: W is (in, out), as the mask is.
@@ -30,6 +33,7 @@ class Masked:
 
     nodes: tuple[fx.Node, ...]
     weight: fx.Node
+    shape: tuple[int, ...]
     mask: fx.Node
     inverted: bool
     transposed: bool
@@ -39,7 +43,7 @@ class Masked:
         """The mask (out, in) of what is kept, of the value of ``mask``; a value other than 0 and 1 stays."""
         value = example(self.weight)
         assert value is not None
-        shaped = mask.expand(value.shape)
+        shaped = mask.expand(self.shape).reshape(value.shape)
         if self.inverted:
             shaped = ~shaped
         return shaped.t() if self.transposed else shaped
@@ -48,13 +52,14 @@ class Masked:
 def masked_weights(linear: LinearLike) -> list[Masked]:
     """All readings of what ``linear`` takes as its weight: of a product either factor may be the mask."""
     node, nodes, transposed, dtypes = linear.weight, [*_transposes(linear)], linear.transposed, list[torch.dtype]()
+    matrix: torch.Size | None = None  # what the weight is as a matrix, where it is masked in another shape
     while (call := read(node)) is not None:
-        below = untransposed(node)
+        below, value = None if matrix else untransposed(node), example(node)
         if below is not None:
             transposed = not transposed
-        elif is_cast(call):
-            value = example(node)
-            assert value is not None
+        elif call.op in RESHAPES and value is not None and example(call["input"]) is not None:
+            below, matrix = call["input"], matrix or value.shape
+        elif is_cast(call) and value is not None:
             below, dtypes = call["input"], [value.dtype, *dtypes]
         else:
             break
@@ -63,14 +68,16 @@ def masked_weights(linear: LinearLike) -> list[Masked]:
     if call is None or written(node):
         return []
     value = example(node)
-    if value is None or value.ndim != 2 or not value.is_floating_point():
+    if value is None or not value.is_floating_point() or not all(isinstance(size, int) for size in value.shape):
         return []
-    steps = (*nodes, node)
-    found = (
-        Masked(steps, weight, mask, inverted, transposed, (value.dtype, *dtypes))
-        for weight, mask, inverted in _read(call)
-    )
-    return [each for each in found if _fits(each, call)]
+    found = []
+    for weight, mask, inverted in _read(call):
+        views = _views(weight, matrix or value.shape)
+        if views is not None and _fits(weight, mask, call):
+            steps = (*nodes, node, *views[:-1])
+            dtypes_after = (value.dtype, *dtypes)
+            found.append(Masked(steps, views[-1], tuple(value.shape), mask, inverted, transposed, dtypes_after))
+    return found
 
 
 def _transposes(linear: LinearLike) -> list[fx.Node]:
@@ -108,13 +115,22 @@ def _is_zero(value: object) -> bool:
     return call.op in filled and _is_zero(call[filled[call.op]])
 
 
-def _fits(each: Masked, call: Call) -> bool:
-    """A scale, of one number or of one a row, is no mask; a condition may broadcast."""
-    product, weight, mask = example(call.node), example(each.weight), example(each.mask)
-    if product is None or weight is None or mask is None:
+def _views(weight: fx.Node, matrix: torch.Size) -> list[fx.Node] | None:
+    """``weight`` and what it is a view of, down to a matrix of this shape; None if there is none."""
+    nodes = [weight]
+    while (value := example(nodes[-1])) is not None and value.shape != matrix:
+        call = read(nodes[-1])
+        if call is None or call.op not in RESHAPES:
+            return None
+        nodes.append(call["input"])
+    return nodes if value is not None and value.ndim == 2 else None
+
+
+def _fits(weight: fx.Node, mask: fx.Node, call: Call) -> bool:
+    """A scale, of one number or of one a row, is no mask; a condition may broadcast, and a mask of blocks."""
+    product, value, factor = example(call.node), example(weight), example(mask)
+    if product is None or value is None or factor is None:
         return False
-    if not weight.is_floating_point() or weight.shape != product.shape:
+    if not value.is_floating_point() or value.shape != product.shape:
         return False
-    if not all(isinstance(size, int) for size in product.shape):
-        return False
-    return mask.shape == product.shape or call.op != "mul"
+    return factor.shape == product.shape or call.op != "mul" or product.ndim > 2

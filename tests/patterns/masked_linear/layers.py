@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from structfly.records.layer import LayerSizes
 from tests.patterns.linear.layers import SPELLINGS
 
+
+def halves(weight: Tensor) -> tuple[int, ...]:
+    """A shape of four dimensions for a matrix, two of them along each side."""
+    first, second = (2 if size % 2 == 0 else 1 for size in weight.shape)
+    return first, weight.shape[0] // first, second, weight.shape[1] // second
+
+
 # Of W, the mask in W's dtype and the same as bool.
 MASKINGS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "w * mask": lambda w, m, b: w * m,
@@ -22,6 +29,8 @@ MASKINGS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "where not": lambda w, m, b: torch.where(b.logical_not(), torch.zeros_like(w), w),
     "where of a tensor": lambda w, m, b: torch.where(m > 0, w, torch.tensor(0.0, dtype=w.dtype)),
     "cast": lambda w, m, b: w * b.to(w.dtype),
+    "in blocks": lambda w, m, b: (w.view(*halves(w)) * m.view(*halves(w))).view(w.shape),
+    "in blocks, filled": lambda w, m, b: w.reshape(-1).unsqueeze(0).masked_fill(~b.flatten(), 0).reshape(w.shape),
     "transposed": lambda w, m, b: (w.t() * m.t()).t(),
 }
 

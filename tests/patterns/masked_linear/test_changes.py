@@ -146,6 +146,29 @@ def test_a_mask_made_in_the_graph_of_nothing() -> None:
     assert fast.statuses == ["rewritten"]
 
 
+def test_a_mask_of_whole_blocks() -> None:
+    """One number for each block, of a weight that is viewed in blocks."""
+
+    class Blocks(nn.Module):
+        blocks: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 96))
+            self.register_buffer("blocks", MASK[::16, ::16].float())
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = self.weight.view(4, 16, 6, 16) * self.blocks[:, None, :, None]
+            return x @ kept.reshape(64, 96).t()
+
+    layer = Blocks()
+    fast = Rewritten(layer)
+    assert_right(fast, layer)
+    layer.blocks.copy_(layer.blocks.roll(1, 1))
+    assert_right(fast, layer)
+    assert fast.statuses == ["rewritten"]
+
+
 def test_pruned_layers_of_torch() -> None:
     layer = prune.custom_from_mask(nn.Linear(96, 64), "weight", MASK)
     fast = Rewritten(layer)

@@ -115,6 +115,7 @@ def test_the_body_of_a_checkpoint_is_left() -> None:
         lambda m: m.w.masked_fill(m.mask == 0, 1.0),
         lambda m: torch.where(m.mask > 0, m.w, m.w.detach()),
         lambda m: m.w + m.mask,
+        lambda m: torch.cat([m.w[:16], m.w[16:]]),
     ],
 )
 def test_scaled_weights_are_no_masked_ones(masked: Callable[[Layer], Tensor]) -> None:
