@@ -8,26 +8,26 @@ from structfly.patterns.batched_chain.site import ChainSite
 from structfly.patterns.chain import cost_of_chain
 from structfly.records import Candidate, Cost, Menu, Stage
 from structfly.records.cost import at_sizes
-from structfly.records.layer import TOKENS, product
+from structfly.records.layer import TOKENS
 
 
 def chain_menu(site: ChainSite) -> Menu:
     """Both, with the time of the products that the gradients take; no limit but time."""
-    shapes, passes, row = site.shapes, 1 + site.gradients, TOKENS * site.dtype.itemsize
-    products = tuple(product(s.columns, s.rows, site.dtype, batch=s.matrices) for s in shapes)
-    # What leaves a product is put in the order that the next takes, or that the program returns, and back in backward.
-    copies = tuple(Stage(0, 2 * row * s.features_out) for s in shapes)
-    between = sum(shape.features_out for shape in shapes[:-1])
-    saved = row * between if site.learns else 0
-    as_it_is = Cost(
-        (*products * passes, *copies * (2 if site.gradients else 1)), transient_bytes=row * between, saved_bytes=saved
-    )
+    shapes, row = site.shapes, TOKENS * site.dtype.itemsize
     cost = cost_of_chain(shapes, site.layer, site.dtype)
+    *products, in_order = cost.stages
+    products *= 1 + site.gradients
+    ways = 2 if site.gradients else 1  # features are put in order forward, and back in backward
+    # What leaves a product is put in the order that the next takes, or that the program returns.
+    copies = [Stage(0, 2 * row * shape.features_out) for shape in shapes]
+    between = row * sum(shape.features_out for shape in shapes[:-1])
+    saved = between if site.learns else 0
+    as_it_is = Cost((*products, *copies * ways), transient_bytes=between, saved_bytes=saved)
     fused = Cost(
-        cost.stages * passes,
+        (*products, *[in_order] * ways),
         transient_bytes=cost.transient_bytes,
         saved_bytes=saved,
-        opaque_calls=1 + (site.gradients > 0),
+        opaque_calls=ways,
     )
     return Menu(
         (Candidate("products", as_it_is, rewrites=False), Candidate("kronecker", fused)),

@@ -169,6 +169,21 @@ def test_a_mask_of_whole_blocks() -> None:
     assert fast.statuses == ["rewritten"]
 
 
+def test_a_masked_weight_that_several_read() -> None:
+    """Two linears, one of them of another batch, and a sum; each linear is a site."""
+
+    class Shared(Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            masked = self.weight * self.mask
+            twice = nn.functional.linear(x, masked) + nn.functional.linear(x[:1], masked, self.bias)
+            return twice + masked.square().sum() + self.weight.sum()
+
+    layer = Shared(MASK)
+    fast = Rewritten(layer, then="aot_eager")
+    assert_right(fast, layer)
+    assert fast.statuses == ["rewritten", "rewritten"]
+
+
 def test_pruned_layers_of_torch() -> None:
     layer = prune.custom_from_mask(nn.Linear(96, 64), "weight", MASK)
     fast = Rewritten(layer)
