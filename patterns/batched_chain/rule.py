@@ -43,7 +43,7 @@ class BatchedChain:
         return results
 
     def menu(self, site: ChainSite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
-        return chain_menu(site)
+        return chain_menu(site, profile)
 
     def rewrite(self, site: ChainSite, candidate: Candidate, editor: Editor) -> None:
         rewrite_chain(site, editor)

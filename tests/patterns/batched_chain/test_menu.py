@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import structfly
 from structfly.backend import read_config
 from structfly.patterns import DEFAULT_RULES
 from structfly.records import SiteReport
@@ -51,6 +52,12 @@ def test_where_copies_cost_more_than_a_call_it_is_rewritten() -> None:
     # The op is spared the copy between the products, forward and backward; that of the result costs both the same.
     copy = 2 * 16384 * 4096 * 2 / H100.bandwidth
     assert site.seconds_kept - site.seconds == pytest.approx(2 * (copy - H100.call_seconds))
+
+
+def test_on_a_cpu_it_is_kept() -> None:
+    """The op turns rows into columns there, which costs more than it is spared."""
+    (site,) = structfly.explain(Monarch(1024, 8).float())(torch.zeros(256, 1024)).sites
+    assert site.status == "kept"
 
 
 def test_a_small_chain_is_kept() -> None:
