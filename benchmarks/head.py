@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.accuracy import relative_error
 from benchmarks.peers import PEERS, Loss
 from structfly import measure
 
@@ -216,12 +217,7 @@ def errors(loss: Tensor, inputs: Inputs, exact: Truth) -> dict[str, float]:
     made = {"loss": loss}
     if loss.requires_grad:
         made |= {"dx": _gradient(inputs.x), "dw": _gradient(inputs.w)}
-    found = {}
-    for name, value in made.items():
-        reference = getattr(exact, name)
-        difference = torch.linalg.vector_norm(value.detach().to(reference.dtype) - reference)
-        found[name] = float(difference / torch.linalg.vector_norm(reference))
-    return found
+    return {name: relative_error(value, getattr(exact, name)) for name, value in made.items()}
 
 
 def _gradient(tensor: Tensor) -> Tensor:

@@ -24,22 +24,24 @@ from rich.table import Table
 
 from benchmarks import head, recording
 from benchmarks.head import LOSSES, PROVIDERS, Case, Inputs
+from benchmarks.matmul import matmul_rate, other_work
 from benchmarks.peers import PEERS
 from benchmarks.recording import Row
+from benchmarks.sizes import sizes
 from structfly import measure
 
 KERNEL = "linear_cross_entropy"
 FLOORS = {True: "three products", False: "one product"}  # of a training step, of an evaluation
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
-        "shapes": ["2048x256x32000"],
+        "shapes": [(2048, 256, 32000)],
         "dtype": "float32",
         "ignored": 0.0,
         "providers": ["eager", "inductor", "structfly"],
         "matmul": 2048,
     },
     "cuda": {
-        "shapes": ["16384x2048x131072", "8192x4096x128256", "16384x768x50257"],
+        "shapes": [(16384, 2048, 131072), (8192, 4096, 128256), (16384, 768, 50257)],
         "dtype": "bfloat16",
         "ignored": 0.05,
         "providers": list(PROVIDERS),
@@ -49,23 +51,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 CPU_BARRED = "2048x256x32000 float32 random logits, 0% ignored, forward+backward"
 # What structfly must reach there: its time over eager's and over Inductor's, its memory over eager's.
 CPU_BARS = (("time_s", "eager", 0.85), ("time_s", "inductor", 1.05), ("peak_extra_bytes", "eager", 1 / 6))
-
-
-def matmul_rate(device: str, dtype: str, size: int, repeats: int) -> Row:
-    """A square product of torch.mm, in operations a second."""
-    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    timing = measure.median_time(lambda: a @ b, device, repeats=repeats)
-    rates = measure.summarize([2 * size**3 / seconds for seconds in timing.samples])
-    return Row(
-        kernel="matmul",
-        provider="torch.mm",
-        mode=f"{size}x{size}x{size} {dtype}",
-        metric="rate_flop_per_s",
-        p20=rates.p20,
-        p50=rates.median,
-        p80=rates.p80,
-        samples=rates.samples,
-    )
 
 
 def make_products(inputs: Inputs, *, training: bool) -> Callable[[], object]:
@@ -79,12 +64,6 @@ def make_products(inputs: Inputs, *, training: bool) -> Callable[[], object]:
             z.T @ x
 
     return products
-
-
-def other_work(size: int) -> Callable[[], object]:
-    """Keeps a GPU busy for some milliseconds: what a training step does before it comes to the head."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return lambda: a @ b
 
 
 def measure_case(
@@ -195,7 +174,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line; what is not given depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", metavar="NxHxV", help="rows x features x classes")
+    shape = sizes("rows x features x classes")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="NxHxV", help="rows x features x classes")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tf32", action="store_true", help="float32 products may round their operands to TF32")
     parser.add_argument("--transposed", action="store_true", help="store the weight (features, classes)")
@@ -221,12 +201,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             setattr(chosen, name, value)
     if chosen.behind_work and chosen.device != "cuda":
         parser.error("--behind-work is for GPUs; a CPU works on one call at a time")
-    try:
-        chosen.shapes = [tuple(map(int, shape.split("x", 2))) for shape in chosen.shapes]
-        if not all(len(shape) == 3 and min(shape) > 0 for shape in chosen.shapes):
-            raise ValueError
-    except ValueError:
-        parser.error("--shapes takes rows x features x classes, three positive integers such as 2048x256x32000")
     return chosen
 
 

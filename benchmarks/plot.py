@@ -2,7 +2,8 @@
 
     python -m benchmarks.plot benchmarks/results/linear_cross_entropy_h100.json
 
-writes the SVG beside the result.  The same data give the same bytes, with one release of matplotlib.
+writes the SVG beside the result.  The same data give the same bytes, with one release of matplotlib.  A result of
+structured layers is drawn by :mod:`benchmarks.speedup_plot`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks import speedup_plot
 
 OURS = "structfly"
 _MARKERS = "osD^vP<>Xhp"
@@ -111,8 +114,12 @@ def _size(count: float) -> str:
 def write_svg(result: Path, output: Path) -> None:
     """Draw the result ``result``, a JSON of :mod:`benchmarks.recording`, to ``output``."""
     data = json.loads(result.read_text(encoding="utf-8"))
-    figure = draw(read_points(data), data["device"])
+    speedups = any(row["metric"] == "x_dense" for row in data["rows"])
     with mpl.rc_context(_SETTINGS):
+        if speedups:
+            figure = speedup_plot.draw(speedup_plot.read_points(data), data["device"])
+        else:
+            figure = draw(read_points(data), data["device"])
         figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
 
 

@@ -58,11 +58,12 @@ class Row:
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
-    """The command that reproduces a run, without ``--output``: where one keeps a result is no part of it."""
+    """The command that reproduces a run, without ``--output`` and ``--traces``: where results go is no part of it."""
     kept = list(arguments)
-    while "--output" in kept:
-        position = kept.index("--output")
-        del kept[position : position + 2]
+    for option in ("--output", "--traces"):
+        while option in kept:
+            position = kept.index(option)
+            del kept[position : position + 2]
     return shlex.join(["python", "-m", module, *kept])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0  # the trainer numbers special tokens first
-_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests"})
 _FORMAT = b"corpus 1"  # part of the hash: change it with anything that changes what a cached folder holds
 
 
@@ -36,22 +34,6 @@ class Corpus(NamedTuple):
     tokens: npt.NDArray[np.uint16]
     tokenizer: Tokenizer
     digest: str
-
-
-def python_sources(root: Path | None = None) -> list[str]:
-    """The ``*.py`` files under ``root`` (default: the standard library) as text, in the order of their paths.
-
-    Tests and installed packages are left out, and files that are not UTF-8.
-    """
-    root = root or Path(sysconfig.get_paths()["stdlib"])
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts[:-1]):
-            try:
-                documents.append(path.read_bytes().decode("utf-8"))
-            except UnicodeDecodeError:
-                continue
-    return documents
 
 
 def load(documents: list[str], *, vocabulary: int = 32_768, cache: Path | None = None) -> Corpus:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from examples import checks, corpus
 from examples.gpt import GPTConfig
+from examples.sources import python_sources
 from examples.training import RunResult, RunSpec, compute_dtype, unit_roundoff
 from examples.workers import run_together
 
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     chosen = parse_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    documents = corpus.python_sources()
+    documents = python_sources()
     text = corpus.load(documents, vocabulary=chosen.vocabulary)
     console.print(
         f"corpus: {len(documents)} files of the Python standard library, {len(text.tokens):,} tokens, "

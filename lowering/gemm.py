@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field
@@ -38,6 +38,7 @@ class Tiles:
         group: rows of tiles that are taken together, so that they share operands in the cache.
         parts: blocks of columns that an epilogue with operands of its own handles one after another.
         warps, stages: Triton's warps per program and depth of software pipelining.
+        resident: programs that share a multiprocessor, so that one stores while another multiplies.
 
     Raises:
         ValidationError: a field is no such number.
@@ -50,11 +51,16 @@ class Tiles:
     parts: Parts
     warps: Warps
     stages: Annotated[int, Field(ge=1, le=8)]
+    resident: Annotated[int, Field(ge=1, le=4)] = 1
 
     @property
     def part(self) -> int:
         """Columns of a part."""
         return self.n // self.parts
+
+    def with_parts(self, parts: int) -> Tiles:
+        """The same in so many parts, or as many as leave a part what a descriptor moves at least."""
+        return replace(self, parts=cast(Parts, min(parts, self.n // 16)))
 
     @property
     def step_work(self) -> int:
@@ -127,11 +133,8 @@ class Product:
         (rows, inner), columns = a.shape, b.shape[1]
         (a_stored, a_transposed), (b_stored, b_transposed) = _stored(a), _stored(b)
         layout: dict[str, Parameter] = {
-            "name": template,
             "a_transposed": a_transposed,
             "b_transposed": b_transposed,
-            "split": split > 1,
-            "parts": tiles.parts,
             "interpreted": not a.is_cuda,
         }
         self._operands = (
@@ -143,17 +146,8 @@ class Product:
             for each in arguments
         ]
         self._sizes = (rows, columns, inner)
-        programs = min(programs_on(a.device), -(-rows // tiles.m) * -(-columns // tiles.n) * split)
-        constants = {
-            "BM": tiles.m,
-            "BN": tiles.n,
-            "BK": tiles.k,
-            "GROUP": tiles.group,
-            "SPLIT": split,
-            "PROGRAMS": programs,
-        }
-        kernel = _kernel(template, tuple({**layout, **(parameters or {})}.items()))
-        self._launch = Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
+        count = -(-rows // tiles.m) * -(-columns // tiles.n)
+        self._launch = launch_of(template, {**layout, **(parameters or {})}, tiles, count, split, a.device)
 
     @property
     def rounds(self) -> Rounds:
@@ -213,9 +207,14 @@ def full_row_counts(columns: int, processors: int, most: int, tiles: Tiles) -> l
 
 
 @lru_cache(maxsize=16)
-def programs_on(device: torch.device) -> int:
-    """Programs that run at once: one a multiprocessor."""
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors; where the interpreter runs, as many as let small problems have several rounds."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def programs_on(device: torch.device, tiles: Tiles) -> int:
+    """Programs that run at once."""
+    return processors_of(device) * tiles.resident
 
 
 def has_descriptor(matrix: Tensor) -> bool:
@@ -240,6 +239,32 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
+def launch_of(
+    template: str, parameters: Mapping[str, Parameter], tiles: Tiles, count: int, split: int, device: torch.device
+) -> Launch:
+    """A product's kernel with as many programs as run at once, and no more than it has tiles.
+
+    Args:
+        template: extends the skeleton.
+        parameters: its own.
+        tiles: how it is cut up.
+        count: tiles of the result.
+        split: programs that share the inner dimension of a tile.
+    """
+    programs = min(programs_on(device, tiles), count * split)
+    constants = {
+        "BM": tiles.m,
+        "BN": tiles.n,
+        "BK": tiles.k,
+        "GROUP": tiles.group,
+        "SPLIT": split,
+        "PROGRAMS": programs,
+    }
+    shared: dict[str, Parameter] = {"name": template, "split": split > 1, "parts": tiles.parts}
+    kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
+    return Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
+
+
 @lru_cache(maxsize=256)
-def _kernel(template: str, parameters: tuple[tuple[str, Parameter], ...]) -> Any:
+def kernel_of(template: str, parameters: tuple[tuple[str, Parameter], ...]) -> Any:
     return getattr(load(render(template, **dict(parameters))), template)

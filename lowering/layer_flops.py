@@ -14,13 +14,22 @@ from torch.utils.flop_counter import register_flop_formula
 
 from structfly.lowering.blast.op import BLAST
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
+from structfly.lowering.block_sparse_low_rank.op import BLOCK_SPARSE_LOW_RANK
 from structfly.lowering.gblr.op import GBLR
 from structfly.lowering.kronecker.op import KRONECKER
 from structfly.lowering.layer_op import LayerOp
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.lowering.pivoted_low_rank.op import PIVOTED_LOW_RANK
 
-LAYER_OPS: tuple[LayerOp, ...] = (LOW_RANK, PIVOTED_LOW_RANK, KRONECKER, BLOCK_SPARSE, BLAST, GBLR)
+LAYER_OPS: tuple[LayerOp, ...] = (
+    LOW_RANK,
+    PIVOTED_LOW_RANK,
+    KRONECKER,
+    BLOCK_SPARSE,
+    BLOCK_SPARSE_LOW_RANK,
+    BLAST,
+    GBLR,
+)
 
 
 def _register(op: LayerOp) -> None:

@@ -23,20 +23,26 @@ _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
 class Applied(NamedTuple):
     """What an op is applied to: hidden states, the weight's factors, and the op's numbers.
 
-    ``x`` (N, in); ``factors`` in the op's order, with the integer tensors that say where they stand.
+    ``x`` (N, in); ``factors`` in the op's order, with the integer tensors that say where they stand; ``bias`` (out,)
+    where the op's second step adds it.
     """
 
     x: Tensor
     factors: Sequence[Tensor]
     static: Sequence[int]
+    bias: Tensor | None = None
 
 
-# What is made on the way to y, and y (N, out) without bias from that.
+# What is made on the way to y, and y (N, out) from that, with the bias of what it is applied to.
 Between = Callable[[Applied], list[Tensor]]
 Finish = Callable[[Applied, Sequence[Tensor]], Tensor]
 # (gradient (N, out), applied to, made between, wanted: of x and each factor) -> gradients, None where not wanted
 Backward = Callable[[Tensor, Applied, Sequence[Tensor], Sequence[bool]], list[Tensor | None]]
 Shapes = Sequence[Sequence[int]]
+
+
+FORWARD_OPS: dict[Any, LayerOp] = {}
+"""All that were made, by the overload that applies them."""
 
 
 class LayerOp:
@@ -46,10 +52,12 @@ class LayerOp:
         name: with an ABI version, which goes up with any change of the schema, the fake or the autograd formula.
         between, finish: the forward in two steps, on matrices; backward makes the first again where nothing was kept.
         backward: the gradients, on matrices.
+        adds_bias: whether ``finish`` adds the bias, so that y need not be read again for it.
         out_features: of the factors' shapes and the static numbers.
         kept_shapes: of N rows, the factors' shapes and the static numbers: the shapes of what is made between.
         multiply_adds: of the same: those of each of the two steps; the backward has as many as both for x, and again
             for the factors.
+        adds_bias: whether ``finish`` adds the bias within its products; else it is added to what that gives.
     """
 
     def __init__(
@@ -62,9 +70,11 @@ class LayerOp:
         out_features: Callable[[Shapes, Sequence[int]], int],
         kept_shapes: Callable[[int, Shapes, Sequence[int]], list[tuple[int, ...]]],
         multiply_adds: Callable[[int, Shapes, Sequence[int]], tuple[int, int]],
+        adds_bias: bool = False,
     ) -> None:
         self.name, self.between, self.finish, self.backward = name, between, finish, backward
         self.out_features, self.kept_shapes, self.multiply_adds = out_features, kept_shapes, multiply_adds
+        self.adds_bias = adds_bias
         forward_name, backward_name = f"structfly::{name}", f"structfly::{name}_backward"
         torch.library.define(
             forward_name,
@@ -81,6 +91,7 @@ class LayerOp:
         torch.library.register_autograd(forward_name, self._differentiate, setup_context=self._setup_context)
         self._forward_op: Any = getattr(torch.ops.structfly, name).default
         self._backward_op: Any = getattr(torch.ops.structfly, f"{name}_backward").default
+        FORWARD_OPS[self._forward_op] = self
         for device in DEVICES:
             _LIBRARY.impl(name, self._under_autocast(device), f"Autocast{device.upper()}")
         torch.library.register_vmap(forward_name, one_by_one(self._forward_op))
@@ -117,10 +128,10 @@ class LayerOp:
     def _forward(
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        call = Applied(x.reshape(-1, x.shape[-1]), factors, static)
+        call = Applied(x.reshape(-1, x.shape[-1]), factors, static, bias if self.adds_bias else None)
         kept = self.between(call)
         y = self.finish(call, kept)
-        if bias is not None:
+        if bias is not None and not self.adds_bias:
             y += bias
         return y.view(*x.shape[:-1], y.shape[1]), kept if keep else []
 

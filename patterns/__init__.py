@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
 
 from structfly.config import Config
 from structfly.patterns.batched_chain import BatchedChain
 from structfly.patterns.linear import RestructuredLinear
 from structfly.patterns.linear.menu import Planned
+from structfly.patterns.linear.times import Times as LayerTimes
 from structfly.patterns.linear_cross_entropy import LinearCrossEntropy
 from structfly.patterns.linear_divergence import LinearDivergence
 from structfly.patterns.masked_linear import MaskedLinear
+from structfly.patterns.merged_linear import MergedLinear
+from structfly.patterns.merged_linear.rule import Times as OpTimes
 from structfly.rewriter.rule import Rule
 
 DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence(), MaskedLinear(), BatchedChain())
-RULE_NAMES = (*(rule.name for rule in DEFAULT_RULES), RestructuredLinear.name)
+RULE_NAMES = (*(rule.name for rule in DEFAULT_RULES), MergedLinear.name, RestructuredLinear.name)
 
 
-def rules_under(config: Config, plan: Mapping[str, Planned] | None = None) -> tuple[Rule[Any], ...]:
+class AllTimes(LayerTimes, OpTimes, Protocol):
+    """Times of layers on one device, by their structure and as their ops have them."""
+
+
+def rules_under(
+    config: Config,
+    plan: Mapping[str, Planned] | None = None,
+    times: Callable[[torch.device], AllTimes] | None = None,
+) -> tuple[Rule[Any], ...]:
     """The rules that may act: the exact ones, and last, so that it takes nothing from them, the one that restructures
-    layers, where ``config`` asks for that; ``plan`` says what of which layer becomes, or None where a budget does."""
-    return (*DEFAULT_RULES, RestructuredLinear(plan)) if config.restructures else DEFAULT_RULES
+    layers, where ``config`` asks for that.  Structured layers are merged, which takes memory, where time counts and
+    nothing limits that.
+
+    Args:
+        plan: says what of which layer becomes, or None where a budget does.
+        times: gives the times of layers on a device, where they count.
+    """
+    if not config.restructures:
+        return DEFAULT_RULES
+    may_grow = config.budget.params is None and config.budget.weight_bytes is None
+    merged = (MergedLinear(times),) if times is not None and may_grow else ()
+    return (*DEFAULT_RULES, *merged, RestructuredLinear(plan, times))
 
 
 __all__ = [
@@ -31,6 +54,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearDivergence",
     "MaskedLinear",
+    "MergedLinear",
     "RestructuredLinear",
     "rules_under",
 ]

@@ -1,7 +1,9 @@
 """Generalised block low rank (Lee and Kim, ICLR 2024, arXiv 2309.06656), with its components cut to tiles.
 
-W = L R^T, where a group of ``group`` components, columns of L and R that lie side by side, is zero but for an interval
-of tiles of inputs in R and one of outputs in L.  Low-rank, block-low-rank and block-sparse weights are special cases.
+W = L P R^T, where a group of ``group`` components, columns of R or of L that lie side by side, is zero but for some
+tiles of inputs in R, or of outputs in L, mostly an interval of them.  The permutation P lets each side have its
+components in the order in which they need fewest tiles.  Low-rank, block-low-rank and block-sparse weights are special
+cases.
 :class:`structfly.patterns.gblr_learned.GaudiGBLR` learns the intervals, and its ``finalise`` gives this structure; or
 they are chosen by :meth:`GBLR.project`.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Self
 
+import sympy
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -30,7 +33,7 @@ _GOLDEN = 0.6180339887498949
 
 
 class GBLR(Structure):
-    """W = L R^T, L (out, groups * group) and R (in, groups * group) tile-sparse."""
+    """W = L P R^T, L (out, groups * group) and R (in, groups * group) tile-sparse, P a permutation."""
 
     name: ClassVar[str] = "gblr"
 
@@ -69,19 +72,29 @@ class GBLR(Structure):
             "right_index": Factor((2, self.right_tiles), learned=False),
             "left": Factor((self.left_tiles, self.tile, self.group)),
             "left_index": Factor((2, self.left_tiles), learned=False),
+            "order": Factor((self.components,), learned=False),
         }
+
+    @property
+    def components(self) -> int:
+        """Columns of R and of L."""
+        return self.groups * self.group
 
     def cost(self, sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
         tiles = self.right_tiles + self.left_tiles
         parameters = tiles * self.tile * self.group
-        components = self.groups * self.group
-        between = TOKENS * components * dtype.itemsize
+        rows = sympy.ceiling(TOKENS / 8) * 8  # to which they are padded
+        between = rows * self.components * dtype.itemsize
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        sums = TOKENS * max(components, sizes.out_features) * wide if wide > dtype.itemsize else 0
+        # Besides the components: those in the other order, or sums in float32, of them or of the outputs.
+        narrow = wide > dtype.itemsize
+        sums = (
+            sympy.Max(between, rows * self.components * wide, TOKENS * sizes.out_features * wide) if narrow else between
+        )
         return LayerCost(
             parameters=parameters,
             flops=2 * TOKENS * parameters,
-            weight_bytes=parameters * dtype.itemsize + 2 * tiles * torch.int32.itemsize,
+            weight_bytes=parameters * dtype.itemsize + (2 * tiles + self.components) * torch.int32.itemsize,
             saved_bytes=0 if self.rematerialise else between,
             transient_bytes=between + sums,
             stages=(self._stage(self.right_tiles, dtype), self._stage(self.left_tiles, dtype)),
@@ -112,6 +125,7 @@ class GBLR(Structure):
             "right_index": index_of(columns),
             "left": left / (3 * self.group * covered) ** 0.5,
             "left_index": index_of(rows),
+            "order": torch.arange(self.components, dtype=torch.int32),
         }
 
     @classmethod
@@ -128,6 +142,7 @@ class GBLR(Structure):
                 "right_index": index_of([range(*c.columns) for c in components]).to(weight.device),
                 "left": each._tiles([c.left for c in components]),
                 "left_index": index_of([range(*c.rows) for c in components]).to(weight.device),
+                "order": torch.arange(each.components, dtype=torch.int32, device=weight.device),
             }
 
     def _tiles(self, parts: list[Tensor]) -> Tensor:
@@ -136,11 +151,12 @@ class GBLR(Structure):
 
     def to_dense(self, sizes: LayerSizes, factors: Factors) -> Tensor:
         right = dense_of(factors["right"], factors["right_index"], sizes.in_features, self.groups)
-        return dense_of(factors["left"], factors["left_index"], sizes.out_features, self.groups) @ right.t()
+        left = dense_of(factors["left"], factors["left_index"], sizes.out_features, self.groups)
+        return left[:, factors["order"]] @ right.t()
 
     def apply(self, sizes: LayerSizes, factors: Factors, x: Tensor, bias: Tensor | None) -> Tensor:
         in_order = [factors[name] for name in self.factors(sizes)]
-        return OP(x, in_order, bias, [sizes.out_features, self.groups], rematerialise=self.rematerialise)
+        return OP(x, in_order, bias, [sizes.out_features], rematerialise=self.rematerialise)
 
     @classmethod
     def menu(cls, sizes: LayerSizes) -> list[Self]:

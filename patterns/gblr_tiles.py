@@ -1,6 +1,13 @@
-"""Masked components become groups that have the same tiles."""
+"""Masked components become groups that have the same tiles, on each side in the order in which they need fewest.
+
+Which order is best is a partition of a set under a cost that is no sum over pairs; several orders are tried instead.
+One is greedy.  The others sort the components into classes of like width and each class by where its masks are centred:
+components of one group then reach as far and stand at the same place, which wastes least where masks are intervals.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,23 +34,33 @@ def cut_to_tiles(
     alive = (rows.any(1) & columns.any(1)).nonzero()[:, 0]
     if not len(alive):
         raise ArgumentError("every component is empty: no weight is left to cut; shrink the widths less")
-    of_rows, of_columns = (_touched(masks[alive], tile) for masks in (rows, columns))
-    groups = _grouped(of_rows, of_columns, group)
-    left_places = [of_rows[members].any(0).nonzero()[:, 0].tolist() for members in groups]
-    right_places = [of_columns[members].any(0).nonzero()[:, 0].tolist() for members in groups]
+    of_rows, of_columns = (_touched(masks[alive], tile).cpu() for masks in (rows, columns))
+    left_groups, right_groups = (_grouped(touched, group) for touched in (of_rows, of_columns))
+    left_places, right_places = (
+        [touched[members].any(0).nonzero()[:, 0].tolist() for members in groups]
+        for touched, groups in ((of_rows, left_groups), (of_columns, right_groups))
+    )
     structure = GBLR(
         tile=tile,
         group=group,
-        groups=len(groups),
+        groups=len(left_groups),
         right_tiles=sum(map(len, right_places)),
         left_tiles=sum(map(len, left_places)),
     )
     return structure, {
-        "right": _tiles(right.t()[:, alive], groups, right_places, tile, group),
+        "right": _tiles(right.t()[:, alive], right_groups, right_places, tile, group),
         "right_index": index_of(right_places),
-        "left": _tiles(left[:, alive], groups, left_places, tile, group),
+        "left": _tiles(left[:, alive], left_groups, left_places, tile, group),
         "left_index": index_of(left_places),
+        "order": _order(torch.cat(right_groups), torch.cat(left_groups), structure.components),
     }
+
+
+def _order(right: Tensor, left: Tensor, components: int) -> Tensor:
+    """Where the components, listed in both orders, stand on the left; those added to fill the last group follow."""
+    order = torch.arange(components, dtype=torch.int32)
+    order[: len(right)] = left.argsort()[right].to(torch.int32)
+    return order
 
 
 def _touched(masks: Tensor, tile: int) -> Tensor:
@@ -53,10 +70,32 @@ def _touched(masks: Tensor, tile: int) -> Tensor:
     return touched
 
 
-def _grouped(of_rows: Tensor, of_columns: Tensor, group: int) -> list[Tensor]:
-    """Groups of components, each begun by that with most tiles, the others being those that add fewest to its tiles."""
-    waiting = torch.ones(len(of_rows), dtype=torch.bool, device=of_rows.device)
-    touched = torch.cat((of_rows, of_columns), 1)
+def _grouped(touched: Tensor, group: int) -> list[Tensor]:
+    """Groups of components, all but the last full, that need few tiles: the best of several ways."""
+    ways = [_greedy(touched, group)]
+    classes = 1
+    while classes * group < 2 * len(touched):
+        ways.append(_sorted(touched, group, classes))
+        classes *= 2
+    return min(ways, key=lambda groups: sum(int(touched[members].any(0).sum()) for members in groups))
+
+
+def _sorted(touched: Tensor, group: int, classes: int) -> list[Tensor]:
+    """In so many classes of like width, each a multiple of ``group``, by where the masks are centred.
+
+    The centre of tiles on a circle is the angle of the sum of their unit vectors.
+    """
+    angles = torch.arange(touched.shape[1], dtype=torch.float64) * (2 * math.pi / touched.shape[1])
+    centres = torch.atan2(*(touched.double() @ torch.stack((angles.sin(), angles.cos()), 1)).unbind(1))
+    widths = touched.sum(1).argsort(descending=True, stable=True)
+    size = -(-len(touched) // (classes * group)) * group
+    ordered = torch.cat([members[centres[members].argsort(stable=True)] for members in widths.split(size)])
+    return list(ordered.split(group))
+
+
+def _greedy(touched: Tensor, group: int) -> list[Tensor]:
+    """Each group begun by the component with most tiles, the others being those that add fewest to its tiles."""
+    waiting = torch.ones(len(touched), dtype=torch.bool)
     counts = touched.sum(1)
     groups = []
     while waiting.any():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from structfly.errors import ArgumentError
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
+from structfly.lowering.block_sparse_low_rank.op import BLOCK_SPARSE_LOW_RANK
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.patterns.block_refit import BlockRefit
 from structfly.patterns.flat_butterfly import FlatButterfly
@@ -142,14 +143,13 @@ class Pixelfly(Structure):
     def apply(self, sizes: LayerSizes, factors: Factors, x: Tensor, bias: Tensor | None) -> Tensor:
         """The numbers g and 1 - g go to what is smallest: to the factors, or, where g is the input's, to that."""
         values, columns, right, left = (factors[name] for name in ("values", "columns", "right", "left"))
-        of_sparse = of_low_rank = x
-        if self.gated:
-            of_sparse = x * torch.sigmoid(x @ factors["gate"])[..., None]
-            of_low_rank = x - of_sparse
-        else:
-            values, left = values * factors["gamma"], left * (1 - factors["gamma"])
-        y = LOW_RANK(of_low_rank, [right, left], bias)
-        return y + BLOCK_SPARSE(of_sparse, [values, columns], None, [sizes.out_features, self.grid])
+        static = [sizes.out_features, self.grid]
+        if not self.gated:
+            scaled = [values * factors["gamma"], right, left * (1 - factors["gamma"]), columns]
+            return BLOCK_SPARSE_LOW_RANK(x, scaled, bias, static)
+        of_sparse = x * torch.sigmoid(x @ factors["gate"])[..., None]
+        y = LOW_RANK(x - of_sparse, [right, left], bias)
+        return y + BLOCK_SPARSE(of_sparse, [values, columns], None, static)
 
     @classmethod
     def menu(cls, sizes: LayerSizes) -> list[Self]:

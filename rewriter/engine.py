@@ -239,6 +239,7 @@ def _with_costs(line: SiteReport, choice: Choice | LayerChoice) -> SiteReport:
             loss=choice.candidate.loss,
             costs=choice.candidate.costs,
             costs_kept=choice.dense.costs,
+            time_from=choice.candidate.time_from,
         )
     return replace(
         line,

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from structfly.errors import PlanError
 from structfly.records import LayerCandidate
+from structfly.records.layer import OWN_MEASUREMENTS
 from structfly.rewriter.layer_costs import ACTIVATIONS, added, used
 from structfly.rewriter.solver import ImpossibleError, Option, Solution, solve
 
 Menus = Sequence[Sequence[LayerCandidate]]
+CandidateT = TypeVar("CandidateT", bound=LayerCandidate)
+
+
+def measured_slower(candidate: LayerCandidate, menu: Sequence[LayerCandidate]) -> bool:
+    """Whether a candidate was measured to take longer than the dense weight on the same menu."""
+    dense = next(each for each in menu if not each.rewrites)
+    return candidate.time_from in OWN_MEASUREMENTS and candidate.costs["time"] > dense.costs["time"]
+
+
+def without_slower(menu: Sequence[CandidateT]) -> list[CandidateT]:
+    """What is left where time counts: no candidate that was measured to take longer than the dense weight."""
+    return [each for each in menu if not measured_slower(each, menu)]
 
 
 def dense_totals(menus: Menus, resources: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from structfly.records import Cost, DeviceProfile
-from structfly.records.layer import TOKENS, LayerCost, LayerSizes, product
+from structfly.records.layer import TOKENS, LayerCost, LayerSizes, Passes, product
 from structfly.rewriter.roofline import evaluate
 
 Costs = Mapping[str, float]
@@ -20,16 +20,22 @@ ACTIVATIONS = "activation_bytes"
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what costs hold: tokens of a forward pass, and the device."""
+    """Under what costs hold: tokens of a forward pass, the device, and what the time is of."""
 
     tokens: int
     profile: DeviceProfile
+    passes: Passes = "forward"
 
     def amounts(self, cost: LayerCost) -> dict[str, float]:
-        """The amounts of each resource."""
+        """The amounts of each resource.
+
+        Of a forward product y = x W^T, backward makes dx = dy W and dW = dy^T x, each of as many operations and bytes,
+        so that training takes three times as long.
+        """
         amounts = dict(cost.at(self.tokens))
         amounts["params"] = amounts.pop("parameters")
-        amounts["time"] = evaluate(Cost(cost.stages), {TOKENS: self.tokens}, self.profile).seconds
+        forward = evaluate(Cost(cost.stages), {TOKENS: self.tokens}, self.profile).seconds
+        amounts["time"] = 3 * forward if self.passes == "training" else forward
         return amounts
 
 

@@ -10,6 +10,7 @@ from structfly.config import Config
 from structfly.config.budget import Budget
 from structfly.errors import ArgumentError, ConfigError, PlanError, RewriteError, StructflyError, UnsupportedError
 from structfly.explanation import explain
+from structfly.layer_times.calibrating import LayerTimesReport, time_layers
 from structfly.patterns.linear.projection import refresh
 from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.records import Report, SiteReport
@@ -31,6 +32,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Distillation",
+    "LayerTimesReport",
     "Plan",
     "PlanError",
     "Report",
@@ -51,5 +53,6 @@ __all__ = [
     "restructure_",
     "save_pretrained",
     "survey",
+    "time_layers",
     "tune",
 ]

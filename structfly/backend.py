@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import fx
 
 from structfly import compat
 from structfly.config import Config, LayerPlan, load_config
+from structfly.layer_times.known import LayerTimes
+from structfly.layer_times.rates import profile_on
+from structfly.layer_times.store import keep_times, known_times, origin_on, read_user_times
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns import RULE_NAMES, rules_under
 from structfly.patterns.structures import STRUCTURES
@@ -39,7 +42,8 @@ def structfly(
         mode: an Inductor mode, as in ``torch.compile(mode=...)``.
 
     Raises:
-        ConfigError: an option is unknown or has a wrong value; nothing has been compiled then.
+        ConfigError: an option is unknown or has a wrong value, or the file of layers' times does; nothing has been
+            compiled then.
         PlanError: the plan that the options name cannot be read, or their budget of layers cannot be kept.
         RewriteError: a rule failed and ``strict`` is set.
     """
@@ -62,14 +66,34 @@ def read_config(options: Mapping[str, object] | None, mode: str | None = None) -
 
 
 def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
-    """Run the rules over a graph, in place."""
+    """Run the rules over a graph, in place; what was measured meanwhile is kept for other graphs and processes.
+
+    Raises:
+        ConfigError: layers' times count, and the file that keeps them has something wrong in it.
+        PlanError: the budget of layers cannot be kept.
+        RewriteError: a rule failed and ``config.strict`` is set.
+    """
     # Not at the top: they import triton.
     import structfly.lowering.layer_flops
     import structfly.lowering.linear_cross_entropy.flops
     import structfly.lowering.linear_divergence.flops  # noqa: F401
 
     planned = config.plan.layers if isinstance(config.plan, LayerPlan) else None
-    return rewrite_graph(gm, rules_under(config, planned), config, device_profile)
+    if planned is not None or not config.budget.counts_time:
+        return rewrite_graph(gm, rules_under(config, planned), config, device_profile)
+    users, found = read_user_times(), list[LayerTimes]()
+
+    @cache
+    def times_on(device: torch.device) -> LayerTimes:
+        origin = origin_on(device)
+        profile, known = profile_on(device, origin, users), known_times(origin, users)
+        found.append(LayerTimes(device, profile, known, seconds=config.timing_seconds))
+        return found[-1]
+
+    try:
+        return rewrite_graph(gm, rules_under(config, times=times_on), config, device_profile)
+    finally:
+        keep_times(entry for times in found for entry in times.entries())
 
 
 def with_inputs(

@@ -146,6 +146,18 @@ def summarize(samples: list[float]) -> Timing:
     return Timing(statistics.median(samples), fifths[0], fifths[-1], tuple(samples))
 
 
+def device_name(device: torch.device | str) -> str:
+    """The device as times are of it: a GPU's name, a processor's with the threads that torch may use.
+
+    Raises:
+        UnsupportedError: for a device on which nothing can be measured.
+    """
+    device = _check_device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor_name()}, {torch.get_num_threads()} threads"
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """What a committed result must carry to be judged later: device, threads, versions and date (UTC).
 

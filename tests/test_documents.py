@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from structfly import Budget
+from structfly.layer_times.store import TimesFile
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.tuning.table import Table
 from structfly.patterns.structures import STRUCTURES
@@ -73,7 +74,8 @@ def test_the_page_on_restructuring_runs(capsys: pytest.CaptureFixture[str], monk
     assert len(predicted) == 3
     assert "times of layers: " in printed
     assert predicted == sorted(predicted)  # the budgets fall
-    assert printed.strip().endswith("True")
+    assert "\nTrue\n" in printed
+    assert len(re.findall(r"^(?:up|down) (?:merged|as it is|dense) ", printed, re.MULTILINE)) == 2
 
 
 def test_the_page_on_restructuring_names_every_structure() -> None:
@@ -101,8 +103,19 @@ def test_the_recalls_on_the_page_are_committed_results(share: int) -> None:
     assert found("solver", "gap") == 0.0
 
 
+def test_the_file_of_times_of_the_page_on_tuning_is_one() -> None:
+    _, times = code(ROOT / "docs" / "tuning.md", "json")
+    assert TimesFile.model_validate_json(times).layers
+
+
+def test_layers_are_timed_as_the_page_on_tuning_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [each for each in code(ROOT / "docs" / "tuning.md", "python") if "time_layers" in each]
+    exec(compile(block, "docs/tuning.md", "exec"), {})
+    assert "64x128, 2 tokens, float32, forward: dense" in capsys.readouterr().out
+
+
 def test_the_table_of_the_page_on_tuning_is_one() -> None:
-    (table,) = code(ROOT / "docs" / "tuning.md", "json")
+    table, _ = code(ROOT / "docs" / "tuning.md", "json")
     (entry,) = Table.model_validate_json(table).products
     assert isinstance(entry.cut, Tiles)
     assert entry.cut.m == 128

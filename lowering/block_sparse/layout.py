@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from structfly.errors import ArgumentError
+from structfly.lowering.block_products.listing import member_counts
+from structfly.lowering.remembered import remembered
 from structfly.records.layer import LayerSizes
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -85,11 +87,10 @@ class BlockLayout(NamedTuple):
         return every.repeat_interleave(self.starts.diff(), output_size=len(self.columns))
 
     def counts(self) -> list[int]:
-        """How many blocks every row keeps; reading ``starts`` waits for the device."""
+        """How many blocks every row keeps."""
         if self.starts is None:
             return [self.columns.shape[1]] * self.block_rows
-        counts: list[int] = self.starts.diff().tolist()
-        return counts
+        return remembered(member_counts, self.starts)
 
     def take(self, weight: Tensor, grid: Grid) -> Tensor:
         """The kept blocks (nnz, block_out, block_in) of a weight (out, in)."""

@@ -8,36 +8,22 @@ column and a row, and g the gradient with respect to y,
     dx_j = sum over k with c(k) = j of V_k^T g_r(k),
     dV_k = g_r(k)^T x_c(k), summed over the tokens.
 
-The first two are one computation: every part of the result is the sum of some parts of the source, each times a matrix.
-Those parts are gathered side by side, so that the sum is inside one matrix product.  Neighbouring parts of the result
-that have as many blocks are made by one batched product, as many of them as keep what is gathered within the size of
-the source, and on a CPU within :data:`_CACHED`.  The host reads how many blocks each has, and on a GPU waits for that.
+The first two are one computation.  On GPUs the products are generated where
+:func:`~structfly.lowering.block_sparse.generated.why_not` has nothing against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.support import padded
+from structfly.lowering.block_sparse import aten, generated
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.layer_op import Applied, LayerOp
-
-_CACHED = 1 << 18  # elements gathered at a time on a CPU: 1 MiB of float32
-
-
-class _Run(NamedTuple):
-    """Neighbouring parts of a result that are sums of ``each`` products."""
-
-    parts: slice
-    members: slice
-    each: int
-
-    @property
-    def length(self) -> int:
-        return int(self.parts.stop - self.parts.start)
 
 
 def _between(call: Applied) -> list[Tensor]:
@@ -46,94 +32,30 @@ def _between(call: Applied) -> list[Tensor]:
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     values, layout, grid = _read(call)
-
-    def matrices(members: slice) -> Tensor:
-        return values[members].transpose(1, 2)
-
-    x = _padded(call.x, grid.columns * grid.block_in)
-    y = _sums_of_products(x, grid.block_in, layout.columns.flatten(), layout.counts(), grid.block_out, matrices)
-    return y[:, : call.static[0]].contiguous()
+    x = padded(call.x, grid.columns * grid.block_in)
+    if generated.why_not(values):
+        y = aten.product(x, values, layout, grid)[:, : call.static[0]].contiguous()
+        return y if call.bias is None else y.add_(call.bias)
+    return generated.product(x, values, layout, grid, bias=call.bias)[:, : call.static[0]].contiguous()
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     values, layout, grid = _read(call)
-    grad = _padded(grad, grid.rows * grid.block_out)
-    of_x = _of_x(grad, values, layout, grid)[:, : call.x.shape[1]] if wanted[0] else None
-    x = _padded(call.x, grid.columns * grid.block_in)
-    return [of_x, _of_values(grad, x, values, layout) if wanted[1] else None, *(None for _ in call.factors[1:])]
+    grad = padded(grad, grid.rows * grid.block_out)
+    plain = bool(generated.why_not(values)) or torch.is_grad_enabled()  # with it on, this is differentiated
+    made: list[Tensor | None] = [None] * (1 + len(call.factors))
+    if wanted[0]:
+        of_x = aten.gradient_of_x if plain else generated.gradient_of_x
+        made[0] = of_x(grad, values, layout, grid)[:, : call.x.shape[1]]
+    if wanted[1]:
+        of_values = aten.gradient_of_values if plain else generated.gradient_of_values
+        made[1] = of_values(grad, padded(call.x, grid.columns * grid.block_in), values, layout)
+    return made
 
 
 def _read(call: Applied) -> tuple[Tensor, BlockLayout, Grid]:
     values, layout = call.factors[0], BlockLayout(*call.factors[1:])
     return values, layout, Grid(layout.block_rows, call.static[1], values.shape[1], values.shape[2])
-
-
-def _of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid) -> Tensor:
-    columns, order = layout.columns.flatten().sort(stable=True)
-    edges = torch.arange(grid.columns + 1, dtype=columns.dtype, device=columns.device)
-    counts = torch.searchsorted(columns, edges).diff().tolist()
-
-    def matrices(members: slice) -> Tensor:
-        return values.index_select(0, order[members])
-
-    return _sums_of_products(grad, grid.block_out, layout.rows()[order], counts, grid.block_in, matrices)
-
-
-def _of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
-    tokens, (_, block_out, block_in) = len(x), values.shape
-    made, columns = torch.empty_like(values), layout.columns.flatten()
-    source = x.view(tokens, x.shape[1] // block_in, block_in)
-    parts = grad.view(tokens, layout.block_rows, block_out)
-    for run in _runs(layout.counts(), x, block_in):
-        if run.each:
-            gathered = source.index_select(1, columns[run.members]).view(tokens, run.length, run.each * block_in)
-            products = torch.bmm(parts[:, run.parts].permute(1, 2, 0), gathered.transpose(0, 1))
-            blocks = products.view(run.length, block_out, run.each, block_in).transpose(1, 2)
-            made[run.members].view(run.length, run.each, block_out, block_in).copy_(blocks)
-    return made
-
-
-def _sums_of_products(
-    source: Tensor, side: int, members: Tensor, counts: list[int], width: int, matrices: Callable[[slice], Tensor]
-) -> Tensor:
-    """(tokens, parts * width): part i is the sum over its ``counts[i]`` members m of source[m] @ matrix(m).
-
-    Args:
-        source: (tokens, any multiple of ``side``).
-        members: which part of the source each product takes, those of part 0 first.
-        matrices: of a slice of the members: (members, side, width).
-    """
-    tokens = len(source)
-    made = source.new_empty(tokens, len(counts) * width)
-    blocks = source.view(tokens, source.shape[1] // side, side)
-    parts = made.view(tokens, len(counts), width)
-    for run in _runs(counts, source, side):
-        of = parts[:, run.parts].transpose(0, 1)
-        if run.each:
-            gathered = blocks.index_select(1, members[run.members]).view(tokens, run.length, run.each * side)
-            of.baddbmm_(
-                gathered.transpose(0, 1), matrices(run.members).reshape(run.length, run.each * side, width), beta=0
-            )
-        else:
-            of.zero_()
-    return made
-
-
-def _runs(counts: list[int], source: Tensor, side: int) -> Iterator[_Run]:
-    most = source.numel() if source.is_cuda else min(source.numel(), _CACHED)
-    first = member = 0
-    while first < len(counts):
-        each = counts[first]
-        last, fitting = first + 1, most // max(1, each * side * len(source))
-        while last < len(counts) and counts[last] == each and last - first < fitting:
-            last += 1
-        members = slice(member, member + each * (last - first))
-        yield _Run(slice(first, last), members, each)
-        first, member = last, members.stop
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, width - x.shape[1])) if width > x.shape[1] else x.contiguous()
 
 
 def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
@@ -149,6 +71,7 @@ BLOCK_SPARSE = LayerOp(
     out_features=lambda _, static: static[0],
     kept_shapes=lambda *_: [],
     multiply_adds=_multiply_adds,
+    adds_bias=True,
 )
 """Takes ``values`` (nnz, block_out, block_in) and the tensors of a
 :class:`~structfly.lowering.block_sparse.layout.BlockLayout`: ``columns``, and ``starts`` unless every row of blocks

@@ -1,8 +1,12 @@
-"""``structfly::gblr_v1``: y = L (R^T x) + bias, L and R tile-sparse; see :mod:`structfly.lowering.gblr.reference`.
+"""``structfly::gblr_v2``: y = L P (R^T x) + bias, L and R tile-sparse, P a permutation; see
+:mod:`structfly.lowering.gblr.reference`.
 
-With z = R^T x and g the gradient with respect to y,
+With z = P R^T x and g the gradient with respect to y,
 
-    dL = g z^T at L's tiles,    dz = L^T g,    dR = x dz^T at R's tiles,    dx = R dz.
+    dL = g z^T at L's tiles,    dz = P^T L^T g,    dR = x dz^T at R's tiles,    dx = R dz.
+
+z and dz are held with a row for each component and the tokens along it: a permutation moves whole rows.
+On GPUs the products are generated where :func:`~structfly.lowering.gblr.generated.why_not` has nothing against it.
 """
 
 from __future__ import annotations
@@ -10,53 +14,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from structfly.lowering.gblr.tile_products import collect, spread, tiles_of
+from structfly.lowering.gblr import generated, tile_products
+from structfly.lowering.gblr.tile_products import inverse, padded_rows
 from structfly.lowering.layer_op import Applied, LayerOp
+from structfly.lowering.remembered import remembered
 
 
 def _between(call: Applied) -> list[Tensor]:
-    right, right_index, _, _ = call.factors
-    return [collect(call.x, right, right_index, call.static[1])]
+    right, right_index, _, _, order = call.factors
+    by = tile_products if _plain(right, call.x) else generated
+    return [by.collect(call.x, right, right_index, order)]
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    _, _, left, left_index = call.factors
-    return spread(between[0], left, left_index, call.static[0])
+    _, _, left, left_index, _ = call.factors
+    z, out_features = between[0][:, : len(call.x)], call.static[0]
+    if _plain(left):
+        y = tile_products.spread(z, left, left_index, out_features)
+        return y if call.bias is None else y.add_(call.bias)
+    return generated.spread(z, left, left_index, out_features, call.bias)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    x, (right, right_index, left, left_index), (_, groups) = call
-    (z,) = between
-    dz = collect(grad, left, left_index, groups) if wanted[0] or wanted[1] else None
-    return [
-        spread(dz, right, right_index, x.shape[1]) if dz is not None and wanted[0] else None,
-        tiles_of(x, dz, right, right_index) if dz is not None and wanted[1] else None,
-        None,
-        tiles_of(grad, z, left, left_index) if wanted[3] else None,
-        None,
-    ]
+    x, (right, right_index, left, left_index, order) = call.x, call.factors
+    of_left, of_right = (tile_products if _plain(each, grad, x) else generated for each in (left, right))
+    made: list[Tensor | None] = [None] * 6
+    if wanted[0] or wanted[1]:
+        dz = of_left.collect(grad, left, left_index, remembered(inverse, order))[:, : len(x)]
+        made[0] = of_right.spread(dz, right, right_index, x.shape[1]) if wanted[0] else None
+        made[1] = of_right.tiles_of(x, dz, right, right_index) if wanted[1] else None
+    if wanted[3]:
+        made[3] = of_left.tiles_of(grad, between[0][:, : len(x)], left, left_index)
+    return made
 
 
-def _kept_shapes(rows: int, shapes: Sequence[Any], static: Sequence[int]) -> list[tuple[int, ...]]:
-    return [(rows, static[1] * shapes[0][2])]
+def _plain(tiles: Tensor, *others: Tensor) -> bool:
+    """Whether torch makes the products, because it must or because they are to be differentiated."""
+    again = torch.is_grad_enabled() and any(each.requires_grad for each in (tiles, *others))
+    return again or bool(generated.why_not(tiles))
+
+
+def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
+    return [(shapes[4][0], padded_rows(rows))]
 
 
 def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
-    right, _, left, _ = shapes
+    right, _, left, _, _ = shapes
     first, second = (rows * int(count) * int(tile) * int(group) for count, tile, group in (right, left))
     return first, second
 
 
 GBLR = LayerOp(
-    "gblr_v1",
+    "gblr_v2",
     between=_between,
     finish=_finish,
     backward=_backward,
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
+    adds_bias=True,
 )
-"""Takes ``right`` (right_tiles, tile, group), ``right_index`` (2, right_tiles), ``left`` (left_tiles, tile, group) and
-``left_index`` (2, left_tiles); static: out_features, groups."""
+"""Takes ``right`` (right_tiles, tile, group), ``right_index`` (2, right_tiles), ``left`` (left_tiles, tile, group),
+``left_index`` (2, left_tiles) and ``order`` (groups * group,); static: out_features."""

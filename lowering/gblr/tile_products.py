@@ -4,7 +4,7 @@
 ``index[0]`` which group of columns, ``index[1]`` which tile of rows.  Rows of the last tile beyond M's are left out.
 
 Neighbouring tiles of one group that also follow each other in ``tiles`` are one product with a slice of the dense
-operand: nothing is gathered or copied.  The index is read on the host, which waits for a GPU.
+operand: nothing is gathered or copied.  The index is read on the host once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from structfly.lowering.remembered import remembered
 
 
 class _Run(NamedTuple):
@@ -26,7 +28,7 @@ class _Run(NamedTuple):
 
 def _runs(tiles: Tensor, index: Tensor, features: int) -> Iterator[_Run]:
     _, tile, group = tiles.shape
-    groups, places = index.tolist()
+    groups, places = remembered(Tensor.tolist, index)
     first = 0
     for end in range(1, len(groups) + 1):
         if end < len(groups) and groups[end] == groups[first] and places[end] == places[end - 1] + 1:
@@ -50,31 +52,54 @@ def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def collect(dense: Tensor, tiles: Tensor, index: Tensor, groups: int) -> Tensor:
-    """``dense`` (N, features) M, (N, groups * group)."""
-    flat = tiles.flatten(0, 1)
-    result = _sums(dense, len(dense), groups * tiles.shape[2])
+def padded_rows(rows: int) -> int:
+    """Up to what components of so many rows are padded, so that each begins at a multiple of 16 bytes."""
+    return -(-rows // 8) * 8
+
+
+def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tensor:
+    """(dense M)^T with its rows put where ``order`` says.
+
+    Args:
+        dense: (N, features).
+        order: int32 (groups * group,), a permutation.
+
+    Returns:
+        (groups * group, :func:`padded_rows` of N), row ``order[i]`` of which is column i of the product.
+    """
+    flat, count = tiles.flatten(0, 1), len(dense)
+    result = _sums(dense, len(order), padded_rows(count))
     for run in _runs(tiles, index, dense.shape[1]):
-        _add(result[:, run.group], dense[:, run.rows], flat[run.tiles])
-    return result.to(dense.dtype)
+        _add(result[run.group, :count], flat[run.tiles].t(), dense[:, run.rows].t())
+    made = result.to(dense.dtype)
+    return made if remembered(_in_order, order) else made.index_select(0, remembered(inverse, order))
 
 
 def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int) -> Tensor:
-    """``components`` (N, groups * group) M^T, (N, features)."""
+    """``components`` (groups * group, N) transposed, times M^T: (N, features)."""
     flat = tiles.flatten(0, 1)
-    result = _sums(components, len(components), features)
+    result = _sums(components, components.shape[1], features)
     for run in _runs(tiles, index, features):
-        _add(result[:, run.rows], components[:, run.group], flat[run.tiles].t())
+        _add(result[:, run.rows], components[run.group].t(), flat[run.tiles].t())
     return result.to(components.dtype)
 
 
 def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) -> Tensor:
-    """The tiles of ``dense``^T ``components``, shaped as ``tiles``: the gradient of both products above."""
+    """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``: the gradient of both products above."""
     made = torch.zeros_like(tiles)
     flat = made.view(-1, tiles.shape[2])
     for run in _runs(tiles, index, dense.shape[1]):
-        flat[run.tiles] = dense[:, run.rows].t() @ components[:, run.group]
+        flat[run.tiles] = dense[:, run.rows].t() @ components[run.group].t()
     return made
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation int32 that undoes this one."""
+    return order.argsort().to(torch.int32)
+
+
+def _in_order(order: Tensor) -> bool:
+    return bool((order.diff() == 1).all())
 
 
 def dense_of(tiles: Tensor, index: Tensor, features: int, groups: int) -> Tensor:

@@ -1,102 +1,59 @@
 """``structfly::kronecker_v1``: see :mod:`structfly.lowering.kronecker.reference`.
 
-Each factor is one batched product.  Rows of x stand last in what is between two factors, (d a, i q, N): then the next
-factor may take as its batch and as its columns any axes that lie side by side, and the two factors of a Monarch matrix
-need no copy between them.  Where axes do not lie side by side, ``reshape`` makes the copy.
-
 With z_t = w_t z_(t-1) for t = 1..T, z_0 = x, and g_t the gradient with respect to z_t, in the small matrices of w_t
 
     dw_t = g_t z_(t-1)^T,    g_(t-1) = w_t^T g_t,
 
-and what the forward keeps is z_1 .. z_(T-1).
+and what the forward keeps is z_1 .. z_(T-1).  On GPUs the products are generated, those with
+Monarch's factors in large tiles, where :func:`~structfly.lowering.kronecker.monarch.why_not` has nothing against it, or
+along axes, where :func:`~structfly.lowering.kronecker.lattice.why_not` has nothing and outputs that stand apart are not
+worth a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from structfly.lowering.kronecker import aten, lattice, monarch
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import Applied, LayerOp
+from structfly.lowering.layer_op import Applied, Backward, Between, Finish, LayerOp
+
+
+class _Products(NamedTuple):
+    """One way of making them."""
+
+    between: Between
+    finish: Finish
+    backward: Backward
+
+
+_BY_TORCH = _Products(aten.between, aten.finish, aten.backward)
+_WITH_MONARCH = _Products(monarch.between, monarch.finish, monarch.backward)
+_ALONG_AXES = _Products(lattice.between, lattice.finish, lattice.backward)
+
+
+def _products(factors: Sequence[Tensor]) -> _Products:
+    along_axes = not lattice.why_not(factors)
+    if not monarch.why_not(factors) and (monarch.worth_a_copy(factors) or not along_axes):
+        return _WITH_MONARCH
+    return _ALONG_AXES if along_axes else _BY_TORCH
 
 
 def _between(call: Applied) -> list[Tensor]:
-    x, factors, _ = call
-    shapes = [FactorShape(*factor.shape) for factor in factors]
-    features, made = _padded(x, shapes[0].features_in).t(), []
-    for factor, shape in zip(factors[:-1], shapes, strict=False):
-        made.append(torch.bmm(_matrices(factor, shape), _inputs(features, shape)))
-        features = _as_outputs(made[-1], shape)
-    return made
+    return _products(call.factors).between(call)
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    x, factors, (out_features,) = call
-    shapes = [FactorShape(*factor.shape) for factor in factors]
-    last = shapes[-1]
-    features = _as_outputs(between[-1], shapes[-2]) if between else _padded(x, last.features_in).t()
-    features = _as_outputs(torch.bmm(_matrices(factors[-1], last), _inputs(features, last)), last)
-    return features.permute(4, 0, 1, 2, 3).reshape(x.shape[0], last.features_out)[:, :out_features].contiguous()
+    return _products(call.factors).finish(call, between)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    x, factors, _ = call
-    shapes = [FactorShape(*factor.shape) for factor in factors]
-    gradients: list[Tensor | None] = [None] * len(wanted)
-    features = _padded(grad, shapes[-1].features_out).t()
-    for t in reversed(range(len(factors))):
-        if not any(wanted[: t + 2]):
-            break
-        shape = shapes[t]
-        g = _outputs(features, shape)
-        if wanted[t + 1]:
-            before = _as_outputs(between[t - 1], shapes[t - 1]) if t else _padded(x, shape.features_in).t()
-            gradients[t + 1] = torch.bmm(g, _inputs(before, shape).mT)
-        if any(wanted[: t + 1]):
-            features = _as_inputs(torch.bmm(_matrices(factors[t], shape).mT, g), shape)
-    if wanted[0]:
-        rows = features.permute(4, 0, 1, 2, 3).reshape(x.shape[0], shapes[0].features_in)
-        gradients[0] = rows[:, : x.shape[1]]
-    return gradients
-
-
-def _padded(rows: Tensor, width: int) -> Tensor:
-    return rows if rows.shape[1] == width else F.pad(rows, (0, width - rows.shape[1]))
-
-
-def _matrices(factor: Tensor, shape: FactorShape) -> Tensor:
-    return factor.reshape(shape.matrices, shape.rows, shape.columns)
-
-
-def _inputs(features: Tensor, shape: FactorShape) -> Tensor:
-    """(d a, j p, N) of (*features, N), whose features in order are (a, j, d, p)."""
-    axes = features.reshape(shape.a, shape.j, shape.d, shape.p, features.shape[-1]).permute(2, 0, 1, 3, 4)
-    return _of_unit_stride(axes.reshape(shape.matrices, shape.columns, features.shape[-1]))
-
-
-def _outputs(features: Tensor, shape: FactorShape) -> Tensor:
-    """(d a, i q, N) of (*features, N), whose features in order are (a, i, d, q)."""
-    axes = features.reshape(shape.a, shape.i, shape.d, shape.q, features.shape[-1]).permute(2, 0, 1, 3, 4)
-    return _of_unit_stride(axes.reshape(shape.matrices, shape.rows, features.shape[-1]))
-
-
-def _as_inputs(made: Tensor, shape: FactorShape) -> Tensor:
-    """The inverse of :func:`_inputs`, as (a, j, d, p, N); no copy."""
-    return made.view(shape.d, shape.a, shape.j, shape.p, made.shape[-1]).permute(1, 2, 0, 3, 4)
-
-
-def _as_outputs(made: Tensor, shape: FactorShape) -> Tensor:
-    """The inverse of :func:`_outputs`, as (a, i, d, q, N); no copy."""
-    return made.view(shape.d, shape.a, shape.i, shape.q, made.shape[-1]).permute(1, 2, 0, 3, 4)
-
-
-def _of_unit_stride(matrices: Tensor) -> Tensor:
-    """BLAS takes matrices with neighbours along rows or columns; a copy made here is made once for the whole batch."""
-    return matrices if 1 in matrices.stride()[1:] else matrices.contiguous()
+    differentiated = torch.is_grad_enabled()
+    return (_BY_TORCH if differentiated else _products(call.factors)).backward(grad, call, between, wanted)
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
@@ -116,6 +73,7 @@ KRONECKER = LayerOp(
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
+    adds_bias=True,
 )
 """Takes the factors, the first applied first, of six axes each as :class:`FactorShape` has them, and in ``static`` the
 number of output features."""

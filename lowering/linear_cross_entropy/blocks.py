@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from structfly.lowering.gemm import IDLE, Blocks, Product, programs_on
+from structfly.lowering.gemm import IDLE, Blocks, Product, processors_of
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
@@ -49,7 +49,7 @@ def run_blocks(
         return head.x.new_zeros(0, dtype=torch.float32), None if wanted is None else _zeros(head, wanted)
     device = head.x.device
     tiles = tiles_of(head)
-    sizes = block_sizes(rows, hidden, head.num_classes, workspace, processors=programs_on(device), tiles=tiles)
+    sizes = block_sizes(rows, hidden, head.num_classes, workspace, processors=processors_of(device), tiles=tiles)
     with on_device(device):
         each = RowPass(head, coefficients, sizes.rows, "" if wanted is None else "rows", tiles)
         each.do_all()

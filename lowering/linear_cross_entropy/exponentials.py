@@ -112,7 +112,7 @@ class ExponentialRun:
     @cached_property
     def split(self) -> int:
         cut = self.hidden_cut
-        return 1 if cut == TORCH_MM else best_split(self.each.length, self.hidden, programs_on(self.device), cut)
+        return 1 if cut == TORCH_MM else best_split(self.each.length, self.hidden, programs_on(self.device, cut), cut)
 
     @cached_property
     def hidden_sums(self) -> Tensor:

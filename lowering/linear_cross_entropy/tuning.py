@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structfly import measure
 from structfly.errors import UnsupportedError
-from structfly.lowering.gemm import programs_on
+from structfly.lowering.gemm import processors_of
 from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.head.linear import Wanted, allocate_gradients
 from structfly.lowering.launch import on_device
@@ -63,7 +63,7 @@ class HeadTimer:
             shape.hidden,
             shape.classes,
             _BLOCK_BYTES,
-            processors=programs_on(device),
+            processors=processors_of(device),
             tiles=tiles,
         )
         self.block_sizes = BlockSizes(_whole(sizes.rows), _whole(sizes.classes), _whole(sizes.beside), sizes.bytes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.layer_op import Applied, LayerOp
@@ -20,7 +21,8 @@ def _between(call: Applied) -> list[Tensor]:
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    return between[0] @ call.factors[1].t()
+    left = call.factors[1].t()
+    return between[0] @ left if call.bias is None else torch.addmm(call.bias, between[0], left)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -46,5 +48,6 @@ LOW_RANK = LayerOp(
     out_features=lambda shapes, _: shapes[1][0],
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],
     multiply_adds=_multiply_adds,
+    adds_bias=True,
 )
 """Takes ``right`` (rank, in) and ``left`` (out, rank)."""

@@ -60,11 +60,11 @@ def _why_no_tiles(template: str, kind: Kind, tiles: Tiles, capability: tuple[int
         return f"k is {tiles.k}; allowed for {template}: up to {kind.step_at_most}"
     if tiles.m * tiles.n > _MOST:
         return f"m n is {tiles.m * tiles.n}; allowed: up to {_MOST}"
-    needed, there = shared_bytes(template, tiles), shared_memory(capability)
+    needed, there = tiles.resident * shared_bytes(template, tiles), shared_memory(capability)
     if needed > there:
         major, minor = capability
         return (
             f"they take {needed} bytes of shared memory and capability {major}.{minor} has {there}; "
-            "smaller m, n, k or stages, or more parts, take less"
+            "smaller m, n, k, stages or resident, or more parts, take less"
         )
     return ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from structfly.patterns.structure import Structure, widened
-from structfly.records.layer import NO_STATISTICS, LayerCost, LayerSizes, LayerStatistics
+from structfly.records.layer import NO_STATISTICS, LayerCost, LayerSeconds, LayerSizes, LayerStatistics, TimeSource
 from structfly.rewriter.layer_costs import Costs, dense_cost
 
 
@@ -21,11 +21,13 @@ class Candidate:
         structure: what its weight is made of, None for the dense weight.
         loss: how much the loss is predicted to rise.
         costs: its amounts of each resource.
+        time_from: where the time among them comes from.
     """
 
     structure: Structure | None
     loss: float
     costs: Costs = field(repr=False)
+    time_from: TimeSource = "roofline"
 
     @property
     def name(self) -> str:
@@ -48,16 +50,14 @@ def losses_of(weight: Tensor, statistics: LayerStatistics = NO_STATISTICS) -> Lo
     return lambda structure, menu: structure.losses(menu, wide, statistics)
 
 
-def candidates_of(
+def offered(
     sizes: LayerSizes,
     dtype: torch.dtype,
     structures: Sequence[type[Structure]],
     losses: Losses,
     amounts: Callable[[LayerCost], Costs],
-    time_of: Callable[[Structure | None, float], float] = lambda _, predicted: predicted,
 ) -> list[Candidate]:
-    """The dense weight first, then what the structures offer; what another candidate is better than in every respect
-    is left out.
+    """The dense weight first, then all that the structures offer, with the roofline's times.
 
     Args:
         sizes: of the layer.
@@ -65,22 +65,27 @@ def candidates_of(
         structures: those to offer.
         losses: of the layer.
         amounts: of a cost, under the conditions that hold.
-        time_of: the time of a structure, None for the dense weight, of which the roofline predicts the given one.
     """
-
-    def candidate(structure: Structure | None, loss: float, cost: LayerCost) -> Candidate:
-        costs = amounts(cost)
-        return Candidate(structure, loss, {**costs, "time": time_of(structure, costs["time"])})
-
-    found = [candidate(None, 0.0, dense_cost(sizes, dtype))]
+    found = [Candidate(None, 0.0, amounts(dense_cost(sizes, dtype)))]
     for structure in structures:
         menu = [each for each in structure.menu(sizes) if not each.why_not(sizes)]
         for each, loss in zip(menu, losses(structure, menu), strict=True):
-            found.append(candidate(each, max(0.0, loss), each.cost(sizes, dtype)))
-    return _undominated(found)
+            found.append(Candidate(each, max(0.0, loss), amounts(each.cost(sizes, dtype))))
+    return found
 
 
-def _undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
+def timed(candidates: Iterable[Candidate], time_of: Callable[[Candidate], LayerSeconds]) -> list[Candidate]:
+    """The candidates with these times."""
+    found = []
+    for each in candidates:
+        seconds, source = time_of(each)
+        found.append(replace(each, costs={**each.costs, "time": seconds}, time_from=source))
+    return found
+
+
+def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The dense weight first, then the others without what another one is better than in every respect."""
+
     def amounts(each: Candidate) -> tuple[float, ...]:
         return (each.loss, *each.costs.values())
 

@@ -6,15 +6,18 @@ from dataclasses import replace
 from typing import Protocol
 
 from structfly.config import SiteSettings
-from structfly.patterns.linear.candidates import Candidate, candidates_of
+from structfly.patterns.linear.candidates import Candidate, offered, undominated
 from structfly.patterns.linear.heads import is_head
 from structfly.patterns.linear.projection import remembered_losses
 from structfly.patterns.linear.site import LinearSite
+from structfly.patterns.linear.times import TimedCandidates, Times
 from structfly.patterns.structure import Structure
 from structfly.patterns.structures import OFFERED, STRUCTURES
 from structfly.records import DeviceProfile, LayerMenu
 from structfly.records.layer import LayerCost, LayerSizes
 from structfly.rewriter.layer_costs import Conditions, Costs, dense_cost
+
+_LOSSES = "losses are predicted from the weights alone, without calibration"
 
 
 class Planned(Protocol):
@@ -34,19 +37,25 @@ class Planned(Protocol):
     def predicted_loss(self) -> float: ...
 
 
-def offered_menu(site: LinearSite, profile: DeviceProfile, settings: SiteSettings) -> LayerMenu:
-    """What the structures offer that the configuration names."""
+def offered_menu(
+    site: LinearSite, profile: DeviceProfile, settings: SiteSettings, times: Times | None = None
+) -> LayerMenu:
+    """What the structures offer that the configuration names.
+
+    Args:
+        times: of layers on the site's device, where time counts; without them the roofline predicts it.
+    """
     amounts = _Amounts(site, profile)
     if is_head(site.name) and "structures" not in settings.overridden:
         left = Candidate(None, 0.0, amounts(dense_cost(site.layer, site.dtypes[0])))
         return LayerMenu((left,), f"a head is left dense; overrides.{site.name}.structures names what it may become")
     names = OFFERED if settings.structures is None else settings.structures
-    offered = [STRUCTURES[name] for name in names]
+    structures = [STRUCTURES[name] for name in names]
     losses = remembered_losses(site.stored, site.transposed)
-    return LayerMenu(
-        tuple(candidates_of(site.layer, site.dtypes[0], offered, losses, amounts)),
-        basis="losses are predicted from the weights alone, without calibration",
-    )
+    candidates = offered(site.layer, site.dtypes[0], structures, losses, amounts)
+    if times is None:
+        return LayerMenu(tuple(undominated(candidates)), basis=_LOSSES)
+    return TimedCandidates.of(site, structures, candidates, times, _LOSSES).menu()
 
 
 def planned_menu(site: LinearSite, profile: DeviceProfile, planned: Planned) -> LayerMenu:

@@ -10,6 +10,7 @@ from structfly import compat
 from structfly.lowering.layer_op import DEVICES
 from structfly.patterns.head.chain import describe
 from structfly.patterns.head.logits import example_of
+from structfly.records.cost import at_sizes
 from structfly.rewriter.calls import read
 from structfly.rewriter.linear import LinearLike, is_cast, read_linear
 from structfly.rewriter.region import Region, needs_gradient
@@ -53,6 +54,15 @@ def _without_casts(node: fx.Node) -> fx.Node:
 def transposes(linear: LinearLike) -> list[fx.Node]:
     """What stands between a linear and its weight."""
     return [node for node in linear.node.all_input_nodes if node not in (linear.x, linear.weight, linear.bias)]
+
+
+def rows_of(x: fx.Node) -> int:
+    """How many rows a layer is applied to, at the example's sizes."""
+    value = example_of(x)
+    rows = 1
+    for size in value.shape[:-1]:
+        rows *= int(at_sizes(compat.expression(size), compat.size_hints(value)))
+    return rows
 
 
 def why_not(weight: fx.Node, calls: Sequence[LinearLike], region: Region) -> str | None:

@@ -6,20 +6,20 @@ Approximate: it acts only where one of the two is given.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import fx
 
 from structfly import compat
 from structfly.config import SiteSettings
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear.candidates import Candidate
 from structfly.patterns.linear.menu import Planned, offered_menu, planned_menu
-from structfly.patterns.linear.reads import TRAINS, linears_by_weight, why_not
+from structfly.patterns.linear.reads import TRAINS, linears_by_weight, rows_of, why_not
 from structfly.patterns.linear.rewrite import rewrite_layer
 from structfly.patterns.linear.site import LinearSite
+from structfly.patterns.linear.times import Times
 from structfly.records import DeviceProfile, LayerMenu, Miss
-from structfly.records.cost import at_sizes
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import LinearLike
 from structfly.rewriter.region import Region, qualified_name
@@ -32,12 +32,15 @@ class RestructuredLinear:
 
     Args:
         plan: what each layer becomes, by qualified name, or None where a budget decides.
+        times: gives the times of layers on a device, where they count; None where the roofline predicts them.
     """
 
     name = "linear"
 
-    def __init__(self, plan: Mapping[str, Planned] | None = None) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: Mapping[str, Planned] | None = None, times: Callable[[torch.device], Times] | None = None
+    ) -> None:
+        self.plan, self.times = plan, times
 
     def find(self, region: Region) -> Sequence[LinearSite | Miss]:
         results: list[LinearSite | Miss] = []
@@ -60,7 +63,7 @@ class RestructuredLinear:
     def menu(self, site: LinearSite, profile: DeviceProfile, settings: SiteSettings) -> LayerMenu:
         if self.plan is not None:
             return planned_menu(site, profile, self.plan[site.name])
-        return offered_menu(site, profile, settings)
+        return offered_menu(site, profile, settings, self.times and self.times(site.device))
 
     def rewrite(self, site: LinearSite, candidate: Candidate, editor: Editor) -> None:
         assert candidate.structure is not None
@@ -76,7 +79,7 @@ class RestructuredLinear:
             device=stored.device,
             sizes={},
             calls=tuple(calls),
-            rows=tuple(_rows(call) for call in calls),
+            rows=tuple(rows_of(call.x) for call in calls),
             stored=stored,
             transposed=calls[0].transposed,
             place=region.graph.find_nodes(op="placeholder").index(weight),
@@ -91,12 +94,3 @@ class RestructuredLinear:
         if planned.sizes != site.layer:
             return f"the plan has it as {planned.sizes}; here it is {site.layer}"
         return "" if planned.structure is None else planned.structure.why_not(site.layer)
-
-
-def _rows(call: LinearLike) -> int:
-    """How many rows a linear is applied to, at the example's sizes."""
-    value = example_of(call.x)
-    rows = 1
-    for size in value.shape[:-1]:
-        rows *= int(at_sizes(compat.expression(size), compat.size_hints(value)))
-    return rows

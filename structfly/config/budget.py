@@ -119,6 +119,11 @@ class Limits(BaseModel):
         """Whether there is any limit."""
         return bool(self.limits) or self.loss is not None
 
+    @property
+    def counts_time(self) -> bool:
+        """Whether the layers' time decides what they become: it has a limit, or the least is sought."""
+        return self.time is not None or self.loss is not None
+
 
 class Budget(Limits):
     """What the layers that may be restructured may cost together, with one limit at least.

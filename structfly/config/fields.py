@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -80,6 +81,15 @@ def parse_bytes(value: object) -> int | None:
     if count <= 0:
         raise wrong_value(_ALLOWED_SIZES)
     return count
+
+
+# ---------------------------------------------------------------------------------- seconds
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise wrong_value("a number of seconds of at least 0")
 
 
 # ---------------------------------------------------------------------------------- rules, structures and modes
@@ -199,6 +209,7 @@ def _plan(value: object) -> Path | LayerPlan | None:
 ByteCount = Annotated[int | None, PlainValidator(parse_bytes)]
 Rewrite = Literal["auto", "always"]
 Mode = Annotated[str | None, PlainValidator(_known_mode)]
+Seconds = Annotated[float, PlainValidator(_seconds)]
 Structures = Annotated[tuple[str, ...] | None, PlainValidator(_known_structures)]
 PlanOrPath = Annotated[Path | LayerPlan | None, PlainValidator(_plan)]
 RuleSwitches = Annotated[

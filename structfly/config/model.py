@@ -19,6 +19,7 @@ from structfly.config.fields import (
     PlanOrPath,
     Rewrite,
     RuleSwitches,
+    Seconds,
     Structures,
     as_dict,
     copied,
@@ -110,6 +111,9 @@ class Config(_Table):
 
     structures: Structures = None
     """Names of the structures that layers may take under a budget; None: those that are offered by default."""
+
+    timing_seconds: Seconds = 10.0
+    """How long layers may be timed on their device, for each graph, where a budget counts time."""
 
     rules: RuleSwitches = Field(default_factory=lambda: read_only({}))
     """Switches rules on or off by name; a rule that is not named is on."""

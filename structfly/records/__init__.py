@@ -3,7 +3,7 @@
 from structfly.records.cost import Cost, CostValues, Stage
 from structfly.records.device import DeviceModel, DeviceProfile
 from structfly.records.report import Report, SiteReport, Status
-from structfly.records.site import Candidate, LayerCandidate, LayerMenu, Menu, Miss, Site
+from structfly.records.site import Candidate, LayerCandidate, LayerMenu, LayerTiming, Menu, Miss, Site
 
 __all__ = [
     "Candidate",
@@ -13,6 +13,7 @@ __all__ = [
     "DeviceProfile",
     "LayerCandidate",
     "LayerMenu",
+    "LayerTiming",
     "Menu",
     "Miss",
     "Report",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import sympy
 import torch
@@ -26,6 +26,53 @@ class LayerSizes(NamedTuple):
     def parameters(self) -> int:
         """Of the dense weight, without the bias."""
         return self.in_features * self.out_features
+
+
+class Shape(NamedTuple):
+    """Layers of one shape take equally long: their sizes, and the dtype of their weights and inputs."""
+
+    sizes: LayerSizes
+    dtype: torch.dtype
+
+
+class AppliedOp(NamedTuple):
+    """A structured layer as its op has it: the op's name, the shapes of its factors, and its numbers.
+
+    Layers that agree in these and in their shape take equally long.
+    """
+
+    op: str
+    factors: tuple[tuple[int, ...], ...]
+    static: tuple[int, ...]
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Of layers that are timed."""
+
+Passes: TypeAlias = Literal["forward", "training"]
+"""What a time is of: a forward pass without gradients, or a forward and a backward pass that makes all gradients."""
+
+TimeSource: TypeAlias = Literal["roofline", "corrected", "interpolated", "measured"]
+"""Where a time comes from: the roofline alone, the roofline and measurements of other layers, its own measurements at
+the numbers of tokens on either side, or its own measurement."""
+
+TIMES_FROM: Mapping[TimeSource, str] = {
+    "measured": "measured",
+    "interpolated": "interpolated between measurements",
+    "corrected": "predicted and corrected by measurements",
+    "roofline": "predicted by the roofline alone",
+}
+"""The same in words, the best first."""
+
+OWN_MEASUREMENTS: frozenset[TimeSource] = frozenset(("interpolated", "measured"))
+"""Sources that are measurements of the very layer."""
+
+
+class LayerSeconds(NamedTuple):
+    """How long a layer takes, and where that comes from."""
+
+    seconds: float
+    source: TimeSource
 
 
 @dataclass(frozen=True)

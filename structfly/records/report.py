@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from structfly.records.layer import OWN_MEASUREMENTS, TimeSource
+
 Status = Literal["rewritten", "kept", "missed", "failed"]
 
 
@@ -35,6 +37,7 @@ class SiteReport:
         costs: a layer's amounts of each resource with the chosen candidate: params, flops, weight_bytes, saved_bytes,
             transient_bytes, and time in seconds.
         costs_kept: the same while it is dense.
+        time_from: where a layer's time comes from; "" for rewrites that compute the same, whose times are predicted.
         graph: number of the compiled graph it belongs to.
     """
 
@@ -52,6 +55,7 @@ class SiteReport:
     loss: float | None = None
     costs: Mapping[str, float] = field(default_factory=dict)
     costs_kept: Mapping[str, float] = field(default_factory=dict)
+    time_from: TimeSource | Literal[""] = ""
     graph: int = 0
 
     @property
@@ -109,7 +113,7 @@ class Report:
             console.print(f"override {pattern!r} matches the name of no site above", markup=False)
         for layer in self.unmatched_layers:
             console.print(f"the plan's layer {layer!r} is the name of no site above", markup=False)
-        if any(site.status == "rewritten" and site.loss is not None for site in self.sites):
+        if any(site.status == "rewritten" and site.rule == "linear" for site in self.sites):
             console.print(_DENSE_WEIGHTS_STAY, markup=False)
 
 
@@ -129,7 +133,8 @@ def _explanation(site: SiteReport) -> str:
     if site.peak_bytes is not None and site.peak_bytes_kept is not None:
         lines.append(f"memory: {format_bytes(site.peak_bytes)}; left alone: {format_bytes(site.peak_bytes_kept)}")
     if site.seconds is not None and site.seconds_kept is not None:
-        lines.append(f"predicted time: {site.seconds * 1e3:.3g} ms; left alone: {site.seconds_kept * 1e3:.3g} ms")
+        how = "measured" if site.time_from in OWN_MEASUREMENTS else "predicted"
+        lines.append(f"{how} time: {site.seconds * 1e3:.3g} ms; left alone: {site.seconds_kept * 1e3:.3g} ms")
     if site.loss is not None and site.status == "rewritten":
         lines.append(f"predicted loss: {site.loss:+.4g}")
         for name in ("params", "flops", "weight_bytes"):

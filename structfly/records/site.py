@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from structfly.records.cost import Cost
+from structfly.records.layer import TimeSource
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class LayerCandidate(Protocol):
         rewrites: False for the dense weight.
         loss: how much the loss is predicted to rise.
         costs: amounts by name: params, flops, weight_bytes, saved_bytes, transient_bytes, and time in seconds.
+        time_from: where that time comes from.
     """
 
     @property
@@ -86,6 +88,20 @@ class LayerCandidate(Protocol):
     def loss(self) -> float: ...
     @property
     def costs(self) -> Mapping[str, float]: ...
+    @property
+    def time_from(self) -> TimeSource: ...
+
+
+class LayerTiming(Protocol):
+    """Times a layer's candidates on its device."""
+
+    def measure(self, candidate: LayerCandidate) -> bool:
+        """Time one of them; False where that was done before, or may not be done any more."""
+        ...
+
+    def menu(self) -> LayerMenu:
+        """The layer's menu with the times that are known by now, of this layer and of others."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -134,9 +150,11 @@ class LayerMenu:
         candidates: the ways of running it; exactly one has ``rewrites=False``.
         settled: why the last of them is taken whatever the budget, or "" where it is chosen under the budget that all
             layers of the graph share.
-        basis: what the losses are predicted from.
+        basis: what the losses, and the times where they count, are predicted from.
+        timing: times candidates before one is chosen; None where what is predicted decides.
     """
 
     candidates: tuple[LayerCandidate, ...]
     settled: str = ""
     basis: str = ""
+    timing: LayerTiming | None = None

@@ -5,28 +5,21 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from structfly.config.json_lines import line_of, problems_in
 from structfly.errors import PlanError
-from structfly.patterns.structure import Structure
-from structfly.patterns.structures import STRUCTURES
-from structfly.records.layer import LayerSizes
-from structfly.restructure.corrections import TimeSource
-from structfly.restructure.json_lines import line_of
+from structfly.patterns.structures import NamedStructure
+from structfly.records.layer import TIMES_FROM, LayerSizes, TimeSource
 from structfly.rewriter.layer_costs import used
 
 _FORMAT = 1
-_SOURCES: Mapping[TimeSource, str] = {
-    "measured": "measured",
-    "corrected": "predicted and corrected by measurements",
-    "roofline": "predicted by the roofline alone",
-}
 
 
 class PlannedLayer(BaseModel):
@@ -40,7 +33,7 @@ class PlannedLayer(BaseModel):
     out_features: int = Field(ge=1)
     """Outputs of the layer."""
 
-    structure: Structure | None = None
+    structure: NamedStructure | None = None
     """What its weight is made of; None leaves it dense."""
 
     predicted_loss: float = 0.0
@@ -54,30 +47,12 @@ class PlannedLayer(BaseModel):
 
     time_from: TimeSource = "roofline"
     """Where the time among its costs comes from: the roofline alone, the roofline corrected by measurements of other
-    settings, or a measurement of its own."""
+    layers, or measurements of its own, at just as many tokens or interpolated between more and fewer."""
 
     @property
     def sizes(self) -> LayerSizes:
         """Its sizes."""
         return LayerSizes(self.in_features, self.out_features)
-
-    @field_validator("structure", mode="before")
-    @classmethod
-    def _named(cls, value: object) -> object:
-        if not isinstance(value, Mapping):
-            return value
-        settings = dict(value)
-        name = settings.pop("name", None)
-        if name not in STRUCTURES:
-            raise ValueError(f"name is {name!r}; allowed: {', '.join(STRUCTURES)}")
-        try:
-            return STRUCTURES[name].model_validate_json(json.dumps(settings))  # lists stand for tuples
-        except ValidationError as error:
-            raise ValueError("; ".join(_setting(name, each) for each in error.errors(include_url=False))) from None
-
-    @field_serializer("structure")
-    def _with_name(self, structure: Structure | None) -> Any:
-        return None if structure is None else {"name": structure.name, **structure.model_dump(mode="json")}
 
 
 class Measured(BaseModel):
@@ -128,6 +103,9 @@ class Plan(BaseModel):
     gap: float | None = None
     """How far the choice may be from that bound, relative to it."""
 
+    untimed: int = Field(default=0, ge=0)
+    """How many measurements of layers' times were left out, for the time allowed for them was up."""
+
     measured: Measured | None = None
     """The loss, where it was measured."""
 
@@ -163,7 +141,7 @@ class Plan(BaseModel):
         try:
             plan = cls.model_validate_json(text)
         except ValidationError as error:
-            raise PlanError("\n".join(_problems(error, str(path), text))) from None
+            raise PlanError("\n".join(problems_in(error, str(path), text))) from None
         for name, layer in plan.layers.items():
             reason = layer.structure.why_not(layer.sizes) if layer.structure is not None else ""
             if reason:
@@ -207,28 +185,8 @@ class Plan(BaseModel):
             yield f"{name}: {used:,.6g} of {self.limits[name]:,.6g}{share}: {'kept' if kept else 'EXCEEDED'}"
         if not self.limits.keys().isdisjoint(("time", "loss")):
             sources = Counter(layer.time_from for layer in self.layers.values())
-            counts = ", ".join(f"{sources[source]} {_SOURCES[source]}" for source in _SOURCES if sources[source])
-            yield f"times of layers: {counts}"
+            counts = ", ".join(f"{sources[source]} {words}" for source, words in TIMES_FROM.items() if sources[source])
+            untimed = f"; {self.untimed} that were to be timed were not, for the time was up" if self.untimed else ""
+            yield f"times of layers: {counts}{untimed}"
         for name, reason in self.left.items():
             yield f"left: {name}: {reason}"
-
-
-def _setting(structure: str, error: Any) -> str:
-    name = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"{name} is unknown; {structure} takes {', '.join(STRUCTURES[structure].model_fields)}"
-    return f"{name}: {error['msg']}, not {error['input']!r}"
-
-
-def _problems(error: ValidationError, path: str, text: str) -> Iterator[str]:
-    for each in error.errors(include_url=False):
-        location = each["loc"]
-        allowed = ""
-        if each["type"] == "extra_forbidden":
-            allowed = "; it is unknown, remove it"
-        elif each["type"] == "missing":
-            allowed = "; add it"
-        yield (
-            f"{path}, line {line_of(text, location)}: {'.'.join(map(str, location))}: "
-            f"{each['msg'].removeprefix('Value error, ')}{allowed}"
-        )

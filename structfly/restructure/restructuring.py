@@ -11,6 +11,7 @@ from torch import nn
 from structfly import measure
 from structfly.config.budget import Budget
 from structfly.patterns.structures import OFFERED
+from structfly.records.layer import Passes
 from structfly.restructure.allocation import check_strategy
 from structfly.restructure.apply import apply_
 from structfly.restructure.plan import Plan
@@ -35,6 +36,7 @@ def restructure_(
     sensitivity: Literal["fisher", "inputs"] = "fisher",
     tokens: int | None = None,
     seed: int = 0,
+    passes: Passes = "forward",
     timing_seconds: float | None = None,
     progress: bool = True,
     resume: Path | str | None = None,
@@ -63,10 +65,12 @@ def restructure_(
             direction (K-FAC), or "inputs", no more than how large it is.
         tokens: of a forward pass, for FLOPs, memory and time; None for as many as a calibration batch has, else 4096.
         seed: of the labels that ``loss_fn`` samples.
-        timing_seconds: of timing layers on the model's device, eager and without gradients: the dense one and up to
-            five settings of each structure, for each shape; predicted times are corrected by them, and no measurement
-            begins when so many have passed.  With 0 the roofline alone counts; None for 30 where the budget limits time
-            or loss, on CPUs and CUDA devices, else 0.
+        passes: what the time is of: "forward", a pass without gradients, or "training", forward and backward.
+        timing_seconds: how long layers may be timed on the model's device, eager: the dense one and up to five settings
+            of each structure, for each shape.  What was measured before, here or by ``structfly calibrate``, is not
+            measured again, and what is measured is kept.  Predicted times are corrected by measured ones.  None for 30
+            where the budget limits time or loss, on CPUs and CUDA devices; else times decide nothing, and the
+            roofline predicts them.
         progress: whether bars are shown.
         resume: a file that keeps the statistics of calibration, and beside it one with what ``refine`` measured; a run
             of the same model and data that was stopped goes on from them.
@@ -75,16 +79,15 @@ def restructure_(
         the plan, which says what each layer became.
 
     Raises:
-        ConfigError: the budget is none.
+        ConfigError: the budget is none, or the file of layers' times has something wrong in it.
         PlanError: the budget cannot be kept; the message says what can.
         ArgumentError: an argument is wrong, or no layer is left to restructure.
         UnsupportedError: layers are to be timed on a device on which they cannot be.
     """
     check_strategy(strategy, budget)
-    if timing_seconds is None:
-        needed = budget.time is not None or budget.loss is not None
+    if timing_seconds is None and budget.counts_time:
         possible = all(parameter.device.type in measure.MEASURED_DEVICES for parameter in model.parameters())
-        timing_seconds = _TIMING_SECONDS if needed and possible else 0.0
+        timing_seconds = _TIMING_SECONDS if possible else None
     found = survey(
         model,
         calibration=calibration,
@@ -97,6 +100,7 @@ def restructure_(
         sensitivity=sensitivity,
         tokens=tokens,
         seed=seed,
+        passes=passes,
         timing_seconds=timing_seconds,
         progress=progress,
         resume=resume,

@@ -9,14 +9,13 @@ from torch import nn
 
 from structfly.config.budget import Budget
 from structfly.errors import ArgumentError
+from structfly.layer_times.corrections import LayerTime
 from structfly.patterns.linear.candidates import Candidate
-from structfly.records.layer import LayerStatistics
+from structfly.records.layer import LayerStatistics, Shape
 from structfly.restructure.allocation import STRATEGIES, check_strategy
-from structfly.restructure.corrections import Corrections
 from structfly.restructure.measuring import Loss
 from structfly.restructure.plan import Measured, Plan, PlannedLayer
-from structfly.restructure.timing import LayerTime, Shape
-from structfly.rewriter.layer_budget import dense_totals
+from structfly.rewriter.layer_budget import dense_totals, without_slower
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +31,7 @@ class Survey:
         loss: measures the loss on the calibration data; None without them.
         dense_loss: that of the model as it was; None without data.
         times: what was measured of layers' times.
+        untimed: how many measurements of them were left out, for the time allowed for them was up.
     """
 
     shapes: Mapping[str, Shape]
@@ -42,9 +42,12 @@ class Survey:
     loss: Loss | None = field(default=None, repr=False)
     dense_loss: float | None = None
     times: Sequence[LayerTime] = field(default=(), repr=False)
+    untimed: int = 0
 
     def plan(self, budget: Budget, strategy: str = "solver") -> Plan:
         """What the layers become within ``budget``.  The model is neither needed nor changed.
+
+        Where the budget counts time, no layer becomes what was measured to be slower than the dense one.
 
         Args:
             budget: what the layers may cost together.
@@ -57,8 +60,10 @@ class Survey:
         check_strategy(strategy, budget)
         totals = dense_totals(list(self.menus.values()), list(budget.limits))
         limits = {resource: limit.of(totals[resource]) for resource, limit in budget.limits.items()}
-        corrections = Corrections(self.times)
-        allocation = STRATEGIES[strategy](self.menus, budget, limits)
+        menus = self.menus
+        if budget.counts_time:
+            menus = {name: without_slower(menu) for name, menu in self.menus.items()}
+        allocation = STRATEGIES[strategy](menus, budget, limits)
         planned = {
             name: PlannedLayer(
                 in_features=shape.sizes.in_features,
@@ -67,7 +72,7 @@ class Survey:
                 predicted_loss=allocation.chosen[name].loss,
                 costs=dict(allocation.chosen[name].costs),
                 dense_costs=dict(self.menus[name][0].costs),
-                time_from=corrections.source(shape, allocation.chosen[name].structure),
+                time_from=allocation.chosen[name].time_from,
             )
             for name, shape in self.shapes.items()
         }
@@ -81,6 +86,7 @@ class Survey:
             predicted_loss=sum(each.predicted_loss for each in planned.values()),
             bound=allocation.bound,
             gap=allocation.gap,
+            untimed=self.untimed,
         )
 
     def measured(self, plan: Plan, model: nn.Module) -> Plan:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
+from structfly.layer_times.known import LayerTimes
+from structfly.layer_times.rates import profile_on
+from structfly.layer_times.store import keep_times, known_times, origin_on, read_user_times
 from structfly.lowering.device_profile import device_profile
-from structfly.patterns.linear.candidates import Candidate, candidates_of, losses_of
+from structfly.patterns.linear.candidates import Candidate, losses_of, offered, timed, undominated
 from structfly.patterns.structure import Structure
 from structfly.patterns.structures import OFFERED, STRUCTURES
+from structfly.records.layer import LayerStatistics, Passes, Shape
 from structfly.restructure.calibrating import Calibration
-from structfly.restructure.corrections import Corrections
 from structfly.restructure.layers import check_globs, find_layers
 from structfly.restructure.refinement import refined
 from structfly.restructure.surveyed import Survey
-from structfly.restructure.timing import LayerTime, Shape, measured_times
 from structfly.rewriter.layer_costs import Conditions
 from structfly.rewriter.sensitivity import Losses
 
@@ -40,7 +41,8 @@ def survey(
     sensitivity: Literal["fisher", "inputs"] = "fisher",
     tokens: int | None = None,
     seed: int = 0,
-    timing_seconds: float = 0.0,
+    passes: Passes = "forward",
+    timing_seconds: float | None = None,
     progress: bool = True,
     resume: Path | str | None = None,
 ) -> Survey:
@@ -53,21 +55,25 @@ def survey(
 
     Args:
         timing_seconds: give as many as you allow where plans are to be made for a budget of time, or for the least
-            time; with 0 all times are predicted by the roofline alone.
+            time; with 0 nothing is timed, and what was measured before counts; with None all times are predicted by the
+            roofline alone.
 
     Raises:
         ArgumentError: an argument is wrong, or no layer is left to restructure.
+        ConfigError: the file of layers' times has something wrong in it.
         UnsupportedError: layers are to be timed on a device on which they cannot be.
     """
-    offered, has_data = _structures(structures), calibration is not None
+    known_structures, has_data = _structures(structures), calibration is not None
     if sensitivity not in ("fisher", "inputs"):
         raise ArgumentError(f"sensitivity is {sensitivity!r}; allowed: fisher, inputs")
     if has_data != (loss_fn is not None):
         raise ArgumentError("calibration and loss_fn go together; give both, or neither")
     if not has_data and (refine or resume is not None or sensitivity != "fisher"):
         raise ArgumentError("refine, resume and sensitivity are of calibration data; give calibration and loss_fn")
-    if not 0 <= timing_seconds < math.inf:
-        raise ArgumentError(f"timing_seconds is {timing_seconds!r}; allowed: a number of at least 0")
+    if passes not in get_args(Passes):
+        raise ArgumentError(f"passes is {passes!r}; allowed: {', '.join(get_args(Passes))}")
+    if timing_seconds is not None and not 0 <= timing_seconds < math.inf:
+        raise ArgumentError(f"timing_seconds is {timing_seconds!r}; allowed: a number of at least 0, or None")
     layers, left = find_layers(model, include, exclude)
     check_globs("overrides", overrides or {}, layers)
     known = Calibration.without_data(layers, left)
@@ -87,22 +93,18 @@ def survey(
     if not known.layers:
         raise ArgumentError(f"no layer is left to restructure; left: {known.left or 'the model has no linear layers'}")
     device = next(iter(known.layers.values())).weight.device
-    conditions = Conditions(tokens or known.tokens, device_profile(device))
-    offers = {name: _offered_to(name, offered, overrides or {}) for name in known.layers}
+    offers = {name: _offered_to(name, known_structures, overrides or {}) for name in known.layers}
     shapes = {name: Shape(layer.sizes, layer.weight.dtype) for name, layer in known.layers.items()}
-    times: tuple[LayerTime, ...] = ()
-    if timing_seconds:
-        by_shape = _by_shape(shapes, offers)
-        times = measured_times(by_shape, conditions, device, seconds=timing_seconds, progress=progress)
-    corrections = Corrections(times)
+    tokens, profile, times = tokens or known.tokens, device_profile(device), None
+    if timing_seconds is not None:
+        origin, users = origin_on(device), read_user_times()
+        profile = profile_on(device, origin, users)
+        times = LayerTimes(device, profile, known_times(origin, users), passes=passes, seconds=timing_seconds)
+        times.spread(_by_shape(shapes, offers), tokens, progress=progress)
+        keep_times(times.entries())
+    conditions = Conditions(tokens, profile, passes)
     menus: Mapping[str, Sequence[Candidate]] = {
-        name: candidates_of(
-            *shapes[name],
-            offers[name],
-            losses_of(layer.weight, known.statistics[name]),
-            conditions.amounts,
-            partial(corrections.of, shapes[name]),
-        )
+        name: _menu(shapes[name], offers[name], layer.weight, known.statistics[name], conditions, times)
         for name, layer in track(known.layers.items(), "candidates", disable=not progress)
     }
     dense_loss = None if known.loss is None else known.loss.of(model)
@@ -124,11 +126,28 @@ def survey(
         menus=menus,
         statistics=known.statistics,
         left=known.left,
-        tokens=conditions.tokens,
+        tokens=tokens,
         loss=known.loss,
         dense_loss=dense_loss,
-        times=times,
+        times=() if times is None else times.at(tokens),
+        untimed=0 if times is None else len(times.refused),
     )
+
+
+def _menu(
+    shape: Shape,
+    structures: Sequence[type[Structure]],
+    weight: Tensor,
+    statistics: LayerStatistics,
+    conditions: Conditions,
+    times: LayerTimes | None,
+) -> list[Candidate]:
+    """The dense weight first, then what is worth choosing from; without times those that the roofline predicts."""
+    candidates = offered(*shape, structures, losses_of(weight, statistics), conditions.amounts)
+    if times is not None:
+        known = times
+        candidates = timed(candidates, lambda each: known.of(each.structure, shape, conditions.tokens))
+    return undominated(candidates)
 
 
 def _structures(names: Sequence[str]) -> list[type[Structure]]:

@@ -1,5 +1,6 @@
 """Configurations that are refused, and what the message says."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from structfly.errors import ConfigError
 
 RULES = ("linear_cross_entropy", "low_rank")
 STRUCTURES = ("low_rank", "monarch")
-TOP = "allowed: budget, config, inductor, mode, overrides, plan, rewrite, rules, strict, structures"
+TOP = "allowed: budget, config, inductor, mode, overrides, plan, rewrite, rules, strict, structures, timing_seconds"
 BUDGET = "allowed: activation_bytes, flops, loss, loss_memory, params, time, weight_bytes"
 OVERRIDE = "allowed: loss_memory, rewrite, rules, structures"
 SIZES = (
@@ -135,6 +136,10 @@ def message(options: Any, mode: Any = None) -> str:
             "structures is 'monarch'; allowed: a list of names of structures, of low_rank, monarch",
         ),
         ({"overrides": {"a": {"structures": [3]}}}, "overrides.a.structures is [3]; allowed: low_rank, monarch"),
+        ({"timing_seconds": -1}, "timing_seconds is -1; allowed: a number of seconds of at least 0"),
+        ({"timing_seconds": "2s"}, "timing_seconds is '2s'; allowed: a number of seconds of at least 0"),
+        ({"timing_seconds": True}, "timing_seconds is True; allowed: a number of seconds of at least 0"),
+        ({"timing_seconds": math.inf}, "timing_seconds is inf; allowed: a number of seconds of at least 0"),
         ({"plan": 3}, "plan is 3; allowed: the path of a saved plan, a structfly.Plan, or None"),
         ({"plan": ""}, "plan is ''; allowed: the path of a saved plan, a structfly.Plan, or None"),
         (

@@ -53,6 +53,7 @@ inductor = tables(
 all_options = tables(
     budget=budgets,
     structures=structures,
+    timing_seconds=st.floats(0, 1e6) | st.integers(0, 100),
     rules=switches,
     rewrite=rewrites,
     strict=st.booleans(),
@@ -93,7 +94,7 @@ def test_options_hold_where_they_are_given_and_the_file_elsewhere(below: dict[st
         path.write_bytes("\n".join(f"{key} = {toml(value)}" for key, value in below.items()).encode())
         both = load_config({"config": path, **above}, **KNOWN)
     file, options = (load_config(each, **KNOWN) for each in (below, above))
-    for name in ("rewrite", "strict", "mode", "structures"):
+    for name in ("rewrite", "strict", "mode", "structures", "timing_seconds"):
         assert getattr(both, name) == getattr(options if name in above else file, name)
     for name in Budget.model_fields:
         given = name in above.get("budget", {})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from examples import corpus
+from examples.sources import python_sources
 
 DOCUMENTS = [
     "def add(a, b):\n    return a + b\n" * 20,
@@ -62,9 +63,9 @@ def test_sources_leave_out_tests_packages_and_other_encodings(tmp_path: Path) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {name}\n")
     (tmp_path / "latin.py").write_bytes("# größer".encode("latin-1"))
-    assert corpus.python_sources(tmp_path) == ["# a/z.py\n", "# b.py\n"]
+    assert python_sources(tmp_path) == ["# a/z.py\n", "# b.py\n"]
 
 
 def test_the_standard_library_is_large_enough() -> None:
-    documents = corpus.python_sources()
+    documents = python_sources()
     assert sum(map(len, documents)) > 5_000_000  # what it takes to fill 32,768 tokens, with room to spare

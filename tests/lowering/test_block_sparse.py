@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from structfly.errors import ArgumentError
-from structfly.lowering.block_sparse import op as module
+from structfly.lowering.block_sparse import aten as module
+from structfly.lowering.block_sparse import op
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid, layout_of_mask
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.lowering.block_sparse.reference import block_sparse_reference
@@ -100,13 +101,13 @@ def test_no_more_is_gathered_at_once_than_the_input(monkeypatch: pytest.MonkeyPa
     factors = [torch.randn(48, 16, 16), *(each for each in layout if each is not None)]
     x, grad = torch.randn(512, 48), torch.randn(512, 24 * 16)
     with _Gathered() as gathered:
-        module._finish(Applied(x, factors, [24 * 16, 3]), [])
+        op._finish(Applied(x, factors, [24 * 16, 3]), [])
     assert gathered.most <= x.numel()
     with _Gathered() as gathered:
-        module._backward(grad, Applied(x, factors, [24 * 16, 3]), [], [False, True, False, False])
+        op._backward(grad, Applied(x, factors, [24 * 16, 3]), [], [False, True, False, False])
     assert gathered.most <= x.numel()
     with _Gathered() as gathered:
-        module._backward(grad, Applied(x, factors, [24 * 16, 3]), [], [True, False, False, False])
+        op._backward(grad, Applied(x, factors, [24 * 16, 3]), [], [True, False, False, False])
     assert gathered.most <= grad.numel()
     for cached, runs in ((1, 8), (4 * 512 * 16, 2), (1 << 60, 1)):
         monkeypatch.setattr(module, "_CACHED", cached)

@@ -50,13 +50,14 @@ def test_op_is_its_reference(
     )
     shapes = [(2, 3, in_features), (of_right.shape[1], tile, group), (of_left.shape[1], tile, group), (out_features,)]
     arguments = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    order = torch.tensor(data.draw(st.permutations(range(groups * group))), dtype=torch.int32)
 
     def op(x: Tensor, right: Tensor, left: Tensor, bias: Tensor) -> Tensor:
-        factors = [right, of_right, left, of_left]
-        return GBLR(x, factors, bias, [out_features, groups], rematerialise=rematerialise)
+        factors = [right, of_right, left, of_left, order]
+        return GBLR(x, factors, bias, [out_features], rematerialise=rematerialise)
 
     def reference(x: Tensor, right: Tensor, left: Tensor, bias: Tensor) -> Tensor:
-        return gblr_reference(x, right, of_right, left, of_left, bias, out_features, groups)
+        return gblr_reference(x, right, of_right, left, of_left, order, bias, out_features)
 
     assert_like_eager(op, reference, arguments, dtype, upstream=torch.randn(2, 3, out_features).to(dtype))
 
@@ -65,12 +66,13 @@ def test_many_components_of_bfloat16_are_summed_in_float32() -> None:
     torch.manual_seed(0)
     groups, count = 64, 64
     each = torch.stack((torch.arange(groups), torch.zeros(groups, dtype=torch.int64))).int()
+    order = torch.arange(2 * groups, dtype=torch.int32)
     x, right, left = (torch.randn(s).bfloat16() for s in ((count, 8), (groups, 8, 2), (groups, 8, 2)))
     exact, eager = (
-        gblr_reference(x.to(dtype), right.to(dtype), each, left.to(dtype), each, None, 8, groups)
+        gblr_reference(x.to(dtype), right.to(dtype), each, left.to(dtype), each, order, None, 8)
         for dtype in (torch.float64, torch.bfloat16)
     )
-    y = GBLR(x, [right, each, left, each], None, [8, groups])
+    y = GBLR(x, [right, each, left, each, order], None, [8])
     assert (y.double() - exact).norm() <= (eager.double() - exact).norm() + exact.norm() * 2**-8
 
 
@@ -90,5 +92,5 @@ def test_only_the_gradients_asked_for_are_made(frozen: int) -> None:
         torch.randn(shape, requires_grad=number != frozen)
         for number, shape in enumerate([(4, 6), (3, 3, 2), (3, 3, 2)])
     )
-    GBLR(x, [right, each, left, each], None, [6, 2]).sum().backward()
+    GBLR(x, [right, each, left, each, torch.arange(4, dtype=torch.int32)], None, [6]).sum().backward()
     assert [tensor.grad is None for tensor in (x, right, left)] == [number == frozen for number in range(3)]

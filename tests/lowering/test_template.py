@@ -44,6 +44,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_template_is_found() -> None:
     assert templates() == [
+        "axis_gradients",
+        "axis_products",
+        "block_gradients",
+        "block_sums",
         "linear_cross_entropy_block",
         "linear_cross_entropy_block_rows",
         "linear_cross_entropy_exponential_rows",
@@ -55,6 +59,8 @@ def test_every_template_is_found() -> None:
         "linear_cross_entropy_sum",
         "linear_cross_entropy_targets",
         "linear_divergence_rows",
+        "matrix_gradients",
+        "matrix_products",
     ]
 
 

@@ -138,7 +138,9 @@ def test_results_are_written_with_their_provenance(tmp_path: Path) -> None:
 
 
 def test_a_command_line_leaves_out_where_results_go() -> None:
-    line = recording.command_line("benchmarks.x", ["--output", "somewhere/else", "--options", '{"a": 1}'])
+    line = recording.command_line(
+        "benchmarks.x", ["--output", "some/where", "--options", '{"a": 1}', "--traces", "here"]
+    )
     assert line == "python -m benchmarks.x --options '{\"a\": 1}'"
 
 

@@ -142,3 +142,11 @@ def test_environment_is_complete_and_anonymous() -> None:
     text = " ".join(values.values())
     assert platform.node() not in text
     assert str(Path.home()) not in text
+
+
+def test_a_devices_name_has_the_threads_that_a_processor_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    name = measure.device_name("cpu")
+    assert name == f"{measure.environment()['device']}, 3 threads"
+    with pytest.raises(UnsupportedError, match="cannot measure on device 'meta'"):
+        measure.device_name("meta")

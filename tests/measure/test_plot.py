@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import plot
+from benchmarks import plot, speedup_plot
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "linear_cross_entropy_h100.json"
@@ -61,3 +61,33 @@ def test_the_committed_plot_is_that_of_the_committed_data(tmp_path: Path) -> Non
     assert (tmp_path / "plot.svg").read_text(encoding="utf-8") == committed
     providers = {r["provider"] for r in json.loads(RESULT.read_text())["rows"]}
     assert all(name in committed for name in providers - {"three products", "torch.mm"} if "@" not in name)
+
+
+def speedups() -> dict[str, object]:
+    rows = []
+    for mode in ("8x4x16 float32, forward", "8x4x16 float32, forward+backward", "9x5x17 float32, forward"):
+        for provider, share, found in (
+            ("dense", 1.0, 1.0),
+            ("monarch, 4 blocks", 0.5, 1.8),
+            ("two products", 0.25, 3.0),
+        ):
+            rows.append(row(mode, provider, "share_of_parameters", share))
+            rows.append(row(mode, provider, "x_dense", found))
+    return {"device": "a device", "rows": rows}
+
+
+def test_every_layer_but_the_dense_is_a_mark_of_its_share_and_speed(tmp_path: Path) -> None:
+    panels = speedup_plot.read_points(speedups())
+    figure = speedup_plot.draw(panels, "a device")
+    assert len(figure.axes) == 4  # two shapes, two passes; the second shape has no backward
+    for axis, empty in zip(figure.axes, (False, False, False, True), strict=True):
+        marks = {str(line.get_label()): line for line in axis.lines if line.get_marker() not in ("None", None)}
+        assert set(marks) == (set() if empty else {"monarch, 4 blocks", "two products"})
+        for name, place, style in (("monarch, 4 blocks", [0.5, 1.8], "full"), ("two products", [0.25, 3.0], "none")):
+            if not empty:
+                assert marks[name].get_xydata().tolist() == [place]  # type: ignore[union-attr]
+                assert marks[name].get_fillstyle() == style
+    result = tmp_path / "speedups.json"
+    result.write_text(json.dumps(speedups()), encoding="utf-8")
+    plot.main([str(result)])
+    assert "times as fast as dense" in result.with_suffix(".svg").read_text(encoding="utf-8")

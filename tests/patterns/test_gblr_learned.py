@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structfly.errors import ArgumentError
+from structfly.patterns import gblr_tiles
 from structfly.patterns.gblr import GBLR
 from structfly.patterns.gblr_learned import GaudiGBLR, GaudiGBLRConv2d
 from structfly.patterns.structure import StructuredLinear
@@ -112,6 +113,43 @@ def test_groups_share_tiles() -> None:
     final = layer.finalise(tile=8, group=4)
     assert isinstance(final, StructuredLinear)
     assert final.structure == GBLR(tile=8, group=4, groups=4, right_tiles=4, left_tiles=4)
+
+
+def test_each_side_has_its_components_in_an_order_of_its_own() -> None:
+    layer = GaudiGBLR(32, 32, components=16, dtype=torch.float64)
+    with torch.no_grad():
+        layer.row_widths.fill_(0.25)
+        layer.column_widths.fill_(0.25)
+        layer.row_locations.copy_(torch.arange(16) % 4 / 4.0)
+        layer.column_locations.copy_(torch.arange(16) // 4 / 4.0)  # no two components share both places
+    final = layer.finalise(tile=8, group=4)
+    assert isinstance(final, StructuredLinear)
+    assert final.structure == GBLR(tile=8, group=4, groups=4, right_tiles=4, left_tiles=4)
+    torch.testing.assert_close(final.to_dense(), layer.to_dense(), rtol=0, atol=1e-12)
+
+
+def test_intervals_of_one_width_are_sorted_by_their_places() -> None:
+    layer = GaudiGBLR(256, 256, components=128)
+    with torch.no_grad():
+        for side in ("row", "column"):
+            getattr(layer, f"{side}_widths").fill_(0.25)
+            places = torch.rand(128, generator=torch.Generator().manual_seed(len(side)))
+            getattr(layer, f"{side}_locations").copy_(places)
+    final = layer.finalise(tile=8, group=16)
+    assert isinstance(final, StructuredLinear)
+    assert isinstance(final.structure, GBLR)
+    # Eight groups of intervals 8 tiles wide, whose beginnings are spread over about 4 of 32: 13 with both ends cut.
+    assert final.structure.right_tiles <= 8 * 14
+    assert final.structure.left_tiles <= 8 * 14
+
+
+@settings(max_examples=30, deadline=None)
+@given(components=st.integers(1, 40), places=st.integers(1, 12), group=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_groups_are_full_but_for_the_last(components: int, places: int, group: int, seed: int) -> None:
+    touched = torch.rand(components, places, generator=torch.Generator().manual_seed(seed)) < 0.4
+    groups = gblr_tiles._grouped(touched, group)
+    assert torch.equal(torch.cat(groups).sort().values, torch.arange(components))
+    assert all(len(members) == group for members in groups[:-1])
 
 
 def test_values_below_the_threshold_are_left_out() -> None:

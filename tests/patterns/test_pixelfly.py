@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.errors import ArgumentError
-from structfly.lowering.block_sparse.op import BLOCK_SPARSE
-from structfly.lowering.low_rank.op import LOW_RANK
+from structfly.lowering.block_sparse_low_rank.op import BLOCK_SPARSE_LOW_RANK
 from structfly.patterns.pixelfly import Pixelfly
 from structfly.patterns.structure import StructuredLinear
 from structfly.records.layer import LayerSizes
@@ -24,7 +23,7 @@ def test_layer_of_pixelfly(sizes: LayerSizes, data: st.DataObject) -> None:
     grid = data.draw(st.sampled_from([4, 8]))
     n_factors = data.draw(st.integers(0, grid.bit_length() - 2))
     structure = Pixelfly(grid=grid, n_factors=n_factors, rank=data.draw(st.integers(1, 3)))
-    check_structure(structure, sizes, BLOCK_SPARSE, LOW_RANK)
+    check_structure(structure, sizes, BLOCK_SPARSE_LOW_RANK)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

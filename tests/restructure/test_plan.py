@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from structfly import Budget, Plan
+from structfly.config.json_lines import line_of
 from structfly.errors import PlanError
 from structfly.patterns.low_rank import LowRank
-from structfly.restructure.json_lines import line_of
 from tests.restructure.test_restructure import plan_for
 
 

@@ -1,8 +1,7 @@
-"""Measured times of layers, what they say of others, and what is chosen by them."""
+"""What restructure_ chooses by measured times, and what it keeps of them."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from functools import partial
 
@@ -12,159 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structfly import Budget, Plan, Survey, measure, restructure_, survey
-from structfly.errors import PlanError, UnsupportedError
-from structfly.lowering.device_profile import device_profile
-from structfly.patterns.block_sparse import BlockSparse
+from structfly.errors import ArgumentError, ConfigError, PlanError, UnsupportedError
+from structfly.layer_times import store
+from structfly.layer_times.known import LayerTimes
 from structfly.patterns.linear.candidates import Candidate
 from structfly.patterns.low_rank import LowRank
-from structfly.patterns.monarch import Monarch
 from structfly.patterns.structure import Structure
-from structfly.records.layer import LayerSizes
+from structfly.records.layer import LayerSizes, Passes
 from structfly.restructure import surveying
-from structfly.restructure.corrections import Corrections
-from structfly.restructure.timing import LayerTime, Shape, Taken, measured_times
-from structfly.rewriter.layer_costs import Conditions, dense_cost
-from tests.restructure.models import make
-
-CPU = torch.device("cpu")
-CONDITIONS = Conditions(4096, device_profile(CPU))
-SMALL, LARGE = (Shape(LayerSizes(*sizes), torch.float32) for sizes in ((128, 192), (256, 256)))
-
-
-def predicted(structure: Structure | None, shape: Shape) -> float:
-    sizes, dtype = shape
-    cost = dense_cost(sizes, dtype) if structure is None else structure.cost(sizes, dtype)
-    return CONDITIONS.amounts(cost)["time"]
-
-
-def times(seconds: float = 1e9) -> list[tuple[Structure | None, Shape]]:
-    """What is timed, in order."""
-    count = itertools.count()
-    offered: dict[Shape, list[type[Structure]]] = {SMALL: [LowRank, Monarch], LARGE: [LowRank, BlockSparse]}
-    found = measured_times(
-        offered,
-        CONDITIONS,
-        CPU,
-        seconds=seconds,
-        progress=False,
-        timer=lambda *_: Taken(1.0, 1.0),
-        clock=lambda: float(next(count)),
-    )
-    return [(each.structure, Shape(each.sizes, each.dtype)) for each in found]
-
-
-def test_the_dense_layers_are_timed_then_settings_spread_over_the_menus() -> None:
-    order = times()
-    assert order[:2] == [(None, SMALL), (None, LARGE)]
-    assert [(type(structure), shape) for structure, shape in order[2:6]] == [
-        (LowRank, SMALL),
-        (Monarch, SMALL),
-        (LowRank, LARGE),
-        (BlockSparse, LARGE),
-    ]
-    assert len(set(order)) == len(order) == 2 + 4 * 5
-    for kind, shape in ((LowRank, SMALL), (Monarch, SMALL), (LowRank, LARGE), (BlockSparse, LARGE)):
-        all_times = sorted(predicted(each, shape) for each in kind.menu(shape.sizes))
-        mine = [predicted(each, there) for each, there in order if isinstance(each, kind) and there == shape]
-        assert min(mine) == all_times[0]
-        assert max(mine) == all_times[-1]
-        assert mine[0] == pytest.approx(all_times[len(all_times) // 2], rel=0.1)
-
-
-@pytest.mark.parametrize("seconds", [0.5, 1.5, 9.5])
-def test_no_measurement_begins_after_the_time_that_is_allowed(seconds: float) -> None:
-    """By a clock that is a second on whenever it is read, first before the first measurement."""
-    assert times(seconds) == times()[: int(seconds)]
-
-
-@settings(max_examples=5, deadline=None)
-@given(drifts=st.lists(st.floats(0.1, 10.0), min_size=7, max_size=7))
-def test_times_are_relative_to_the_dense_layer_in_the_same_rounds(drifts: list[float]) -> None:
-    """On a device that was as fast as it likes."""
-    drift = iter(drifts)
-
-    def timer(structure: Structure | None, *_: object) -> Taken:
-        dense = next(drift)
-        return Taken(dense if structure is None else 3 * dense, dense)
-
-    dense, *others = measured_times({SMALL: [Monarch]}, CONDITIONS, CPU, seconds=60, progress=False, timer=timer)
-    assert dense.seconds == drifts[0]
-    assert [each.seconds for each in others] == pytest.approx([3 * drifts[0]] * 5)
-
-
-def measured(structure: Structure | None, shape: Shape, ratio: float) -> LayerTime:
-    expected = predicted(structure, shape)
-    return LayerTime(structure, *shape, CONDITIONS.tokens, "a device", expected, expected * ratio)
-
+from tests.layer_times.fabricated import CPU, Slow, entry, keep
+from tests.restructure.models import HIDDEN, OUT, WIDE, make
 
 ratios = st.floats(0.01, 100.0)
 
 
-@settings(max_examples=20, deadline=None)
-@given(data=st.data())
-def test_corrections_follow_the_nearest_that_was_measured(data: st.DataObject) -> None:
-    menu = LowRank.menu(SMALL.sizes)
-    some = data.draw(st.lists(st.sampled_from(menu), min_size=1, max_size=5, unique=True))
-    known = {each: data.draw(ratios) for each in some}
-    dense, elsewhere = data.draw(ratios), data.draw(ratios)
-    other = Monarch.menu(LARGE.sizes)[0]
-    corrections = Corrections(
-        [
-            measured(None, SMALL, dense),
-            measured(other, LARGE, elsewhere),
-            *(measured(each, SMALL, ratio) for each, ratio in known.items()),
-        ]
-    )
-
-    def ratio_of(structure: Structure | None, shape: Shape) -> tuple[float, str]:
-        expected = predicted(structure, shape)
-        return corrections.of(shape, structure, expected) / expected, corrections.source(shape, structure)
-
-    by_time = {predicted(each, SMALL): each for each in menu}
-    assert len(by_time) == len(menu)
-    order = [by_time[time] for time in sorted(by_time)]
-    for place, each in enumerate(order):
-        ratio, source = ratio_of(each, SMALL)
-        if each in known:
-            assert ratio == pytest.approx(known[each])
-            assert source == "measured"
-            continue
-        before = [known[found] for found in order[:place] if found in known][-1:]
-        after = [known[found] for found in order[place:] if found in known][:1]
-        assert source == "corrected"
-        assert min(before + after) * (1 - 1e-9) <= ratio <= max(before + after) * (1 + 1e-9)
-    # A structure without measurements at a shape: its own elsewhere, else the dense layer's, else none.
-    for kind, shape, expected in ((Monarch, SMALL, elsewhere), (BlockSparse, SMALL, dense), (BlockSparse, LARGE, 1.0)):
-        ratio, source = ratio_of(kind.menu(shape.sizes)[0], shape)
-        assert ratio == pytest.approx(expected)
-        assert source == ("roofline" if (kind, shape) == (BlockSparse, LARGE) else "corrected")
-
-
-@settings(max_examples=10, deadline=None)
-@given(ratio=ratios)
-def test_interpolation_is_of_logarithms(ratio: float) -> None:
-    """A power law between two measurements is met."""
-    first, *middle, last = sorted(LowRank.menu(LARGE.sizes), key=lambda each: predicted(each, LARGE))
-    ends = [predicted(each, LARGE) for each in (first, last)]
-    corrections = Corrections([measured(first, LARGE, 1.0), measured(last, LARGE, ratio)])
-    steepness = torch.tensor(ratio).double().log() / torch.tensor(ends[1] / ends[0]).double().log()
-    for each in middle[:: len(middle) // 5]:
-        expected = predicted(each, LARGE)
-        assert corrections.of(LARGE, each, expected) == pytest.approx(
-            expected * float((expected / ends[0]) ** steepness)
-        )
-
-
 def surveyed(slowness: Mapping[str, float], monkeypatch: pytest.MonkeyPatch) -> Survey:
-    """With a timer on which a structure takes so many times as long as the dense layer, and by its setting more."""
-
-    def timer(structure: Structure | None, shape: Shape, tokens: int, device: torch.device) -> Taken:
-        if structure is None:
-            return Taken(1.0, 1.0)
-        parameters = structure.cost(*shape).at(tokens)["parameters"]
-        return Taken(slowness[structure.name] * (1 + parameters / 1e6), 1.0)
-
-    monkeypatch.setattr(surveying, "measured_times", partial(measured_times, timer=timer))
+    """On a device that has these structures slow."""
+    keep()
+    monkeypatch.setattr(surveying, "LayerTimes", partial(LayerTimes, timer=Slow(slowness)))
     return survey(make(), structures=list(slowness), timing_seconds=60, tokens=64, progress=False)
 
 
@@ -219,6 +83,72 @@ def _is(name: str, candidate: Candidate) -> bool:
     return candidate.structure is not None and candidate.structure.name == name
 
 
+SIZES = [LayerSizes(HIDDEN, WIDE), LayerSizes(WIDE, HIDDEN), LayerSizes(HIDDEN, OUT)]
+
+
+@settings(max_examples=20)
+@given(data=st.data(), passes=st.sampled_from(["forward", "training"]), share=st.floats(0.5, 1.0))
+def test_whatever_the_file_holds_nothing_is_chosen_that_it_has_slower_than_dense(
+    data: st.DataObject, passes: Passes, share: float
+) -> None:
+    """At the tokens asked for and interpolated; with a further limit that only slow layers could keep, too."""
+    relative: dict[LayerSizes, dict[Structure, float]] = {
+        sizes: data.draw(st.dictionaries(st.sampled_from(LowRank.menu(sizes)), ratios, max_size=8)) for sizes in SIZES
+    }
+    tokens = data.draw(st.sampled_from([(64,), (48, 80)]))
+    keep(*(entry(sizes, at, known, passes=passes) for sizes, known in relative.items() for at in tokens))
+    known = survey(make(), structures=["low_rank"], tokens=64, timing_seconds=0, passes=passes, progress=False)
+    for budget in (
+        Budget(time=share),
+        Budget(loss=1e9),
+        Budget(time=1.0, params=share),
+        Budget(loss=1e9, params=share),
+    ):
+        try:
+            plan = known.plan(budget)
+        except PlanError:
+            continue
+        for each in plan.layers.values():
+            if each.structure in (of_shape := relative[each.sizes]):
+                assert of_shape[each.structure] <= 1.0
+                assert each.time_from == ("measured" if len(tokens) == 1 else "interpolated")
+    assert known.plan(Budget(time=2.0)) == known.plan(Budget(time=2.0))
+
+
+def test_what_was_measured_is_kept_and_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again = Slow({"low_rank": 0.5}), Slow({"low_rank": 9.0})
+    for timer in (first, again):
+        monkeypatch.setattr(surveying, "LayerTimes", partial(LayerTimes, timer=timer))
+        plan = restructure_(make(), Budget(time=0.9), structures=["low_rank"], tokens=64, progress=False)
+    assert len(first.calls) == 3 * (1 + 5)
+    assert again.calls == []
+    assert plan.untimed == 0
+    other = Slow({"low_rank": 0.5})
+    monkeypatch.setattr(surveying, "LayerTimes", partial(LayerTimes, timer=other))
+    restructure_(make(), Budget(time=0.9), structures=["low_rank"], tokens=64, passes="training", progress=False)
+    assert len(other.calls) == len(first.calls)  # nothing is known of training
+
+
+def test_a_budget_that_does_not_count_time_reads_no_times() -> None:
+    store.user_path().write_text("{")
+    restructure_(make(), Budget(params=0.5), tokens=64, progress=False)
+    with pytest.raises(ConfigError, match=r"line 1: no JSON: .*\n.*measure again"):
+        restructure_(make(), Budget(time=0.9), tokens=64, progress=False)
+
+
+def test_the_plan_says_that_the_time_was_up() -> None:
+    plan = restructure_(make(), Budget(time=1.5), structures=["low_rank"], timing_seconds=0, tokens=64, progress=False)
+    assert plan.untimed == 3 * (1 + 5)
+    assert "times of layers: 3 predicted by the roofline alone; 18 that were to be timed were not" in str(plan)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="passes is 'backward'; allowed: forward, training"):
+        survey(make(), passes="backward", progress=False)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="timing_seconds is -1"):
+        survey(make(), timing_seconds=-1, progress=False)
+
+
 def test_a_plan_says_where_its_times_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = survey(make(), tokens=64, progress=False)
     assert plain.times == ()
@@ -255,5 +185,5 @@ def test_real_layers_are_timed_where_the_budget_needs_it_and_random_numbers_are_
     assert torch.equal(torch.rand(2), expected)
     assert len(known.times) == 3 * (1 + 2 * 5)  # shapes; the dense layer, and of two structures five settings
     assert all(each.seconds > 0 for each in known.times)
-    assert {each.device for each in known.times} == {device_profile(CPU).name}
+    assert {each.device for each in known.times} == {measure.device_name(CPU)}
     assert {each.tokens for each in known.times} == {32}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from structfly import Budget
 from structfly.errors import PlanError
-from structfly.records import LayerMenu
+from structfly.records import LayerCandidate, LayerMenu
+from structfly.records.layer import TimeSource
 from structfly.rewriter.layer_choosing import LayerOrder, choose_layers
 from structfly.rewriter.layer_costs import used
 
@@ -26,6 +27,7 @@ class Toy:
     name: str
     loss: float
     costs: Mapping[str, float]
+    time_from: TimeSource = "roofline"
 
     @property
     def rewrites(self) -> bool:
@@ -137,3 +139,97 @@ def test_an_impossible_budget_names_the_layers_it_is_of() -> None:
         "holds for the layers of each compiled graph, in this one layer0, layer1, layer2, layer3, layer4 and 2 more; "
         "switch the rule linear off for a layer to leave it out of the budget"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass
+class Device:
+    """Times candidates of a layer: so many at most, all layers together."""
+
+    true: Mapping[str, float]
+    left: list[None]
+    toys: tuple[Toy, ...]
+    known: set[str] = field(default_factory=set)
+
+    def measure(self, candidate: LayerCandidate) -> bool:
+        if candidate.name in self.known or not self.left:
+            return False
+        self.left.pop()
+        self.known |= {candidate.name, "dense"}
+        return True
+
+    def menu(self) -> LayerMenu:
+        def seen(each: Toy) -> Toy:
+            if each.name not in self.known:
+                return each
+            return replace(each, costs={**each.costs, "time": self.true[each.name]}, time_from="measured")
+
+        return LayerMenu(tuple(map(seen, self.toys)), basis="guessed", timing=self)
+
+
+@st.composite
+def devices(draw: st.DrawFn) -> list[Device]:
+    """Up to four layers that are faster or slower than predicted, and how many measurements there is time for."""
+    left: list[None] = [None] * draw(st.integers(0, 8))
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        names = ["dense", *(f"structure {n}" for n in range(draw(st.integers(0, 4))))]
+        toys = [
+            toy(name, 0.0 if name == "dense" else draw(amounts), draw(amounts), 0.0, draw(amounts)) for name in names
+        ]
+        found.append(Device({name: draw(amounts) for name in names}, left, tuple(toys)))
+    return found
+
+
+@settings(max_examples=200)
+@given(
+    layers=devices(),
+    budget=st.sampled_from([Budget(loss=30), Budget(time=0.8), Budget(time="30s"), Budget(loss=30, params=0.9)]),
+)
+def test_what_is_chosen_is_measured_while_there_is_time_and_not_slower_than_dense(
+    layers: list[Device], budget: Budget
+) -> None:
+    def orders() -> list[LayerOrder]:
+        return [LayerOrder(f"layer{n}", each.menu(), False) for n, each in enumerate(layers)]
+
+    try:
+        choices = choose_layers(orders(), budget)
+    except PlanError:
+        return
+    for layer, choice in zip(layers, choices, strict=True):
+        chosen = choice.candidate
+        if chosen.rewrites and layer.left:
+            assert chosen.name in layer.known
+        if chosen.name in layer.known:
+            assert chosen.time_from == "measured"
+            assert chosen.costs["time"] == layer.true[chosen.name] <= layer.true["dense"]
+    assert choose_layers(orders(), budget) == choices  # of what is known now
+
+
+def known(name: str, loss: float, amount: float, time: float) -> Toy:
+    return replace(toy(name, loss, amount, time=time), time_from="measured")
+
+
+def test_a_layer_that_was_measured_slower_is_chosen_only_where_time_does_not_count() -> None:
+    menu = (known("dense", 0.0, 10.0, 10.0), known("small", 0.1, 5.0, 10.1), known("smaller", 0.5, 4.0, 3.0))
+
+    def chosen(budget: Budget, *, always: bool = False) -> tuple[str, str]:
+        (choice,) = choose_layers(orders_of([menu], always=always), budget)
+        return choice.candidate.name, choice.reason
+
+    assert chosen(Budget(params=0.6))[0] == "small"
+    for budget in (Budget(params=0.6, loss=5), Budget(params=0.6, time=2.0), Budget(time=0.9)):
+        name, reason = chosen(budget)
+        assert name == "smaller"
+        assert reason.endswith("; left out, for they were measured slower than dense: 1 of 3 candidates")
+    name, reason = chosen(Budget(params=0.6, time=2.0), always=True)
+    assert name == "small"
+    assert reason.endswith("measured to be slower than dense")
+
+
+def test_a_budget_that_only_slow_layers_could_keep_says_so() -> None:
+    menu = (known("dense", 0.0, 10.0, 10.0), known("small", 0.1, 5.0, 10.1))
+    with pytest.raises(PlanError, match=r"measured slower than dense: 1 of 2 candidates\.  The budget"):
+        choose_layers(orders_of([menu]), Budget(params=0.6, time=2.0))

@@ -40,11 +40,12 @@ def compile_one(
     warps: int,
     stages: int = 3,
     shared: int = SHARED_MEMORY,
-) -> None:
-    """Compile one kernel and check that it takes no more than ``shared`` bytes of a multiprocessor's memory."""
+) -> Any:
+    """The kernel, compiled; it takes no more than ``shared`` bytes of a multiprocessor's memory."""
     source = ASTSource(function, types, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     assert made.metadata.shared <= shared, f"{function}: {made.metadata.shared} bytes of shared memory, not {shared}"
+    return made
 
 
 def rows_of_logits() -> None:

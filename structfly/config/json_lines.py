@@ -1,10 +1,12 @@
-"""Where in a JSON text a value stands."""
+"""Where in a JSON text a value stands, and what is wrong with it."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from pydantic import ValidationError
 
 _SPACE = re.compile(r"[ \t\n\r,:]*")
 _DECODER = json.JSONDecoder()
@@ -19,6 +21,26 @@ def line_of(text: str, path: Sequence[int | str]) -> int:
             break
         at = inner
     return text.count("\n", 0, at) + 1
+
+
+def problems_in(error: ValidationError, source: str, text: str) -> Iterator[str]:
+    """A line for each thing that is wrong in valid JSON, with the line of ``text`` that it stands in.
+
+    Args:
+        error: what validating ``text`` raised.
+        source: the file's name.
+    """
+    for each in error.errors(include_url=False):
+        location = each["loc"]
+        allowed = ""
+        if each["type"] == "extra_forbidden":
+            allowed = "; it is unknown, remove it"
+        elif each["type"] == "missing":
+            allowed = "; add it"
+        yield (
+            f"{source}, line {line_of(text, location)}: {'.'.join(map(str, location))}: "
+            f"{each['msg'].removeprefix('Value error, ')}{allowed}"
+        )
 
 
 def _skip(text: str, at: int) -> int:

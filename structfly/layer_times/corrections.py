@@ -1,20 +1,45 @@
-"""Predicted times corrected by measured ones."""
+"""Predicted times corrected by measured ones, at one number of tokens."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 
 from structfly.patterns.structure import Structure
-from structfly.restructure.timing import LayerTime, Shape
-
-TimeSource: TypeAlias = Literal["roofline", "corrected", "measured"]
-"""Where a time comes from: the roofline alone, the roofline and measurements of others, or its own measurement."""
+from structfly.records.layer import LayerSeconds, LayerSizes, Shape, TimeSource
 
 _Key: TypeAlias = tuple[str, Shape | None]
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What is known of one layer.
+
+    Attributes:
+        structure: of the layer, None for the dense one.
+        sizes: of the layer.
+        dtype: of its weights and inputs.
+        tokens: rows of its input.
+        device: its name.
+        predicted: seconds by the roofline.
+        seconds: measured; of structures relative to the dense layer, so that what else the device did meanwhile, or
+            how hot it was, is no part of it.
+        source: whether it was measured at just as many tokens.
+    """
+
+    structure: Structure | None
+    sizes: LayerSizes
+    dtype: torch.dtype
+    tokens: int
+    device: str
+    predicted: float
+    seconds: float
+    source: TimeSource = "measured"
 
 
 class _Curve(NamedTuple):
@@ -37,29 +62,24 @@ class Corrections:
 
     def __init__(self, times: Iterable[LayerTime]) -> None:
         times = list(times)
-        self._measured = {(each.structure, Shape(each.sizes, each.dtype)): each.seconds for each in times}
+        self._known = {
+            (each.structure, Shape(each.sizes, each.dtype)): LayerSeconds(each.seconds, each.source) for each in times
+        }
         pooled = defaultdict[_Key, list[LayerTime]](list)
         for each in times:
             for key in _keys(each.structure, Shape(each.sizes, each.dtype)):
                 pooled[key].append(each)
         self._curves = {key: _curve(each) for key, each in pooled.items()}
 
-    def of(self, shape: Shape, structure: Structure | None, predicted: float) -> float:
-        """Seconds of a layer that the roofline predicts to take ``predicted``."""
-        if (structure, shape) in self._measured:
-            return self._measured[structure, shape]
-        curve = self._curve_for(structure, shape)
-        return predicted if curve is None else predicted * curve.at(predicted)
-
-    def source(self, shape: Shape, structure: Structure | None) -> TimeSource:
-        """Where that number comes from."""
-        if (structure, shape) in self._measured:
-            return "measured"
-        return "roofline" if self._curve_for(structure, shape) is None else "corrected"
-
-    def _curve_for(self, structure: Structure | None, shape: Shape) -> _Curve | None:
+    def of(self, shape: Shape, structure: Structure | None, predicted: float) -> LayerSeconds:
+        """The time of a layer that the roofline predicts to take ``predicted`` seconds."""
+        if (structure, shape) in self._known:
+            return self._known[structure, shape]
         keys = (*_keys(structure, shape), _key(None, shape))
-        return next((self._curves[key] for key in keys if key in self._curves), None)
+        curve = next((self._curves[key] for key in keys if key in self._curves), None)
+        if curve is None:
+            return LayerSeconds(predicted, "roofline")
+        return LayerSeconds(predicted * curve.at(predicted), "corrected")
 
 
 def _key(structure: Structure | None, shape: Shape | None) -> _Key:

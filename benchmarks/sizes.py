@@ -1,0 +1,23 @@
+"""Shapes as command lines write them: positive integers with an x between them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def sizes(names: str) -> Callable[[str], tuple[int, ...]]:
+    """A type of argparse arguments: one positive integer for each of ``names``, such as "rows x features"."""
+    count = len(names.split(" x "))
+
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            found = tuple(map(int, text.split("x")))
+        except ValueError:
+            found = ()
+        if len(found) != count or min(found) < 1:
+            example = "x".join(["512"] * count)
+            raise argparse.ArgumentTypeError(f"{text!r} is not {names}: positive integers, as in {example}")
+        return found
+
+    return parse

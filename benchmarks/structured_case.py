@@ -1,0 +1,143 @@
+"""One structured layer under test: what it is, a step of it, and that step's memory and errors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.accuracy import relative_error
+from benchmarks.structured_layers import BARS, Bar, Place, Provider, dense_weight
+from structfly import StructuredLinear, measure
+from structfly.records.layer import LayerSizes
+
+PASSES = ("forward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: x (tokens, in), of which and of the factors gradients are taken in training."""
+
+    tokens: int
+    sizes: LayerSizes
+    dtype: str
+    device: str
+    training: bool
+
+    @property
+    def shape(self) -> str:
+        """As the command line writes it."""
+        return f"{self.tokens}x{self.sizes.in_features}x{self.sizes.out_features}"
+
+    @property
+    def mode(self) -> str:
+        """The conditions in one line."""
+        return f"{self.shape} {self.dtype}, {PASSES[self.training]}"
+
+    @property
+    def bars(self) -> Mapping[str, Bar]:
+        """By provider, where there are any."""
+        return BARS.get(self.shape, {}) if (self.dtype, self.device) == ("bfloat16", "cuda") else {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer, and what runs it."""
+
+    module: nn.Module
+    run: Callable[[Tensor], Tensor]
+    trains: bool
+
+    @property
+    def share_of_parameters(self) -> float:
+        """Of the dense ones."""
+        weight = dense_weight(self.module)
+        if self.trains:
+            return sum(p.numel() for p in self.module.parameters()) / weight.numel()
+        return float((weight != 0).sum()) / weight.numel()
+
+    @property
+    def allowed(self) -> float:
+        """How many times as fast as the dense layer its multiply-adds allow it to be, 1 for what is not structured."""
+        if not isinstance(self.module, StructuredLinear):
+            return 1.0
+        dtype = next(self.module.parameters()).dtype
+        flops = self.module.structure.cost(self.module.sizes, dtype).at(1)["flops"]
+        return 2 * self.module.sizes.parameters / flops
+
+
+def make_layer(provider: Provider, sizes: LayerSizes, place: Place) -> Layer:
+    """The same one every time."""
+    torch.manual_seed(0)
+    module = provider.build(sizes, place)
+    if provider.backend is None:
+        return Layer(module, module, provider.trains)
+    compiled = torch.compile(module, backend=provider.backend, fullgraph=True, dynamic=False)
+    return Layer(module, compiled, provider.trains)
+
+
+def make_inputs(case: Case) -> tuple[Tensor, Tensor]:
+    """x (tokens, in) and the gradient with respect to y (tokens, out)."""
+    generator = torch.Generator(case.device).manual_seed(1)
+    x, upstream = (
+        torch.randn(case.tokens, features, generator=generator, device=case.device).to(getattr(torch, case.dtype))
+        for features in case.sizes
+    )
+    return x.requires_grad_(), upstream
+
+
+def step(layer: Layer, x: Tensor, upstream: Tensor, *, training: bool) -> Tensor:
+    """y, and in training fresh gradients of x and of all parameters."""
+    if not training:
+        with torch.no_grad():
+            return layer.run(x)
+    clear(layer, x)
+    y = layer.run(x)
+    y.backward(upstream)
+    return y
+
+
+def clear(layer: Layer, x: Tensor) -> None:
+    """Take the gradients away."""
+    x.grad = None
+    layer.module.zero_grad(set_to_none=True)
+
+
+def errors(layer: Layer, y: Tensor, x: Tensor, upstream: Tensor, *, training: bool) -> dict[str, float]:
+    """Of a step that was made: of y and, in training, of dx and of the parameter whose gradient is farthest off.
+
+    Parameters of one number are left out: the terms of their gradients cancel, so that an error relative to the sum
+    means nothing.
+    """
+    exact = copy.deepcopy(layer.module).double().requires_grad_(training)
+    weight = dense_weight(exact)
+    wide = x.detach().double()
+    found = {"y": relative_error(y, wide @ weight.detach().t())}
+    if training:
+        above = upstream.double()
+        found["dx"] = relative_error(_gradient(x), above @ weight.detach())
+        of_factors = torch.autograd.grad(weight, list(exact.parameters()), above.t() @ wide)
+        found["dfactors"] = max(
+            relative_error(_gradient(mine), reference)
+            for mine, reference in zip(layer.module.parameters(), of_factors, strict=True)
+            if mine.numel() > 1
+        )
+    return found
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    if tensor.grad is None:
+        raise ValueError("the step left no gradient; run its backward first")
+    return tensor.grad
+
+
+def peak_memory(layer: Layer, x: Tensor, upstream: Tensor, *, training: bool) -> int:
+    """Bytes of a warm step on a GPU above weights, x and the gradient that comes in."""
+    clear(layer, x)
+    peak = measure.peak_extra_memory(partial(step, layer, x, upstream, training=training), x.device, warmups=0)
+    clear(layer, x)
+    return peak

@@ -1,0 +1,88 @@
+"""How products with many matrices at once are cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from structfly.lowering.device_profile import device_model
+from structfly.lowering.gemm import Tiles, programs_on
+from structfly.lowering.tuning.choice import INTERPRETED, SAFE
+
+_HOPPER = (9, 0)
+PRODUCTS = Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4)
+FEW_TOKENS = Tiles(m=64, n=64, k=128, group=8, parts=1, warps=4, stages=4)
+# The largest first; the next where a larger leaves processors without a tile.
+GRADIENTS = (
+    Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=3),
+    Tiles(m=128, n=128, k=64, group=8, parts=1, warps=8, stages=4),
+    Tiles(m=64, n=128, k=64, group=8, parts=1, warps=4, stages=6),
+    Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=8),
+)
+
+# Of several small matrices at once: 16 neighbours are the least that memory moves as a whole, 32 bytes.
+BATCH, _BATCH_SAFE = 16, 8
+AXIS = Tiles(m=32, n=64, k=32, group=8, parts=1, warps=8, stages=2)
+_AXIS_SAFE = Tiles(m=16, n=32, k=16, group=8, parts=1, warps=4, stages=2)
+AXIS_GRADIENTS = Tiles(m=32, n=32, k=32, group=8, parts=1, warps=8, stages=3)
+_AXIS_GRADIENTS_SAFE = Tiles(m=16, n=16, k=32, group=8, parts=1, warps=4, stages=2)
+
+Axes = tuple[int, int]
+"""A side's high and low axis."""
+
+
+def product_tiles(like: Tensor, tokens: int, n: Axes, k: Axes) -> Tiles:
+    """Of products of ``tokens`` rows with matrices that have sides of such axes."""
+    capability = device_model(like.device).capability
+    if capability is None:
+        tiles = INTERPRETED
+    elif tokens <= FEW_TOKENS.m:
+        tiles = FEW_TOKENS
+    else:
+        tiles = PRODUCTS if capability == _HOPPER else SAFE
+    return replace(tiles, m=min(tiles.m, _enough(tokens)), n=min(tiles.n, _most(n)), k=min(tiles.k, _most(k)))
+
+
+def gradient_tiles(like: Tensor, tokens: int, matrices: int, m: Axes, n: int) -> Tiles:
+    """Of the gradients of so many matrices, with rows of such axes and ``n`` columns, summed over ``tokens``."""
+    model = device_model(like.device)
+    if model.capability is None:
+        choices: tuple[Tiles, ...] = (INTERPRETED,)
+    else:
+        choices = GRADIENTS if model.capability == _HOPPER else (SAFE,)
+    cut = [
+        replace(tiles, m=min(tiles.m, _most(m)), n=min(tiles.n, _enough(n)), k=min(tiles.k, _enough(tokens)))
+        for tiles in choices
+    ]
+    rows = m[0] * m[1]
+    full = (t for t in cut if 10 * matrices * -(-rows // t.m) * -(-n // t.n) >= 9 * programs_on(like.device, t))
+    return next(full, cut[-1])
+
+
+def axis_tiles(like: Tensor, tokens: int, matrices: int, n: int, k: int) -> tuple[Tiles, int]:
+    """Of products along an axis of a lattice with so many matrices (n, k), and how many of those a tile is of."""
+    return _several(like, AXIS, _AXIS_SAFE, matrices, m=tokens, n=n, k=k)
+
+
+def axis_gradient_tiles(like: Tensor, tokens: int, matrices: int, m: int, n: int) -> tuple[Tiles, int]:
+    """Of the gradients of so many matrices (m, n) along an axis, and how many of those a tile is of."""
+    return _several(like, AXIS_GRADIENTS, _AXIS_GRADIENTS_SAFE, matrices, m=m, n=n, k=tokens)
+
+
+def _several(like: Tensor, best: Tiles, safe: Tiles, matrices: int, **sides: int) -> tuple[Tiles, int]:
+    capability = device_model(like.device).capability
+    tiles, batch = (best, BATCH) if capability == _HOPPER else (safe, _BATCH_SAFE)
+    least = {name: min(getattr(tiles, name), _enough(side)) for name, side in sides.items()}
+    return replace(tiles, **least), min(batch, max(8, _enough(matrices)))
+
+
+def _enough(size: int) -> int:
+    """The least side of a tile that holds so many."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _most(axes: Axes) -> int:
+    """The longest side of a tile that is of use to such axes: where boxes are of the low axis only, that one's."""
+    high, low = axes
+    return _enough(low if high > 1 and low & (low - 1) else high * low)

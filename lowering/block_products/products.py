@@ -1,0 +1,178 @@
+"""Launches of the templates ``block_sums`` and ``block_gradients``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.errors import UnsupportedError
+from structfly.lowering.block_products.listing import Listing
+from structfly.lowering.block_products.support import ALIGNED
+from structfly.lowering.gemm import Tiles, launch_of, programs_on
+from structfly.lowering.launch import on_device
+from structfly.lowering.template import Parameter
+
+
+def block_sums(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    members: Listing,
+    *,
+    tiles: Tiles,
+    turned: bool = False,
+    a_turned: bool = False,
+    rows: Tensor | None = None,
+    beside: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[blocks[m]]^T, + beside, + bias[i].
+
+    Args:
+        a: (tokens, sources, side_k), or if ``a_turned`` (sources, side_k, tokens).
+        b: (blocks, side_n, side_k), or if ``turned`` (blocks, side_k, side_n), which is then not transposed.
+        c: (tokens, parts, side_n), written; with ``rows`` (parts * side_n, at least tokens),
+            all of it written.
+        members: which blocks and parts of ``a`` each part is the sum of.
+        tiles: how the products are cut.
+        rows: int32 (parts * side_n,), the row of ``c`` where each column of the result lies, or None.
+        beside: (tokens, rank), or if ``a_turned`` (rank, tokens), and (parts, side_n, rank), or if ``turned``
+            (rank, parts, side_n): a product of low rank that is added, or None.
+        bias: (parts, side_n), or None.
+
+    Raises:
+        UnsupportedError: an operand's layout has no tensor descriptor.
+    """
+    tokens, side_n, side_k = a.shape[2 if a_turned else 0], b.shape[2 if turned else 1], b.shape[1 if turned else 2]
+    parts = c.shape[1] if rows is None else len(rows) // side_n
+    if not c.numel():
+        return
+    sources, blocks, starts, each = members
+    if not len(b):  # of which there is no descriptor
+        b, sources = b.new_zeros(1, *b.shape[1:]), sources.new_zeros(1)
+        blocks = None if blocks is None else sources
+    arguments = [tensor for tensor in (sources, blocks, None if each else starts, bias) if tensor is not None]
+    parameters: dict[str, Parameter] = {
+        "side_n": side_n,
+        "side_k": side_k,
+        "each": each,
+        "blocks_listed": blocks is not None,
+        "turned": turned,
+        "a_turned": a_turned,
+        "scattered": rows is not None,
+        "rank": 0 if beside is None else beside[0].shape[0 if a_turned else 1],
+        "bias": bias is not None,
+    }
+    box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
+    box_a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
+    operands = [descriptor(a if a_turned else a.transpose(0, 1), *box_a), descriptor(b, *box_b)]
+    if beside is not None:
+        thin = beside[1].transpose(0, 1) if turned else beside[1]
+        operands += [descriptor(beside[0][None], *box_a), descriptor(thin, *box_b)]
+    written = [descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)] if rows is None else [rows, c.stride(0), c]
+    count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
+    launch_product("block_sums", operands, [*arguments, *written], (tokens, parts, 0), count, parameters, tiles, a)
+
+
+def block_gradients(
+    a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles, b_turned: bool = False
+) -> None:
+    """c[i] = a[:, rows[i]]^T b[:, columns[i]], summed over the tokens.
+
+    Where there are fewer tiles than programs that run at once, the tokens are cut in ranges whose sums are added in
+    float32, in order.
+
+    Args:
+        a: (tokens, rows, side_m).
+        b: (tokens, columns, side_n), or if ``b_turned`` (columns, side_n, tokens).
+        c: (blocks, side_m, side_n), written.
+        rows, columns: int32 (blocks,).
+        tiles: how the products are cut.
+
+    Raises:
+        UnsupportedError: an operand's layout has no tensor descriptor.
+    """
+    blocks, side_m, side_n = c.shape
+    if not c.numel():
+        return
+    if not len(a):
+        c.zero_()
+        return
+    tall = blocks * -(-side_m // tiles.m)
+    count = tall * -(-side_n // tiles.n)
+    split = ranges(count, -(-len(a) // tiles.k), programs_on(a.device, tiles))
+    sums = c
+    if split > 1:
+        sums = c.new_empty(split * blocks, side_m, side_n, dtype=torch.float32)
+        tiles = tiles.with_parts(2 * tiles.parts)  # for an epilogue of twice the bytes
+    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n, "b_turned": b_turned}
+    operands = [
+        descriptor(a.transpose(0, 1), 1, tiles.k, tiles.m),
+        descriptor(b, 1, tiles.n, tiles.k) if b_turned else descriptor(b.transpose(0, 1), 1, tiles.k, tiles.n),
+    ]
+    arguments = [rows, columns, descriptor(sums, 1, tiles.m, tiles.part)]
+    sizes = (tall * tiles.m, side_n, len(a))
+    launch_product("block_gradients", operands, arguments, sizes, count, parameters, tiles, a, split)
+    if split > 1:
+        c.copy_(sums.view(split, *c.shape).sum(0))
+
+
+_MOST_RANGES = 8
+_COST_OF_A_RANGE = 0.02  # of the time of a round of whole sums: a range is written and read once more
+
+
+def ranges(tiles: int, steps: int, programs: int) -> int:
+    """In how many ranges ``tiles`` sums of ``steps`` steps are cut, so that few of the programs wait for the others."""
+    most = min(_MOST_RANGES, steps) if tiles < programs else 1
+    return min(range(1, most + 1), key=lambda split: -(-tiles * split // programs) / split + _COST_OF_A_RANGE * split)
+
+
+def descriptor(tensor: Tensor, *box: int) -> Any:
+    """A tensor descriptor that moves so many entries along each dimension at a time.
+
+    A box that is one part of several has that dimension first: only then does a product take it from where it was put.
+
+    Raises:
+        UnsupportedError: the last dimension is not contiguous, or another does not step by multiples of 16 bytes.
+    """
+    steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])]
+    if tensor.stride(-1) != 1 or any(step % ALIGNED for step in steps):
+        raise UnsupportedError(
+            f"a {tuple(tensor.shape)} {tensor.dtype} operand of strides {tensor.stride()} in a generated product; its "
+            "last dimension must be contiguous, and the others begin at multiples of 16 bytes"
+        )
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor, list(box))
+
+
+def launch_product(
+    template: str,
+    operands: list[Any],
+    arguments: list[Any],
+    sizes: tuple[int, int, int],
+    count: int,
+    parameters: dict[str, Parameter],
+    tiles: Tiles,
+    like: Tensor,
+    split: int = 1,
+) -> None:
+    """Launch a template on the device of ``like``.
+
+    Args:
+        operands: descriptors of a and b.
+        arguments: the template's own.
+        sizes: M, N and K.
+        count: tiles, whatever they are split in.
+        parameters: the template's own.
+        split: programs that share the inner dimension of a tile.
+    """
+    shared: dict[str, Parameter] = {
+        "interpreted": not like.is_cuda,
+        "bfloat16": like.dtype == torch.bfloat16 and split == 1,
+    }
+    launch = launch_of(template, {**shared, **parameters}, tiles, count, split, like.device)
+    with on_device(like.device):
+        launch(*operands, *arguments, *sizes)

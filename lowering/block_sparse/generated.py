@@ -1,0 +1,63 @@
+"""Block-sparse products generated for GPUs: every block in its place, nothing gathered; the same bits every time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from structfly.lowering.block_products.products import block_gradients, block_sums
+from structfly.lowering.block_products.support import padded, why_no_products
+from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
+from structfly.lowering.block_sparse.layout import BlockLayout, Grid
+from structfly.lowering.block_sparse.listing import by_columns, by_rows
+
+
+def why_not(values: Tensor, *ranks: int) -> str:
+    """Why products of blocks like these (nnz, block_out, block_in) are not generated, or "".
+
+    Args:
+        ranks: of what is added to them.
+    """
+    return why_no_products(values, sides=(*values.shape[1:], *ranks))
+
+
+Thin = tuple[Tensor, Tensor] | None
+"""A product of low rank that is added, (tokens, rank) with (features, rank) or (rank, features), or None."""
+
+
+def product(
+    x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None, bias: Tensor | None = None
+) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank), ``bias`` (features)."""
+    y = x.new_empty(len(x), grid.rows, grid.block_out)
+    source = x.view(len(x), grid.columns, grid.block_in)
+    tiles = sum_tiles(values, len(x), grid.rows, grid.block_out, grid.block_in)
+    thin = beside and (beside[0], beside[1].view(grid.rows, grid.block_out, -1))
+    if bias is not None:
+        bias = padded(bias[None], grid.rows * grid.block_out).view(grid.rows, grid.block_out)
+    block_sums(source, values, y, by_rows(layout), beside=thin, bias=bias, tiles=tiles)
+    return y.flatten(1)
+
+
+def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.gradient_of_x`; ``beside`` has (rank, features)."""
+    dx = grad.new_empty(len(grad), grid.columns, grid.block_in)
+    source = grad.view(len(grad), grid.rows, grid.block_out)
+    tiles = sum_tiles(values, len(grad), grid.columns, grid.block_in, grid.block_out)
+    thin = beside and (beside[0], beside[1].view(-1, grid.columns, grid.block_in))
+    block_sums(source, values, dx, by_columns(layout, grid.columns), turned=True, beside=thin, tiles=tiles)
+    return dx.flatten(1)
+
+
+def gradient_of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.gradient_of_values`."""
+    count, block_out, block_in = values.shape
+    made = values.new_empty(values.shape)
+    block_gradients(
+        grad.unflatten(1, (-1, block_out)),
+        x.unflatten(1, (-1, block_in)),
+        made,
+        layout.rows(),
+        layout.columns.flatten(),
+        tiles=gradient_tiles(values, count, block_out, block_in),
+    )
+    return made

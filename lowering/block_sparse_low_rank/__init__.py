@@ -1,0 +1,1 @@
+"""The sum of a block-sparse weight and one of low rank."""

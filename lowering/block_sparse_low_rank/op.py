@@ -1,0 +1,85 @@
+"""``structfly::block_sparse_low_rank_v1``: y = (B + U V^T) x + bias; see
+:mod:`structfly.lowering.block_sparse_low_rank.reference`.
+
+With z = V^T x and g the gradient with respect to y,
+
+    dz = U^T g,    dU = g z^T,    dV^T = dz x^T,    dx = B^T g + V dz,
+
+and B's own gradients are those of :mod:`structfly.lowering.block_sparse.op`.  Where products are generated, y and dx
+are one each, to whose sums that of low rank is added before they are rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.block_products.support import padded
+from structfly.lowering.block_sparse import aten, generated
+from structfly.lowering.block_sparse.layout import BlockLayout, Grid
+from structfly.lowering.layer_op import Applied, LayerOp
+
+
+def _between(call: Applied) -> list[Tensor]:
+    return [call.x @ call.factors[1].t()]
+
+
+def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
+    (values, _, left), layout, grid = _read(call)
+    x = padded(call.x, grid.columns * grid.block_in)
+    if generated.why_not(values, left.shape[1]) or grid.rows * grid.block_out != len(left):
+        y = aten.product(x, values, layout, grid)[:, : len(left)].addmm(between[0], left.t())
+        return y if call.bias is None else y.add_(call.bias)
+    return generated.product(x, values, layout, grid, (between[0], left), call.bias)
+
+
+def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    (values, right, left), layout, grid = _read(call)
+    (z,) = between
+    made: list[Tensor | None] = [None] * (1 + len(call.factors))
+    dz = grad @ left if wanted[0] or wanted[2] else None
+    spread = padded(grad, grid.rows * grid.block_out)
+    plain = bool(generated.why_not(values, len(right))) or torch.is_grad_enabled()  # then this is differentiated
+    if wanted[0] and dz is not None:
+        if plain or grid.columns * grid.block_in != right.shape[1]:
+            made[0] = aten.gradient_of_x(spread, values, layout, grid)[:, : right.shape[1]].addmm(dz, right)
+        else:
+            made[0] = generated.gradient_of_x(spread, values, layout, grid, (dz, right))
+    if wanted[1]:
+        of_values = aten.gradient_of_values if plain else generated.gradient_of_values
+        made[1] = of_values(spread, padded(call.x, grid.columns * grid.block_in), values, layout)
+    if wanted[2] and dz is not None:
+        made[2] = dz.t() @ call.x
+    if wanted[3]:
+        made[3] = grad.t() @ z
+    return made
+
+
+def _read(call: Applied) -> tuple[tuple[Tensor, Tensor, Tensor], BlockLayout, Grid]:
+    values, right, left, *index = call.factors
+    layout = BlockLayout(*index)
+    return (values, right, left), layout, Grid(layout.block_rows, call.static[1], values.shape[1], values.shape[2])
+
+
+def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
+    (blocks, block_out, block_in), (rank, in_features), (out_features, _), *_ = shapes
+    kept = int(blocks) * int(block_out) * int(block_in)
+    return rows * int(rank) * int(in_features), rows * (kept + int(rank) * int(out_features))
+
+
+BLOCK_SPARSE_LOW_RANK = LayerOp(
+    "block_sparse_low_rank_v1",
+    between=_between,
+    finish=_finish,
+    backward=_backward,
+    out_features=lambda _, static: static[0],
+    kept_shapes=lambda rows, shapes, _: [(rows, shapes[1][0])],
+    multiply_adds=_multiply_adds,
+    adds_bias=True,
+)
+"""Takes ``values`` (nnz, block_out, block_in), ``right`` (rank, in), ``left`` (out, rank), and the tensors of a
+:class:`~structfly.lowering.block_sparse.layout.BlockLayout`; static: out_features, and the columns of the grid of
+blocks."""

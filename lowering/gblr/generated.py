@@ -1,0 +1,71 @@
+"""Products with a tile-sparse matrix generated for GPUs: every tile in its place; the same bits every time.
+
+Functions, arguments and results are those of :mod:`structfly.lowering.gblr.tile_products`.  M's tiles that stand in one
+group are summed over by ``collect``, those that stand in one tile of rows by ``spread``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.block_products.listing import Listing, listed
+from structfly.lowering.block_products.products import block_gradients, block_sums
+from structfly.lowering.block_products.support import padded, why_no_products
+from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
+from structfly.lowering.gblr.tile_products import padded_rows
+from structfly.lowering.remembered import remembered
+
+
+def why_not(tiles: Tensor) -> str:
+    """Why products with tiles (count, tile, group) are not generated, or ""."""
+    return why_no_products(tiles, sides=tiles.shape[1:])
+
+
+def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tensor:
+    """(dense M)^T with its rows put where ``order`` says: the product's tiles are stored transposed, so that a row that
+    goes elsewhere is still as long as a tile."""
+    _, tile, group = tiles.shape
+    made = dense.new_empty(len(order), padded_rows(len(dense)))
+    groups = len(order) // group
+    cut = sum_tiles(tiles, len(dense), groups, group, tile)
+    members = remembered(_by_group, index, groups)
+    block_sums(_in_tiles(dense, tile), tiles, made, members, turned=True, rows=order, tiles=cut)
+    return made
+
+
+def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int, bias: Tensor | None = None) -> Tensor:
+    """``components`` (groups * group, N) transposed, times M^T, + bias (features,): (N, features)."""
+    _, tile, group = tiles.shape
+    places = -(-features // tile)
+    if bias is not None:
+        bias = padded(bias[None], places * tile).view(places, tile)
+    made = components.new_empty(components.shape[1], places, tile)
+    cut = sum_tiles(tiles, len(made), places, tile, group)
+    of_groups = components.unflatten(0, (-1, group))
+    block_sums(of_groups, tiles, made, remembered(_by_place, index, places), a_turned=True, bias=bias, tiles=cut)
+    return made.flatten(1)[:, :features].contiguous()
+
+
+def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) -> Tensor:
+    """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0."""
+    _, tile, group = tiles.shape
+    made = torch.empty_like(tiles)
+    of_groups = components.unflatten(0, (-1, group))
+    cut = gradient_tiles(tiles, *tiles.shape)
+    block_gradients(_in_tiles(dense, tile), of_groups, made, index[1], index[0], b_turned=True, tiles=cut)
+    return made
+
+
+def _in_tiles(dense: Tensor, tile: int) -> Tensor:
+    """``dense`` (N, features) as (N, places, tile), with zeros beyond its features."""
+    places = -(-dense.shape[1] // tile)
+    return padded(dense, places * tile).view(len(dense), places, tile)
+
+
+def _by_group(index: Tensor, groups: int) -> Listing:
+    return listed(index[0], index[1], groups)
+
+
+def _by_place(index: Tensor, places: int) -> Listing:
+    return listed(index[1], index[0], places)

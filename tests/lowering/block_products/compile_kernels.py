@@ -1,0 +1,154 @@
+"""Compile the products of blocks for Hopper, without a GPU: run by test_kernels.py in a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from dataclasses import replace
+
+from structfly.lowering.block_products.matrices import Cut as MatrixCut
+from structfly.lowering.block_products.matrix_tiles import (
+    AXIS,
+    AXIS_GRADIENTS,
+    BATCH,
+    FEW_TOKENS,
+    GRADIENTS,
+    PRODUCTS,
+)
+from structfly.lowering.gemm import Tiles
+from structfly.lowering.template import Parameter, load, render
+from tests.lowering.linear_cross_entropy.compile_kernels import compile_one
+
+TILES = Tiles(m=128, n=128, k=64, group=4, parts=2, warps=4, stages=3)
+KINDS = {"bf16": True, "fp16": False}
+
+
+def box(kind: str, *sides: int) -> str:
+    """The type of a tensor descriptor."""
+    return f"tensordesc<{kind}[{','.join(map(str, sides))}]>"
+
+
+def compile_template(template: str, types: dict[str, str], kind: str, tiles: Tiles, **own: Parameter) -> None:
+    split = bool(own.get("split", False))
+    shared: dict[str, Parameter] = {"name": template, "split": False, "parts": tiles.parts, "interpreted": False}
+    kernel = getattr(load(render(template, **{**shared, "bfloat16": KINDS[kind] and not split, **own})), template)
+    constants = {"BM": tiles.m, "BN": tiles.n, "BK": tiles.k, "GROUP": 4, "SPLIT": 1 + 2 * split, "PROGRAMS": 132}
+    made = compile_one(kernel, {**types, **dict.fromkeys("MNK", "i32")}, constants, tiles.warps, tiles.stages)
+    if not template.startswith("axis"):
+        check_buffers(made.asm["ttgir"], tiles)
+
+
+def check_buffers(code: str, tiles: Tiles) -> None:
+    """Both operands have a buffer a stage, and products take them from there: no load within a step keeps them waiting,
+    and no reshaping takes them through registers."""
+    buffers = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x([\dx]+)x[bf]", code)
+    deep = [math.prod(map(int, sides.split("x"))) for count, sides in buffers if int(count) == tiles.stages]
+    assert sorted(deep) == sorted((tiles.m * tiles.k, tiles.n * tiles.k)), buffers
+    assert "ttg.local_load" not in code
+
+
+def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int = 0, components: str = "") -> None:
+    """``components``: "read" or "written" with the tokens along each."""
+    tiles = TILES
+    b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
+    a = (1, tiles.k, tiles.m) if components == "read" else (1, tiles.m, tiles.k)
+    types = {"a": box(kind, *a), "b": box(kind, *b)}
+    types |= {"a2": types["a"], "b2": types["b"]} if rank else {}
+    types |= {"sources": "*i32"}
+    types |= {"blocks": "*i32"} if listed else {}
+    types |= {} if each else {"starts": "*i32"}
+    types |= {"bias": f"*{kind}"} if bias else {}
+    written = {"rows": "*i32", "width": "i32", "c": f"*{kind}"}
+    types |= written if components == "written" else {"c": box(kind, 1, tiles.m, tiles.part)}
+    options: dict[str, Parameter] = {
+        "turned": turned,
+        "a_turned": components == "read",
+        "scattered": components == "written",
+        "each": each,
+        "blocks_listed": listed,
+        "rank": rank,
+        "bias": bias,
+    }
+    compile_template("block_sums", types, kind, tiles, side_n=96, side_k=384, **options)
+
+
+def gradients(kind: str, split: bool, turned: bool) -> None:
+    tiles = replace(TILES, parts=4) if split else TILES
+    b = (1, tiles.n, tiles.k) if turned else (1, tiles.k, tiles.n)
+    types = {"a": box(kind, 1, tiles.k, tiles.m), "b": box(kind, *b)}
+    types |= {"rows": "*i32", "columns": "*i32", "c": box("fp32" if split else kind, 1, tiles.m, tiles.part)}
+    options: dict[str, Parameter] = {"split": split, "b_turned": turned}
+    compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384, **options)
+
+
+def matrix_products(
+    kind: str, n_side: tuple[int, int], k_side: tuple[int, int], turned: bool, bias: bool, tiles: Tiles = TILES
+) -> None:
+    n, k = MatrixCut.of(*n_side, tiles.n), MatrixCut.of(*k_side, tiles.k)
+    part = max(n.box[0] // tiles.parts, 1), min(n.box[1], tiles.part)
+    types = {"a": box(kind, 1, tiles.m, tiles.k) if k.in_one_run else box(kind, 1, 1, tiles.m, tiles.k)}
+    types |= {"b": box(kind, 1, *k.box, tiles.n) if turned else box(kind, 1, *n.box, tiles.k)}
+    types |= {"bias": f"*{kind}"} if bias else {}
+    types |= {"c": box(kind, 1, tiles.m, *part)}
+    of_n: dict[str, Parameter] = {"n_side": n.side, "n_box": n.box, "n_tiles": n.tiles, "part_box": part}
+    of_k: dict[str, Parameter] = {"k_side": k.side, "k_box": k.box, "k_tiles": k.tiles, "k_apart": not k.in_one_run}
+    compile_template("matrix_products", types, kind, tiles, turned=turned, bias=bias, **of_n, **of_k)
+
+
+def matrix_gradients(kind: str, m_side: tuple[int, int], tiles: Tiles = TILES) -> None:
+    m = MatrixCut.of(*m_side, tiles.m)
+    types = {"a": box(kind, 1, tiles.k, tiles.m), "b": box(kind, 1, tiles.k, tiles.n)}
+    types |= {"c": box(kind, 1, *m.box, tiles.part)}
+    compile_template("matrix_gradients", types, kind, tiles, m_side=m.side, m_box=m.box, m_tiles=m.tiles)
+
+
+def axis_products(kind: str, inner: bool, turned: bool, bias: bool) -> None:
+    tiles, batch = AXIS, BATCH
+    b = (tiles.k, tiles.n) if turned else (tiles.n, tiles.k)
+    types = {"a": box(kind, tiles.m, 1, tiles.k, batch) if inner else box(kind, tiles.m, batch, tiles.k)}
+    types |= {"b": box(kind, batch, 1, *b) if inner else box(kind, batch, *b)}
+    types |= {"bias": f"*{kind}"} if bias else {}
+    types |= {"c": box(kind, tiles.m, 1, tiles.n, batch) if inner else box(kind, tiles.m, batch, tiles.n)}
+    sides: dict[str, Parameter] = {"side_n": 48, "side_k": 96, "count": 24, "runs": 2, "batch": batch}
+    compile_template("axis_products", types, kind, tiles, inner=inner, turned=turned, bias=bias, **sides)
+
+
+def axis_gradients(kind: str, inner: bool) -> None:
+    tiles, batch = AXIS_GRADIENTS, BATCH
+
+    def lattice(side: int) -> str:
+        return box(kind, tiles.k, 1, side, batch) if inner else box(kind, tiles.k, batch, side)
+
+    types = {"a": lattice(tiles.m), "b": lattice(tiles.n)}
+    types |= {"c": box("fp32", 1, batch, 1, tiles.m, tiles.n) if inner else box("fp32", 1, batch, tiles.m, tiles.n)}
+    compile_template("axis_gradients", types, kind, tiles, inner=inner, side_m=48, side_n=96, runs=2, batch=batch)
+
+
+if __name__ == "__main__":
+    for kind, split, turned in itertools.product(KINDS, (False, True), (False, True)):
+        gradients(kind, split, turned)
+    for kind in KINDS:
+        sums(kind, turned=True, each=0, listed=True, bias=False, components="written")
+        sums(kind, turned=False, each=0, listed=True, bias=False, components="read")
+    for number, (turned, each, listed, bias) in enumerate(
+        itertools.product((False, True), (0, 4), (False, True), (False, True))
+    ):
+        sums(list(KINDS)[number % 2], turned, each, listed, bias, rank=72 * (number % 2))
+    for number, (side, run) in enumerate(itertools.product(((16, 16), (4, 256), (3, 40)), ((1, 256), (1, 40)))):
+        kind = list(KINDS)[number % 2]
+        matrix_products(kind, side, run, turned=False, bias=False)
+        matrix_products(kind, run, side, turned=True, bias=False)
+        matrix_products(kind, side, run, turned=True, bias=False)
+        matrix_products(kind, run, run, turned=False, bias=True)
+        matrix_gradients(kind, side)
+        matrix_gradients(kind, run)
+    for number, (inner, turned) in enumerate(itertools.product((False, True), (False, True))):
+        axis_products(list(KINDS)[number % 2], inner, turned, bias=inner != turned)
+        axis_gradients(list(KINDS)[number % 2], inner)
+    for few in (PRODUCTS, FEW_TOKENS):
+        matrix_products("bf16", (4, 256), (1, 1024), turned=False, bias=False, tiles=few)
+        matrix_products("bf16", (1, 1024), (16, 16), turned=True, bias=False, tiles=few)
+    for choice in GRADIENTS:
+        matrix_gradients("bf16", (16, 16), choice)
+    print("compiled")

@@ -1,0 +1,201 @@
+"""Generated products with Monarch and Kronecker-sparse factors: interpreted on a CPU against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from structfly.lowering.kronecker import aten, lattice, monarch
+from structfly.lowering.kronecker.op import KRONECKER
+from structfly.lowering.kronecker.reference import FactorShape, kronecker_reference
+from structfly.lowering.layer_op import Applied
+from structfly.patterns.chain import Chain
+from structfly.patterns.kronecker import KroneckerSparse
+from structfly.patterns.monarch import Monarch
+from structfly.records.layer import LayerSizes
+from tests.oracle import assert_as_accurate, assert_like_eager
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compare(
+    products: ModuleType, shapes: Sequence[FactorShape], sizes: LayerSizes, tokens: int, bias: bool, dtype: torch.dtype
+) -> None:
+    """Value and gradients that ``products`` makes, with float64's and those of torch in the same dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    x, grad = random(tokens, sizes.in_features), random(tokens, sizes.out_features)
+    factors = [random(*shape) for shape in shapes]
+    added = random(sizes.out_features) if bias else None
+    every = [True] * (1 + len(factors))
+    names = ("y", "dx", *(f"dw{t}" for t in range(1, len(factors) + 1)))
+    call = Applied(x, factors, [sizes.out_features], added)
+    z = products.between(call)
+    made = [products.finish(call, z), *products.backward(grad, call, z, every)]
+
+    def expected(wide: torch.dtype) -> list[Tensor]:
+        leaves = [each.to(wide).requires_grad_() for each in (x, *factors)]
+        y = kronecker_reference(leaves[0], leaves[1:], sizes.out_features, None if added is None else added.to(wide))
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(wide))]
+
+    eager = Applied(
+        x.cpu(), [each.cpu() for each in factors], [sizes.out_features], None if added is None else added.cpu()
+    )
+    kept = aten.between(eager)
+    theirs = [aten.finish(eager, kept), *aten.backward(grad.cpu(), eager, kept, every)]
+    assert [each.shape for each in z] == [each.shape for each in kept]
+    for mine, same, exact, what in zip(made, theirs, expected(torch.float64), names, strict=True):
+        assert mine is not None
+        assert same is not None
+        assert_as_accurate(mine.cpu().view(exact.shape), same.reshape(exact.shape), exact.cpu(), dtype, what)
+
+
+@st.composite
+def monarchs(draw: st.DrawFn) -> tuple[Monarch, LayerSizes]:
+    """Layers whose blocks have sides of eights, of which the last may reach beyond the layer."""
+    blocks_in, blocks_out = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    inputs, outputs, rank = (8 * draw(st.integers(1, 4)) for _ in range(3))
+    sizes = LayerSizes(
+        blocks_in * inputs - draw(st.integers(0, blocks_in - 1)),
+        blocks_out * outputs - draw(st.integers(0, blocks_out - 1)),
+    )
+    strided = draw(st.booleans())
+    return Monarch(blocks_in=blocks_in, blocks_out=blocks_out, block_rank=rank, strided=strided), sizes
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    layer=monarchs(),
+    tokens=st.integers(0, 40),
+    bias=st.booleans(),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+)
+def test_value_and_gradients_are_those_of_the_reference(
+    layer: tuple[Monarch, LayerSizes], tokens: int, bias: bool, dtype: torch.dtype
+) -> None:
+    structure, sizes = layer
+    compare(monarch, structure.shapes(sizes), sizes, tokens, bias, dtype)
+
+
+@st.composite
+def lattices(draw: st.DrawFn) -> tuple[list[FactorShape], LayerSizes]:
+    """Chains of up to three factors, each along an axis that is before, between or behind others."""
+    count = draw(st.integers(1, 3))
+    eights = st.sampled_from((8, 16, 24))
+    features = draw(eights) * draw(st.sampled_from((1, 8, 16)))
+    shapes: list[FactorShape] = []
+    for _ in range(count):
+        d = draw(st.sampled_from([n for n in (1, 8, 16, 24) if features % (8 * n) == 0]))
+        j = draw(st.sampled_from([n for n in (8, 16, 24, 32) if features // d % n == 0]))
+        i = draw(st.sampled_from((8, 16, 24) if features <= 256 else (8,)))
+        shapes.append(FactorShape(d=d, a=features // (d * j), i=i, q=1, j=j, p=1))
+        features = shapes[-1].features_out
+    less = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    return shapes, LayerSizes(shapes[0].features_in - less[0], features - less[1])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    layer=lattices(),
+    tokens=st.integers(0, 40),
+    bias=st.booleans(),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+)
+def test_chains_along_axes_are_those_of_the_reference(
+    layer: tuple[list[FactorShape], LayerSizes], tokens: int, bias: bool, dtype: torch.dtype
+) -> None:
+    compare(lattice, *layer, tokens, bias, dtype)
+
+
+@settings(max_examples=3, deadline=None)
+@given(tokens=st.integers(1, 40), bias=st.booleans())
+def test_large_matrices_have_tiles_of_their_own(tokens: int, bias: bool) -> None:
+    shapes = [FactorShape(1, 2, 64, 1, 72, 1), FactorShape(8, 1, 8, 1, 16, 1)]
+    compare(lattice, shapes, LayerSizes(144, 64), tokens, bias, torch.bfloat16)
+
+
+@given(wanted=st.lists(st.booleans(), min_size=3, max_size=3))
+@settings(max_examples=8, deadline=None)
+def test_what_is_not_asked_for_is_not_made(wanted: list[bool]) -> None:
+    factors = [torch.ones(1, 2, 16, 1, 8, 1, dtype=torch.bfloat16), torch.ones(2, 1, 1, 8, 16, 1, dtype=torch.bfloat16)]
+    call = Applied(torch.ones(3, 16, dtype=torch.bfloat16, device=DEVICE), [f.to(DEVICE) for f in factors], [16])
+    made = monarch.backward(call.x, call, monarch.between(call), wanted)
+    assert [each is not None for each in made] == wanted
+
+
+def _shapes(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("factors", "reason"),
+    [
+        (_shapes((1, 2, 16, 1, 8, 1)), "the chain has 1 factors"),
+        (_shapes((2, 1, 16, 1, 8, 1), (2, 1, 8, 1, 16, 1)), "is no Monarch matrix"),
+        (_shapes((1, 2, 16, 1, 8, 1), (2, 1, 8, 1, 16, 1)), "they are on meta"),
+        (_shapes((1, 2, 16, 1, 8, 1), (2, 1, 1, 8, 16, 1)), "they are on meta"),
+    ],
+)
+def test_what_is_no_monarch_matrix_has_a_reason(factors: list[Tensor], reason: str) -> None:
+    assert reason in monarch.why_not(factors)
+
+
+@pytest.mark.parametrize(("columns", "apart", "worth"), [(16, True, False), (256, True, True), (16, False, True)])
+def test_outputs_that_stand_apart_are_ordered_for_many_columns(columns: int, apart: bool, worth: bool) -> None:
+    second = (2, 1, 8, 1, columns, 1) if apart else (2, 1, 1, 8, columns, 1)
+    assert monarch.worth_a_copy(_shapes((1, columns // 8, 16, 1, 8, 1), second)) is worth
+
+
+def test_what_is_left_to_torch_has_a_reason() -> None:
+    assert "has p or q above 1" in lattice.why_not(_shapes((2, 1, 1, 8, 16, 1)))
+    assert lattice.why_not(_shapes((8, 2, 16, 1, 8, 1))) == "they are on meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axes", [((8, 8, 8), 1), ((16, 32), 1), ((16, 32), 8), ((32, 16), 4)])
+@pytest.mark.parametrize("tokens", [1, 17, 1000])
+def test_lattices_on_a_gpu_are_as_accurate_as_torch(axes: tuple[tuple[int, ...], int], tokens: int) -> None:
+    check_on_gpu(KroneckerSparse.lattice(axes[0], axes[0], axes[1]), LayerSizes(512, 512), tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("rematerialise", [False, True])
+@pytest.mark.parametrize("blocks", [4, 16])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 1000])
+def test_the_op_on_a_gpu_is_as_accurate_as_torch(strided: bool, rematerialise: bool, blocks: int, tokens: int) -> None:
+    structure = Monarch(
+        blocks_in=blocks,
+        blocks_out=blocks,
+        block_rank=128 // blocks,
+        strided=strided,
+        rematerialise=rematerialise,
+    )
+    check_on_gpu(structure, LayerSizes(512, 1024), tokens)
+
+
+def check_on_gpu(structure: Chain, sizes: LayerSizes, tokens: int) -> None:
+    """The op's products are generated, and as accurate as the reference."""
+    made = structure.initial(sizes, torch.Generator().manual_seed(0)).values()
+    factors = [each.to("cuda", torch.bfloat16).requires_grad_() for each in made]
+    assert not (monarch.why_not(factors) and lattice.why_not(factors))
+    x = torch.randn(tokens, sizes.in_features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(sizes.out_features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(tokens, sizes.out_features, device="cuda", dtype=torch.bfloat16)
+
+    def fast(x: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+        return KRONECKER(x, factors, bias, [sizes.out_features], rematerialise=structure.rematerialise)
+
+    def slow(x: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+        return kronecker_reference(x, factors, sizes.out_features, bias)
+
+    assert_like_eager(fast, slow, [x, bias, *factors], torch.bfloat16, upstream)
