@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.patterns.head.operands import cast
-from structfly.patterns.masked_linear.layouts import Layouts, placed
+from structfly.patterns.masked_linear.layouts import layouts_of, placed
 from structfly.patterns.masked_linear.site import MaskedSite
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.inputs import InputLike
@@ -22,13 +22,12 @@ def rewrite_masked(site: MaskedSite, editor: Editor) -> None:
     """Replace the linear; what made its weight goes where nothing else reads it."""
     call = read_linear(site.node)  # again, for what it takes may have been rewritten since it was found
     assert call is not None
-    layouts = Layouts(site)
     names = ("blocks", "columns", "starts")
     inputs = {
         f"{site.node.name}_{name}": InputLike(tuple(tensor.shape), tensor.dtype, tensor.device)
         for name, tensor in zip(names, placed(site.grid, site.layout), strict=False)
     }
-    numbers, *layout = editor.add_inputs(inputs, layouts.of).values()
+    numbers, *layout = editor.add_inputs(inputs, layouts_of(site).of).values()
     editor.before(site.node)
     values = editor.trace(_kept, site, site.masked.weight, numbers)
     for dtype in (*site.masked.dtypes, site.dtype):
