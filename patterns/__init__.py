@@ -9,6 +9,7 @@ import torch
 
 from structfly.config import Config
 from structfly.patterns.batched_chain import BatchedChain
+from structfly.patterns.factored_linear import FactoredLinear
 from structfly.patterns.linear import RestructuredLinear
 from structfly.patterns.linear.menu import Planned
 from structfly.patterns.linear.times import Times as LayerTimes
@@ -19,7 +20,13 @@ from structfly.patterns.merged_linear import MergedLinear
 from structfly.patterns.merged_linear.rule import Times as OpTimes
 from structfly.rewriter.rule import Rule
 
-DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence(), MaskedLinear(), BatchedChain())
+DEFAULT_RULES: tuple[Rule[Any], ...] = (
+    LinearCrossEntropy(),
+    LinearDivergence(),
+    FactoredLinear(),
+    MaskedLinear(),
+    BatchedChain(),
+)
 RULE_NAMES = (*(rule.name for rule in DEFAULT_RULES), MergedLinear.name, RestructuredLinear.name)
 
 
@@ -51,6 +58,7 @@ __all__ = [
     "DEFAULT_RULES",
     "RULE_NAMES",
     "BatchedChain",
+    "FactoredLinear",
     "LinearCrossEntropy",
     "LinearDivergence",
     "MaskedLinear",

@@ -61,7 +61,9 @@ class Cut(NamedTuple):
         padded = F.pad(columns, (0, 1, 0, -len(columns) % tile))
         grouped = padded.index_select(1, members).unflatten(0, (-1, tile)).unflatten(2, (-1, group))
         places = grouped.shape[0]
-        return grouped.permute(2, 0, 1, 3).flatten(0, 1).index_select(0, index[0] * places + index[1])
+        numbers = index[0] * places + index[1]
+        taken: Tensor = grouped.permute(2, 0, 1, 3).flatten(0, 1).index_select(0, numbers)
+        return taken
 
 
 def cut_to_tiles(rows: Tensor, columns: Tensor, tile: int, group: int) -> Cut:

@@ -55,7 +55,11 @@ def choose(orders: Sequence[Order]) -> list[Choice]:
     """
     costs = [[evaluate(c.cost, order.sizes, order.profile) for c in order.menu.candidates] for order in orders]
     eligible = [
-        [number for number, candidate in enumerate(order.menu.candidates) if candidate.rewrites or not order.always]
+        [
+            number
+            for number, candidate in enumerate(order.menu.candidates)
+            if candidate.rewrites or not order.always or len(order.menu.candidates) == 1
+        ]
         for order in orders
     ]
     options = [
@@ -93,6 +97,8 @@ def _explained(order: Order, costs: Sequence[CostValues], number: int, relaxed: 
     if relaxed:
         least = format_bytes(values.transient_bytes)
         reason = f"nothing fits the limit of {format_bytes(order.menu.peak_limit)}; this takes the least, {least}"
+    elif order.menu.reason:
+        reason = order.menu.reason
     elif not chosen.rewrites:
         best = min(fast, default=float("inf"))
         reason = (

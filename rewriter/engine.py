@@ -124,7 +124,7 @@ class _Run:
                 if isinstance(result, Miss):
                     if result.anchor not in taken:  # else it is part of what another attempt found
                         self._missed(result, place)
-                elif not of_earlier.isdisjoint(result.dead_nodes):
+                elif not of_earlier.isdisjoint((result.node, *result.dead_nodes)):
                     if not of_earlier.issuperset(result.dead_nodes):
                         reason = "another rule takes part of what would be rewritten"
                         self._missed(Miss(rule.name, result.node, reason, 0, result.node, result.name), place)

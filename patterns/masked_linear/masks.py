@@ -71,7 +71,7 @@ def masked_weights(linear: LinearLike) -> list[Masked]:
     if value is None or not value.is_floating_point() or not all(isinstance(size, int) for size in value.shape):
         return []
     found = []
-    for weight, mask, inverted in _read(call):
+    for weight, mask, inverted in maskings(call):
         views = _views(weight, matrix or value.shape)
         if views is not None and _fits(weight, mask, call):
             steps = (*nodes, node, *views[:-1])
@@ -85,7 +85,7 @@ def _transposes(linear: LinearLike) -> list[fx.Node]:
     return [node for node in linear.node.all_input_nodes if node not in (linear.x, linear.weight, linear.bias)]
 
 
-def _read(call: Call) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
+def maskings(call: Call) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
     """(weight, mask, whether the mask is True where the weight is left out)."""
     if call.op == "mul":
         pairs = [(call["input"], call["other"], False), (call["other"], call["input"], False)]

@@ -156,6 +156,19 @@ def test_a_weight_that_is_written_between_is_left() -> None:
     assert "writes into a tensor that the nodes of this site read" in fast.sites[0].reason
 
 
+def test_a_masked_weight_that_is_written_into_is_left() -> None:
+    class Written(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            masked = self.w * self.mask
+            masked[0] = 1.0
+            return F.linear(x, masked)
+
+    layer = Written()
+    fast = Rewritten(layer)
+    torch.testing.assert_close(fast(X), layer(X))
+    assert "writes into masked, which this site makes and uses" in fast.sites[0].reason
+
+
 def test_a_masked_head_goes_to_the_loss() -> None:
     layer, labels = Layer(), torch.tensor([0, 1, 2])
     fast = Rewritten(lambda x: F.cross_entropy(layer(x), labels))
