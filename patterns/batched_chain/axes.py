@@ -115,7 +115,14 @@ def viewed(node: fx.Node) -> Call | None:
         return None
     swaps = call.op == "getattr" and call["name"] in ("T", "mT")
     moves = (*RESHAPES, "transpose", "permute", "movedim", "t", "contiguous", "clone")
-    return call if swaps or call.op in moves else None
+    return call if swaps or call.op in moves or _unsqueezes(call) else None
+
+
+def _unsqueezes(call: Call) -> bool:
+    """Whether an index does nothing but add dimensions, as in ``x[:, None]``."""
+    index = call["index"] if call.op == "getitem" else None
+    entries = index if isinstance(index, tuple) else (index,)
+    return call.op == "getitem" and all(each is None or each is Ellipsis or each == slice(None) for each in entries)
 
 
 def after(call: Call, dims: Dims, splits: AxisSplits) -> Dims:
@@ -126,7 +133,7 @@ def after(call: Call, dims: Dims, splits: AxisSplits) -> Dims:
     """
     if call.op in ("contiguous", "clone"):
         return dims
-    if call.op in RESHAPES:
+    if call.op in RESHAPES or call.op == "getitem":
         result = example(call.node)
         assert result is not None
         return splits.reshaped(tuple(axis for dim in dims for axis in dim), sizes_of(result))

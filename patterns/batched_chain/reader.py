@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import dropwhile
 
 import sympy
 import torch
@@ -23,9 +24,11 @@ from structfly.patterns.batched_chain.axes import (
     viewed,
 )
 from structfly.patterns.batched_chain.factors import Contraction, OrderedFactor, ordered
-from structfly.patterns.batched_chain.products import Product, read_products
+from structfly.patterns.batched_chain.product import Product
+from structfly.patterns.batched_chain.products import read_products
 from structfly.rewriter.calls import Call, read
 from structfly.rewriter.region import example
+from structfly.rewriter.views import PICKS
 
 Step = Call | Product
 
@@ -72,7 +75,7 @@ def read_chain(last: fx.Node) -> Chain | str | None:
         try:
             return _Reading(root, steps).chain()
         except AxisError as error:
-            if all(_is_given(product.factor) for product in products):
+            if all(_is_given(factor) for product in products for factor in product.given):
                 reason = reason or str(error)
     return reason
 
@@ -98,8 +101,8 @@ def _back(product: Product) -> Iterator[tuple[fx.Node, list[Step]]]:
 
 
 def _is_given(factor: fx.Node) -> bool:
-    """Whether a factor is kept by a module, under views."""
-    while (call := viewed(factor)) is not None:
+    """Whether a factor is kept by a module, or a part of what is, under views."""
+    while (call := read(factor)) is not None and (viewed(factor) is not None or call.op in (*PICKS, "unbind")):
         factor = call["input"]
     return factor.op == "placeholder" and compat.is_state(factor)
 
@@ -147,7 +150,7 @@ class _Reading:
 
     def _applied(self, product: Product, dims: Dims) -> Dims:
         labelled = dict(zip(product.data_labels, map(self.splits.refined, dims), strict=True))
-        sizes = sizes_of(_value(product.factor))
+        sizes = product.factor_sizes
         if not all(size.is_Integer for size in sizes):
             raise AxisError("a factor's sizes vary from call to call")
         self.around.append(tuple(axis for dim in dims for axis in dim))
@@ -213,13 +216,18 @@ class _Reading:
 
     def _nodes(self, first: fx.Node, result: fx.Node, places: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
         """From the first product to the result; nothing else may read what is between."""
-        steps = [step.node for step in self.steps]
-        nodes = (*steps[steps.index(first) :], *places[1 : places.index(result) + 1])
+        steps = list(dropwhile(lambda step: step.node is not first, self.steps))
+        nodes = (*(node for step in steps for node in _own(step)), *places[1 : places.index(result) + 1])
         own = set(nodes)
         for node in nodes:
             if node is not result and not own.issuperset(_readers(node)):
                 raise AxisError(f"{node.name}, between the products, is read elsewhere")
         return nodes
+
+
+def _own(step: Step) -> tuple[fx.Node, ...]:
+    """The nodes of a step, its value last."""
+    return (*step.inner, step.node) if isinstance(step, Product) else (step.node,)
 
 
 def _cut(chain: Chain) -> Chain:

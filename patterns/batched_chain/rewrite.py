@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from structfly.lowering.kronecker.op import KRONECKER
 from structfly.patterns.batched_chain.axes import Dims
 from structfly.patterns.batched_chain.factors import OrderedFactor
+from structfly.patterns.batched_chain.menu import grouped
+from structfly.patterns.batched_chain.merging import in_groups, merged, widened
+from structfly.patterns.batched_chain.product import whole
 from structfly.patterns.batched_chain.site import ChainSite
 from structfly.patterns.head.operands import cast
+from structfly.records import Candidate
 from structfly.rewriter.editor import Editor
 
 
-def rewrite_chain(site: ChainSite, editor: Editor) -> None:
+def rewrite_chain(site: ChainSite, candidate: Candidate, editor: Editor) -> None:
     """Replace the chain; views before it go where nothing else reads them."""
     chain = site.chain
     editor.before(chain.result)
-    factors = [
-        cast(editor.trace(_in_order, product.factor, dims, factor), site.dtype, editor)
+    in_order = [
+        editor.trace(_in_order, product.factor, dims, factor)
         for product, dims, factor in zip(chain.products, chain.dims, chain.factors, strict=True)
     ]
+    groups = in_groups(in_order, len(grouped(site.shapes)[candidate.name]))
+    factors = [cast(_merged(group, site, editor), site.dtype, editor) for group in groups]
     x = cast(chain.x, site.dtype, editor)
     with torch.set_grad_enabled(site.learns):  # the op keeps what a backward takes, and else nothing
         y = editor.trace(_applied, site, x, factors)
@@ -33,9 +39,19 @@ def rewrite_chain(site: ChainSite, editor: Editor) -> None:
     editor.erase(site.dead_nodes)
 
 
-def _in_order(factor: Tensor, dims: Dims, ordered: OrderedFactor) -> Tensor:
+def _merged(factors: Sequence[fx.Node], site: ChainSite, editor: Editor) -> fx.Node:
+    """The one factor that neighbours are together."""
+    first, *others = factors
+    if others:
+        first = cast(first, widened(site.dtype), editor)
+    for other in others:
+        first = editor.trace(merged, first, cast(other, widened(site.dtype), editor))
+    return first
+
+
+def _in_order(given: Tensor | list[list[Tensor]], dims: Dims, ordered: OrderedFactor) -> Tensor:
     """The factor with its axes as :class:`~structfly.lowering.kronecker.reference.FactorShape` has them."""
-    axes = [axis for dim in dims for axis in dim]
+    factor, axes = whole(given), [axis for dim in dims for axis in dim]
     order = [axes.index(axis) for segment in ordered.segments for axis in segment]
     return factor.reshape([int(axis.size) for axis in axes]).permute(order).reshape(ordered.shape)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from structfly import compat
@@ -46,7 +47,7 @@ class BatchedChain:
         return chain_menu(site, profile)
 
     def rewrite(self, site: ChainSite, candidate: Candidate, editor: Editor) -> None:
-        rewrite_chain(site, editor)
+        rewrite_chain(site, candidate, editor)
 
     def _site(self, chain: Chain, region: Region) -> ChainSite | Miss:
         last, x = chain.products[-1].node, example_of(chain.x)
@@ -57,6 +58,8 @@ class BatchedChain:
             reason = f"the products run in {', '.join(sorted(map(str, dtypes)))}; one floating-point dtype is allowed"
         if len({region.modes[node] for node in chain.nodes}) > 1:
             reason = "the products and views stand under different modes of autocast or of recording gradients"
+        if any(product.inner for product in chain.products):
+            reason = reason or _why_elementwise(region, last)
         if x.device.type not in DEVICES:
             reason = f"the products run on {x.device.type}; supported devices: {', '.join(DEVICES)}"
         shape = _shape(chain)
@@ -68,7 +71,7 @@ class BatchedChain:
         for size in x.shape[: chain.rows]:
             rows *= int(at_sizes(compat.expression(size), hints))
         learns = needs_gradient(chain.result)
-        of_factors = any(needs_gradient(product.factor) for product in chain.products)
+        of_factors = any(needs_gradient(factor) for product in chain.products for factor in product.given)
         return ChainSite(
             rule=self.name,
             name=name,
@@ -81,6 +84,16 @@ class BatchedChain:
             learns=learns,
             gradients=(learns and needs_gradient(chain.x)) + (learns and of_factors),
         )
+
+
+def _why_elementwise(region: Region, node: fx.Node) -> str:
+    """Why products that are made elementwise are not made by products of matrices, which would round more, or ""."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest" and example_of(node).dtype == torch.float32:
+        return f"the products are elementwise, in float32; products of matrices are not, at the precision {precision!r}"
+    if len(region.modes[node]) > 1 or torch.is_autocast_enabled(example_of(node).device.type):
+        return "the products are elementwise, which autocast leaves alone, and products of matrices would be cast"
+    return ""
 
 
 def _shape(chain: Chain) -> tuple[int | str, ...] | None:

@@ -72,6 +72,8 @@ class FactoredLinear:
             gradients=(learns and needs_gradient(found.x)) + bool(matrices),
             matrix_gradients=matrices,
         )
+        if not site.others and not site.thin:
+            return []
         if not isinstance(masks, str) or not masks:
             return [site]
         at = found.left.node

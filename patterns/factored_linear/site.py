@@ -41,6 +41,11 @@ class FactoredSite(Site):
         return self.found.weight_first or self.masks is not None
 
     @property
+    def thin(self) -> bool:
+        """Whether the matrices have fewer entries than their product."""
+        return self.rank * sum(self.layer) < self.layer.parameters
+
+    @property
     def dead_nodes(self) -> tuple[fx.Node, ...]:
         """Nothing where nothing else is offered, so that other rules may act."""
         return self.found.products if self.others else ()

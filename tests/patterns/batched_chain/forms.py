@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from structfly.patterns.batched_chain import menu, rule
+from structfly.records import Menu
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -77,3 +84,15 @@ FORMS: Mapping[str, Form] = {
     "of neighbours": of_neighbours,
     "padded and cut": padded_and_cut,
 }
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Nothing else is offered than a candidate, and leaving a site alone."""
+
+    def offered(site: Any, profile: Any) -> Menu:
+        whole = menu.chain_menu(site, profile)
+        return replace(whole, candidates=tuple(c for c in whole.candidates if c.name == name or not c.rewrites))
+
+    with patch.object(rule, "chain_menu", offered):
+        yield

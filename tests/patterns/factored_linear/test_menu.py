@@ -71,7 +71,7 @@ class Products(nn.Module):
         (512, 16384, True, "rewritten", "low_rank"),
         (4096, 16384, True, "kept", "dense"),
         (4096, 16, True, "rewritten", "low_rank"),
-        (8192, 16384, False, "kept", "low_rank"),
+        (512, 16384, False, "kept", "low_rank"),
     ],
 )
 def test_the_order_of_products(rank: int, tokens: int, first: bool, status: str, candidate: str) -> None:
@@ -118,6 +118,12 @@ def test_two_masked_linears_with_biases() -> None:
         for mine, expected in zip(*gradients, strict=True):
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
         assert [(site.status, site.candidate) for site in fast.sites] == [("rewritten", candidate)]
+
+
+def test_two_layers_that_are_not_thin_are_no_pair() -> None:
+    fast = Rewritten(nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16)))
+    fast(torch.randn(8, 16))
+    assert fast.sites == []
 
 
 def test_products_of_values_are_no_weights() -> None:
