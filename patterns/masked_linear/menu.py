@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+from structfly.lowering.block_products.support import DTYPES
 from structfly.patterns.blocks import cost_of_blocks
 from structfly.patterns.masked_linear.site import MaskedSite
 from structfly.records import Candidate, Cost, Menu, Stage
-from structfly.records.layer import product
+from structfly.records.layer import TOKENS, product
 
 
 def masked_menu(site: MaskedSite) -> Menu:
@@ -23,12 +24,16 @@ def masked_menu(site: MaskedSite) -> Menu:
     if site.weight_gradient:
         masking.append(Stage(0, 3 * dense * item))
         choosing.append(Stage(0, (kept + dense) * item))
+    # Products that are not generated gather a part of x, or of a gradient, for every block on a GPU; a CPU's do so in
+    # its caches.
+    gathered = site.device.type == "cuda" and dtype not in DTYPES
+    gathering = [Stage(0, 2 * TOKENS * site.blocks * site.grid.block_in * item)] if gathered else []
     as_it_is = Cost(
         (*masking, *(product(layer.in_features, layer.out_features, dtype),) * products),
         transient_bytes=dense * item,
     )
     sparse = Cost(
-        (*choosing, *blocks.stages * products),
+        (*choosing, *gathering * products, *blocks.stages * products),
         transient_bytes=blocks.transient_bytes + kept * item,
         opaque_calls=1 + (site.gradients > 0),
     )

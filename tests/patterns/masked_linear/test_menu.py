@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,15 @@ import torch
 from torch import fx, nn
 
 from structfly.backend import read_config
+from structfly.config import SiteSettings
 from structfly.patterns import DEFAULT_RULES
-from structfly.records import DeviceProfile, SiteReport
+from structfly.patterns.masked_linear import MaskedLinear
+from structfly.patterns.masked_linear.menu import masked_menu
+from structfly.patterns.masked_linear.site import MaskedSite
+from structfly.records import DeviceProfile, Menu, SiteReport
 from structfly.records.layer import LayerSizes
 from structfly.rewriter.engine import rewrite_graph
+from structfly.rewriter.roofline import evaluate
 from tests.patterns.linear_cross_entropy.test_menu import H100
 from tests.patterns.masked_linear.layers import Masked, block_mask
 
@@ -50,3 +56,28 @@ def test_sparse_enough_is_rewritten(tokens: int, density: float, status: str) ->
 def test_a_small_layer_is_kept() -> None:
     (site,) = sites_of(Masked(block_mask(LayerSizes(64, 64), 16, 16, 0.5, 0), dtype=torch.bfloat16), 32, 64)
     assert site.status == "kept"
+
+
+def test_products_that_are_not_generated_gather() -> None:
+    """On a GPU in float32 small blocks are many parts of x."""
+    found: list[MaskedSite] = []
+
+    class Noted(MaskedLinear):
+        def menu(self, site: MaskedSite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+            found.append(site)
+            return super().menu(site, profile, settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "DEFAULT_RULES", (Noted(),))
+        sites_of(Masked(block_mask(LayerSizes(4096, 4096), 16, 16, 0.25, 0), dtype=torch.bfloat16), 16384, 4096)
+    (site,) = found
+    on_gpu = replace(site, device=torch.device("cuda"))
+
+    def seconds(site: MaskedSite) -> float:
+        (sparse,) = (each for each in masked_menu(site).candidates if each.rewrites)
+        return evaluate(sparse.cost, site.sizes, H100).seconds
+
+    assert seconds(on_gpu) == seconds(site)
+    gathered = 2 * 16384 * site.blocks * 16 * 4
+    slower = seconds(replace(on_gpu, dtype=torch.float32)) - seconds(replace(site, dtype=torch.float32))
+    assert slower == pytest.approx(gathered * (1 + site.gradients) / H100.bandwidth, rel=0.2)
