@@ -60,7 +60,7 @@ def _matmul(call: Call) -> _Labelled | None:
 def _sum(call: Call) -> _Labelled | None:
     """The sum of elementwise products over some dimensions, which is a product of matrices."""
     product, dims = read(call["input"]), call.get("dim")
-    if product is None or product.op != "mul" or written(product.node) or len(product.node.users) != 1:
+    if product is None or product.op != "mul" or written(product.node):
         return None
     operands = [product["input"], product["other"]]
     values, total, result = [example(operand) for operand in operands], example(product.node), example(call.node)

@@ -108,7 +108,7 @@ def _product(call: Call, rows: Sequence[Sequence[_Pair]], like: _Part, inner: di
     values = [example(weight) for row in entries for weight in row]
     dtypes = {source.dtype, result.dtype, *(value.dtype for value in values if value is not None)}
     shapes = {sizes_of(value) for value in values if value is not None}
-    if None in values or len(shapes) > 1 or len(dtypes) > 1 or any(not {*n.users} <= {*own, call.node} for n in own):
+    if None in values or len(shapes) > 1 or len(dtypes) > 1:
         return None
     sizes = [size for dim, size in enumerate(sizes_of(source)) if dim != like.dim]
     (of_weight,) = shapes

@@ -14,7 +14,8 @@ from structfly.backend import read_config
 from structfly.patterns import DEFAULT_RULES
 from structfly.records import SiteReport
 from structfly.rewriter.engine import rewrite_graph
-from tests.patterns.batched_chain.forms import by_bmm
+from tests.patterns.batched_chain.forms import by_bmm as monarch_by_bmm
+from tests.patterns.batched_chain.test_butterfly import butterfly, by_bmm, by_sum
 from tests.patterns.linear_cross_entropy.test_menu import H100
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own deprecations
@@ -28,7 +29,7 @@ class Monarch(nn.Module):
         self.second = nn.Parameter(torch.empty(blocks, side, side, dtype=torch.bfloat16))
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_bmm(x, self.first, self.second)
+        return monarch_by_bmm(x, self.first, self.second)
 
 
 def site_of(model: nn.Module, *shape: int) -> SiteReport:
@@ -64,3 +65,24 @@ def test_a_small_chain_is_kept() -> None:
     site = site_of(Monarch(64, 4), 8, 64)
     assert site.status == "kept"
     assert "predicted to be fastest as it is" in site.reason
+
+
+class Butterfly(nn.Module):
+    def __init__(self, stage: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.twiddle, self.stage = nn.Parameter(torch.empty(12, 2048, 2, 2, dtype=torch.bfloat16)), stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        return butterfly(x, self.twiddle, self.stage, True)
+
+
+def test_stages_of_a_butterfly_are_merged_to_the_factors_that_cost_least() -> None:
+    elementwise, batched = (site_of(Butterfly(stage), 16384, 4096) for stage in (by_sum, by_bmm))
+    for site in (elementwise, batched):
+        assert (site.status, site.candidate) == ("rewritten", "kronecker of 2")
+        assert site.seconds == elementwise.seconds
+    # Products of matrices are copied forward and backward; elementwise ones are made in their places.
+    assert elementwise.seconds_kept is not None
+    assert batched.seconds_kept is not None
+    copies = 2 * 12 * 2 * 2 * 16384 * 4096 / H100.bandwidth
+    assert batched.seconds_kept - elementwise.seconds_kept == pytest.approx(copies, rel=0.05)

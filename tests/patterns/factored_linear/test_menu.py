@@ -96,6 +96,13 @@ def test_two_thin_products_are_kept_and_said_to_be() -> None:
     assert site.reason == "two products by way of rank 4; those of structfly's low rank are the same two"
 
 
+def test_a_thin_pair_before_a_loss_is_the_losss() -> None:
+    head, labels = nn.Sequential(nn.Linear(64, 8, bias=False), nn.Linear(8, 96)), torch.tensor([0, 1, 2])
+    fast = Rewritten(lambda x: F.cross_entropy(head(x), labels))
+    fast(torch.randn(3, 64)).backward()
+    assert [(site.rule, site.status) for site in fast.sites] == [("linear_cross_entropy", "rewritten")]
+
+
 def test_two_masked_linears_with_biases() -> None:
     """left (right x + between) + bias."""
 
