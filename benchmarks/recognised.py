@@ -2,7 +2,7 @@
 
 Every layer is compiled as it stands, without a budget; what structfly recognises it rewrites exactly, and what it made
 of a layer is printed.  The dense layer of the same sizes, compiled by Inductor, is beside them.  Times are taken in one
-process, the providers in rotation; those of a GPU behind a product that keeps it busy.  Errors are relative Frobenius
+process, the providers in rotation; those of a GPU behind products that keep it busy.  Errors are relative Frobenius
 errors against the layer itself in float64.
 """
 
@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import structfly
-from benchmarks import recording
+from benchmarks import busy, recording
 from benchmarks.accuracy import relative_error
-from benchmarks.matmul import matmul_rate, other_work
+from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
 from benchmarks.sizes import sizes
 from benchmarks.structured_case import PASSES, Case, Layer, clear, make_inputs, peak_memory, step
@@ -185,27 +185,22 @@ def measure_case(
     names: Sequence[str],
     repeats: int,
     say: Callable[[str], object],
-    before: Callable[[], object] | None = None,
 ) -> list[Row]:
     """All rows of one case, layer by layer; layers that cannot be had of these sizes are left out, which is said."""
     x, upstream = make_inputs(case)
     place = Place(case.device, getattr(torch, case.dtype))
     rows: list[Row] = []
+    torch.compiler.reset()
+    dense = compiled(made(lambda sizes: nn.Linear(*sizes, bias=False), case.sizes, place), "inductor")
     for name in names:
-        torch.compiler.reset()
         try:
             module = made(LAYERS[name], case.sizes, place)
         except structfly.errors.ArgumentError as problem:
             say(f"{name} is left out: {problem}")
             continue
         say(f"{case.mode}: {name}: {rewritten_to(module, x, training=case.training)}")
-        dense = made(lambda sizes: nn.Linear(*sizes, bias=False), case.sizes, place)
-        layers = {
-            DENSE: compiled(dense, "inductor"),
-            INDUCTOR: compiled(module, "inductor"),
-            STRUCTFLY: compiled(module, "structfly"),
-        }
-        rows += _measured(name, layers, case, x, upstream, repeats, before)
+        layers = {DENSE: dense, INDUCTOR: compiled(module, "inductor"), STRUCTFLY: compiled(module, "structfly")}
+        rows += _measured(name, layers, case, x, upstream, repeats)
     return rows
 
 
@@ -216,7 +211,6 @@ def _measured(
     x: Tensor,
     upstream: Tensor,
     repeats: int,
-    before: Callable[[], object] | None,
 ) -> list[Row]:
     rows: list[Row] = []
 
@@ -230,6 +224,11 @@ def _measured(
         del y
         clear(layer, x)
     calls = {provider: partial(step, layer, x, upstream, training=case.training) for provider, layer in layers.items()}
+    before = None
+    if case.device == "cuda":
+        host = busy.host_times(calls, repeats)
+        rows += busy.host_rows(name, case.mode, host)
+        before = busy.other_work(host.values())
     timings = measure.times_in_rotation(calls, case.device, repeats=repeats, before=before)
     for layer in layers.values():
         clear(layer, x)
@@ -299,11 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with precise():
         rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
         console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
-        before = other_work(chosen.matmul) if chosen.device == "cuda" else None
         for tokens, *of_layer in chosen.shapes:
             for passes in chosen.passes:
                 case = Case(tokens, LayerSizes(*of_layer), chosen.dtype, chosen.device, passes == PASSES[True])
-                measured = measure_case(case, chosen.layers, chosen.repeats, console.print, before)
+                measured = measure_case(case, chosen.layers, chosen.repeats, console.print)
                 if measured:
                     console.print(case_table(measured))
                 rows += measured
