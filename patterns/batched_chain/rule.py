@@ -88,10 +88,12 @@ class BatchedChain:
 
 def _why_elementwise(region: Region, node: fx.Node) -> str:
     """Why products that are made elementwise are not made by products of matrices, which would round more, or ""."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest" and example_of(node).dtype == torch.float32:
-        return f"the products are elementwise, in float32; products of matrices are not, at the precision {precision!r}"
-    if len(region.modes[node]) > 1 or torch.is_autocast_enabled(example_of(node).device.type):
+    value = example_of(node)
+    backend = torch.backends.cuda if value.is_cuda else torch.backends.mkldnn
+    precision = backend.matmul.fp32_precision
+    if value.dtype == torch.float32 and precision not in ("ieee", "none"):
+        return f"the products are elementwise, in float32, and torch may make products of matrices in {precision}"
+    if len(region.modes[node]) > 1 or torch.is_autocast_enabled(value.device.type):
         return "the products are elementwise, which autocast leaves alone, and products of matrices would be cast"
     return ""
 

@@ -20,11 +20,11 @@ _Pair = tuple[fx.Node, fx.Node]
 
 
 class _Part(NamedTuple):
-    """Part ``index`` of ``source`` along ``dim``; ``nodes`` make it."""
+    """Part ``number`` of ``source`` along ``dim``; ``nodes`` make it."""
 
     source: fx.Node
     dim: int
-    index: int
+    number: int
     nodes: tuple[fx.Node, ...]
 
 
@@ -62,13 +62,15 @@ def _part(node: fx.Node) -> _Part | None:
         return None
     source, index = call["input"], call["index"]
     value = example(source)
+    nodes: tuple[fx.Node, ...] = (node,)
     if value is None:
         split = read(source)
         if split is None or split.op != "unbind" or not isinstance(index, int):
             return None
-        value, nodes, source, dim = example(split["input"]), (node, split.node), split["input"], split.get("dim", 0)
+        value, source, dim = example(split["input"]), split["input"], split.get("dim", 0)
+        nodes = node, split.node
     elif call.op == "select":
-        nodes, dim = (node,), call["dim"]
+        dim = call["dim"]
     else:
         entries = list(index) if isinstance(index, tuple) else [index]
         if Ellipsis in entries:
@@ -77,7 +79,7 @@ def _part(node: fx.Node) -> _Part | None:
         places = [place for place, entry in enumerate(entries) if entry != slice(None)]
         if len(places) != 1:
             return None
-        nodes, dim, index = (node,), places[0], entries[places[0]]
+        dim, index = places[0], entries[places[0]]
     if value is None or not isinstance(dim, int) or not isinstance(index, int):
         return None
     size = sizes_of(value)[dim]
@@ -96,8 +98,8 @@ def _product(call: Call, rows: Sequence[Sequence[_Pair]], like: _Part, inner: di
         for pair in row:
             for part, weight in (pair, pair[::-1]):
                 found = _part(part)
-                if found is not None and found[:2] == like[:2] and found.index not in weights:
-                    weights[found.index] = weight
+                if found is not None and found[:2] == like[:2] and found.number not in weights:
+                    weights[found.number] = weight
                     own.update(dict.fromkeys(found.nodes))
                     break
             else:

@@ -197,13 +197,13 @@ def test_elementwise_products_are_not_made_less_precise() -> None:
     x = torch.randn(3, 8)
     for stage in (by_sum, by_stack):
         layer = Butterfly(stage)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("medium")
         try:
             fast = Rewritten(layer)
             torch.testing.assert_close(fast(x), layer(x))
         finally:
             torch.set_float32_matmul_precision("highest")
-        assert "products of matrices are not, at the precision 'high'" in fast.sites[0].reason
+        assert "torch may make products of matrices in bf16" in fast.sites[0].reason
         fast = Rewritten(layer)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(fast(x), layer(x))
