@@ -91,7 +91,9 @@ class Zeros:
 
     def _constant(self, node: fx.Node) -> int | None:
         if node not in self.constants:
-            found = read_constant(node, self.region)
+            found: Constant | str = read_constant(node, self.region)
+            if node.op != "placeholder" and _is_returned(node):
+                found = f"{node.name} is returned, and may be written where the graph does not see it"
             if not isinstance(found, Constant):
                 value = example(node)
                 if value is not None and sum(size != 1 for size in value.shape) > 1:  # less is a scale
@@ -115,6 +117,11 @@ def _both(*operands: Kept | None, call: Call) -> Kept | None:
         return first
 
     return made
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether the graph gives a value, or a view of it, to its caller."""
+    return any(user.op == "output" or (viewed(user) is not None and _is_returned(user)) for user in node.users)
 
 
 def _is_learned(node: fx.Node) -> bool:

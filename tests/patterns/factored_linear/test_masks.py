@@ -226,3 +226,19 @@ def test_a_mask_that_is_written_before_it_is_used() -> None:
         fast = Rewritten(layer)
         near(fast(x), layer(x))
     assert fast.statuses == ["rewritten"]
+
+
+def test_a_mask_that_is_returned_is_the_callers() -> None:
+    layer = Masked(mask_written_before)
+
+    def form(x: Tensor) -> tuple[Tensor, Tensor]:
+        mask = (layer.mask > 0.5).float()
+        return F.linear(x, layer.u @ (layer.v * mask)), mask.t()
+
+    x = torch.randn(3, 96)
+    fast = Rewritten(form)
+    value, mask = fast(x)
+    mask.zero_()
+    near(fast(x)[0], form(x)[0])
+    near(value, form(x)[0])
+    assert any("is returned, and may be written" in site.reason for site in fast.sites)
