@@ -6,11 +6,12 @@ Linears and products are those of :func:`~structfly.rewriter.linear.read_linear`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 
 from torch import Tensor, fx
 
 from structfly import compat
-from structfly.rewriter.calls import read
+from structfly.rewriter.calls import flat, read
 from structfly.rewriter.linear import LinearLike, is_cast, read_linear, untransposed
 from structfly.rewriter.region import Region, example
 
@@ -87,16 +88,40 @@ def _weight_first(linear: LinearLike) -> Factored | None:
     if linear.adapter is not None:
         return None
     weight, passed = _bare(Matrix(linear.weight, linear.transposed))
-    product = read_linear(weight.node)
+    product = _by_einsum(weight.node) or _by_linear(weight.node)
+    if product is None:
+        return None
+    a, b, made_by = product
+    left, right = (b.t, a.t) if weight.transposed else (a, b)
+    nodes = (*linear.nodes, *_transposes(linear), *passed, *made_by)
+    products = (*linear.nodes, weight.node)
+    return _known(Factored(linear.node, linear.x, right, left, None, linear.bias, True, nodes, products))
+
+
+def _by_linear(node: fx.Node) -> tuple[Matrix, Matrix, tuple[fx.Node, ...]] | None:
+    """The factors of a product of two matrices that reads as a linear, and the nodes that make it of them."""
+    product = read_linear(node)
     value = None if product is None else example(product.x)
     if product is None or product.adapter is not None or product.bias is not None or value is None or value.ndim != 2:
         return None
-    # The product is a b^T; transposed, b a^T.
-    a, b = Matrix(product.x), Matrix(product.weight, product.transposed)
-    left, right = (b, a.t) if weight.transposed else (a, b.t)
-    nodes = (*linear.nodes, *_transposes(linear), *passed, *product.nodes, *_transposes(product))
-    products = (*linear.nodes, *product.nodes)
-    return _known(Factored(linear.node, linear.x, right, left, None, linear.bias, True, nodes, products))
+    nodes = (*product.nodes, *_transposes(product))
+    return Matrix(product.x), Matrix(product.weight, product.transposed).t, nodes
+
+
+def _by_einsum(node: fx.Node) -> tuple[Matrix, Matrix, tuple[fx.Node, ...]] | None:
+    """The same of ``einsum`` of two matrices, in any order, as they are or transposed."""
+    call = read(node)
+    if call is None or call.op != "einsum":
+        return None
+    left, arrow, out = str(call["equation"]).replace(" ", "").partition("->")
+    terms, operands = left.split(","), flat(call["operands"])
+    if not arrow or len(operands) != 2 or any(len(term) != 2 or not term.isalpha() for term in (*terms, out)):
+        return None
+    for (one, a), (two, b) in permutations(zip(terms, operands, strict=True)):
+        inner = set(one) & set(two)
+        if len(inner) == 1 and set(one) - inner == {out[0]} and set(two) - inner == {out[1]}:
+            return Matrix(a, one[1] == out[0]), Matrix(b, two[0] == out[1]), (node,)
+    return None
 
 
 def _one_by_one(linear: LinearLike) -> Factored | None:

@@ -28,6 +28,8 @@ FORMS: Mapping[str, Form] = {
     "weight first, transposed": lambda x, u, v, b: added(x @ (v.t() @ u.mT), b),
     "weight first, turned": lambda x, u, v, b: F.linear(x, torch.mm(v.t(), u.t()).t(), b),
     "weight first, einsum": lambda x, u, v, b: F.linear(x, torch.einsum("ok,ki->oi", u, v), b),
+    "weight first, components first": lambda x, u, v, b: F.linear(x, torch.einsum("ko, ki -> oi", u.t(), v), b),
+    "weight first, in and out": lambda x, u, v, b: added(x @ torch.einsum("ki,ok->io", v, u), b),
     "weight first, by linear": lambda x, u, v, b: F.linear(x, F.linear(u, v.t()), b),
     "one by one": lambda x, u, v, b: F.linear(F.linear(x, v), u, b),
     "one by one, matmul": lambda x, u, v, b: added(x @ v.t() @ u.t(), b),
