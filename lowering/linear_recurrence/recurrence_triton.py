@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from structfly.lowering.launch import on_device
+from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_recurrence.arguments import DIFFERENTIABLE, STEPS_KEPT, Arguments, Gradients, Outputs
 from structfly.lowering.linear_recurrence.chunks import Chunks
 from structfly.lowering.template import load, render
@@ -31,24 +31,31 @@ class Shape(NamedTuple):
 
     Attributes:
         steps: of a chunk.
-        group: steps whose loads are in flight together.
+        group: steps that are loaded together; it divides ``steps``.
         block: channels of a program.
         warps: of a program.
     """
 
     steps: int = STEPS_KEPT["triton"]
-    group: int = 16
+    group: int = 8
     block: int = 128
     warps: int = 4
 
 
 SHAPE = Shape()
+# What the kernels read, in the order of their signatures.
+_INPUTS = ("gate", "input", "input_gate", "reset")
+_ADJOINT_INPUTS = ("gate", "output_gate", "upstream", "reset")
 
 
 def forward(call: Arguments, shape: Shape = SHAPE) -> Outputs:
     """Fulfils the op's contract; ``shape.steps`` says how often a state is kept."""
+    output = torch.empty_like(call.input)
     with on_device(call.input.device):
-        output, states, final = _run(call, _chunks(call, shape), shape)
+        level = Level(call, _chunks(call, shape), shape)
+        states = level.states(adjoint=False)
+        level.replay(states, output)
+        final = level.leaving(states, adjoint=False)
     return Outputs(output, final, states if call.keep else states.new_empty(0, states.shape[1]))
 
 
@@ -68,10 +75,10 @@ def backward(
     chunks = _chunks(call, shape)
     with on_device(call.input.device):
         level = Level(call, chunks, shape, upstream=grad_output, ending=grad_final, made=made)
-        adjoints, first = level.states(adjoint=True)
+        adjoints = level.states(adjoint=True)
         level.differentiate(kept, adjoints)
-    if made.initial is not None:
-        made.initial.copy_(first)
+        if made.initial is not None:
+            made.initial.copy_(level.leaving(adjoints, adjoint=True))
     return made
 
 
@@ -79,15 +86,6 @@ def _chunks(call: Arguments, shape: Shape) -> Chunks:
     batch, length, _ = call.input.shape
     offsets = None if call.offsets is None else call.offsets.to(torch.int64)
     return Chunks(shape.steps, batch, length, length, offsets)
-
-
-def _run(call: Arguments, chunks: Chunks, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the states that leave the chunks, and those that leave the sequences."""
-    level = Level(call, chunks, shape)
-    states, final = level.states(adjoint=False)
-    output = torch.empty_like(call.input)
-    level.replay(states, output)
-    return output, states, final
 
 
 class Level:
@@ -118,14 +116,14 @@ class Level:
         self.initial, self.ending = call.initial, ending
         self.made = {f"grad_{name}": each for name, each in zip(DIFFERENTIABLE[:-1], made or (), strict=False)}
         self.gradients = tuple(name for name, each in self.made.items() if each is not None)
-        present = [name for name, each in (*self.given.items(), ("initial", self.initial), ("ending", ending)) if each is not None]
+        possible = {**self.given, "initial": self.initial, "ending": ending}
         written = {"output": call.input, **self.made}
         interpreted = not call.input.is_cuda
         rounded = [name for name, each in written.items() if each is not None and each.dtype == torch.bfloat16]
         self.kernels = _kernels(
             steps=shape.steps,
             group=shape.group,
-            given=tuple(present),
+            given=tuple(name for name, each in possible.items() if each is not None),
             gradients=self.gradients,
             adjoint=made is not None,
             packed=self.table is not None,
@@ -138,32 +136,43 @@ class Level:
 
     # ------------------------------------------------------------------------------------------------------ launches
 
-    def states(self, *, adjoint: bool) -> tuple[Tensor, Tensor]:
-        """The states (chunks, D) that leave the chunks, and those that leave the sequences; or of the adjoint e."""
+    def states(self, *, adjoint: bool) -> Tensor:
+        """The states that leave the chunks, (chunks, D), or the e that leave them the other way."""
         product, local = (self.call.input.new_empty(self.chunks.count, self.width, dtype=torch.float32) for _ in "al")
-        broken = torch.zeros(self.chunks.count, dtype=torch.uint8, device=product.device)
-        names = ("gate", "output_gate", "upstream", "reset") if adjoint else ("gate", "input", "input_gate", "reset")
+        cut = torch.zeros(self.chunks.count, dtype=torch.uint8, device=product.device)
+        names = _ADJOINT_INPUTS if adjoint else _INPUTS
         kernel = self.kernels.summarize_adjoint if adjoint else self.kernels.summarize
-        self._launch(kernel, *self._inputs(names), product, local, broken)
-        reverse = self.call.reverse != adjoint
+        self._launch(kernel, *self._inputs(names), product, local, cut)
+        broken = None if self.call.reset is None else cut.view(torch.bool)
         entering = self.ending if adjoint else self.initial
-        cut = None if self.call.reset is None else broken.view(torch.bool)
         if not self.chunks.count:
-            states = local
-        elif self.chunks.longest <= self.shape.steps:
-            states = self._of_one_chunk(product, local, entering, cut)
-        else:
-            states = self._of_chunks(product, local, entering, cut, reverse)
-        return states, self._leaving(states, entering, reverse)
+            return local
+        if self.chunks.longest <= self.shape.steps:
+            return self._of_one_chunk(product, local, entering, broken)
+        return self._of_chunks(product, local, entering, broken, reverse=self.call.reverse != adjoint)
+
+    def leaving(self, states: Tensor, *, adjoint: bool) -> Tensor:
+        """Those that leave the sequences: of their last chunks, or what enters where there is none."""
+        reverse, sequences = self.call.reverse != adjoint, self.call.sequences
+        entering = self.ending if adjoint else self.initial
+        given = states.new_zeros(sequences, self.width) if entering is None else entering.to(torch.float32, copy=True)
+        if not self.chunks.count:
+            return given
+        if self.bounds is None:
+            return states.view(sequences, -1, self.width)[:, 0 if reverse else -1].clone()
+        last = self.bounds[:-1] if reverse else self.bounds[1:] - 1
+        return torch.where((self.bounds.diff() > 0).unsqueeze(1), states[last.clamp(0, len(states) - 1)], given)
 
     def replay(self, states: Tensor, output: Tensor) -> None:
-        inputs = self._inputs(("gate", "input", "input_gate", "reset", "output_gate"))
-        self._launch(self.kernels.replay, *inputs, *_strided(output), states, *_ends(self.initial))
+        """Write h, of the states that leave the chunks."""
+        inputs = self._inputs((*_INPUTS, "output_gate"))
+        self._launch(self.kernels.replay, *inputs, *_given(output), states, *_given(self.initial))
 
     def differentiate(self, states: Tensor, adjoints: Tensor) -> None:
-        inputs = self._inputs(tuple(self.given)[:5] + ("reset",))
-        made = [argument for name in self.gradients for argument in _strided(self.made[name])]
-        ends = *_ends(self.initial), adjoints, *_ends(self.ending)
+        """Write the gradients, of the states and the e that leave the chunks."""
+        inputs = self._inputs(tuple(self.given))
+        made = [argument for name in self.gradients for argument in _given(self.made[name])]
+        ends = *_given(self.initial), adjoints, *_given(self.ending)
         self._launch(self.kernels.differentiate, *inputs, *made, states, *ends)
 
     def _launch(self, kernel: Any, *arguments: Any) -> None:
@@ -173,24 +182,25 @@ class Level:
         table = () if self.table is None else (self.table,)
         chunks = self.chunks.count if self.table is not None else self.chunks.per_sequence
         sizes = (*table, chunks, self.chunks.length, self.width)
-        kernel[grid](*arguments, *sizes, BLOCK=self.shape.block, num_warps=self.shape.warps)
+        launch = Launch(kernel, grid, {"BLOCK": self.shape.block}, num_warps=self.shape.warps)
+        launch(*arguments, *sizes)
 
     def _inputs(self, names: Sequence[str]) -> list[Any]:
-        return [argument for name in names if self.given[name] is not None for argument in _strided(self.given[name])]
+        return [argument for name in names for argument in _given(self.given[name])]
 
     # ---------------------------------------------------------------------------------------------- between the chunks
 
-    def _of_one_chunk(self, product: Tensor, local: Tensor, entering: Tensor | None, cut: Tensor | None) -> Tensor:
+    def _of_one_chunk(self, product: Tensor, local: Tensor, entering: Tensor | None, broken: Tensor | None) -> Tensor:
         """States that leave chunks each of which is a sequence."""
         if entering is None:
             return local
         state = entering.to(torch.float32)
         state = state if self.table is None else state[self.table[0]]
-        state = state if cut is None else state.masked_fill(cut.unsqueeze(1), 0.0)
+        state = state if broken is None else state.masked_fill(broken.unsqueeze(1), 0.0)
         return torch.addcmul(local, product, state)
 
     def _of_chunks(
-        self, product: Tensor, local: Tensor, entering: Tensor | None, cut: Tensor | None, reverse: bool
+        self, product: Tensor, local: Tensor, entering: Tensor | None, broken: Tensor | None, *, reverse: bool
     ) -> Tensor:
         """The recurrence over the chunks, a level above."""
         above = self.chunks.above(self.shape.steps, self.bounds)
@@ -201,7 +211,7 @@ class Level:
             input_gate=None,
             output_gate=None,
             initial=entering,
-            reset=None if cut is None else cut.view(cube[:2]),
+            reset=None if broken is None else broken.view(cube[:2]),
             offsets=self.bounds,
             complement=False,
             sigmoid=False,
@@ -209,26 +219,16 @@ class Level:
             reverse=reverse,
             keep=False,
         )
-        return _run(call, above, self.shape)[0].view(-1, self.width)
-
-    def _leaving(self, states: Tensor, entering: Tensor | None, reverse: bool) -> Tensor:
-        """The states that leave the sequences: of their last chunks, or what enters where there is none."""
-        sequences = self.call.sequences
-        given = states.new_zeros(sequences, self.width) if entering is None else entering.to(torch.float32)
-        if not self.chunks.count:
-            return given.clone()
-        if self.bounds is None:
-            return states.view(sequences, -1, self.width)[:, 0 if reverse else -1].clone()
-        last = self.bounds[:-1] if reverse else self.bounds[1:] - 1
-        return torch.where((self.bounds.diff() > 0).unsqueeze(1), states[last.clamp(0, len(states) - 1)], given)
+        level = Level(call, above, self.shape)
+        # Where a sequence has one chunk no state is read, for none passes from chunk to chunk.
+        states = local if above.longest <= self.shape.steps else level.states(adjoint=False)
+        output = torch.empty_like(call.input)
+        level.replay(states, output)
+        return output.view(-1, self.width)
 
 
-def _strided(tensor: Tensor | None) -> tuple[Any, ...]:
-    assert tensor is not None
-    return tensor, *tensor.stride()
-
-
-def _ends(tensor: Tensor | None) -> tuple[Any, ...]:
+def _given(tensor: Tensor | None) -> tuple[Any, ...]:
+    """A tensor that is there, with its strides."""
     return () if tensor is None else (tensor, *tensor.stride())
 
 
