@@ -62,7 +62,8 @@ def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
     # Not at the top: they import triton.
     import structfly.lowering.layer_flops
     import structfly.lowering.linear_cross_entropy.flops
-    import structfly.lowering.linear_divergence.flops  # noqa: F401
+    import structfly.lowering.linear_divergence.flops
+    import structfly.lowering.linear_recurrence.flops  # noqa: F401
 
     planned = config.plan.layers if isinstance(config.plan, LayerPlan) else None
     return rewrite_graph(gm, rules_under(config, planned), config, device_profile)

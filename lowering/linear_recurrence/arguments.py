@@ -97,6 +97,6 @@ def kept_rows(call: Arguments) -> int:
     batch, length, _ = call.input.shape
     lowering = lowering_of(call.input)
     steps = STEPS_KEPT[lowering]
-    if call.offsets is not None and lowering == "triton":  # chunks end where sequences do; there may be fewer than these
-        return length // steps + call.sequences
+    if call.offsets is not None and lowering == "triton":
+        return length // steps + call.sequences  # chunks end where sequences do: there are no more than these
     return batch * (-(-length // steps))

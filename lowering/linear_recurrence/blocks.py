@@ -1,4 +1,4 @@
-"""Blocks of time for the lowering in ATen: where the steps of a block lie in its rows, and sequences that are packed."""
+"""Blocks of time for the lowering in ATen: where a block's steps lie in its rows, and sequences that are packed."""
 
 from __future__ import annotations
 

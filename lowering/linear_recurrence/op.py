@@ -90,7 +90,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(kept)
     ctx.tensors = [name for name, value in call._asdict().items() if isinstance(value, Tensor)]
-    ctx.options = call._replace(**dict.fromkeys(ctx.tensors))
+    ctx.options = [None if isinstance(value, Tensor) else value for value in call]
     ctx.save_for_backward(kept, *(getattr(call, name) for name in ctx.tensors))
 
 
@@ -102,7 +102,7 @@ def _differentiate(
     made: Sequence[Tensor | None] = [None] * len(wanted)
     if any(wanted) and not (grad_output is None and grad_final is None):
         kept, *saved = ctx.saved_tensors
-        call = ctx.options._replace(**dict(zip(ctx.tensors, saved, strict=True)))
+        call = Arguments(*ctx.options)._replace(**dict(zip(ctx.tensors, saved, strict=True)))
         with torch.no_grad():
             found = _BACKWARD(grad_output, grad_final, kept, *call, wanted)
         made = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
@@ -114,8 +114,8 @@ def _differentiate(
 
 
 _TWICE = (
-    "structfly's linear_recurrence was differentiated twice, which it does not support; write this recurrence as a loop "
-    "in torch where a second derivative is needed"
+    "structfly's linear_recurrence was differentiated twice, which it does not support; where a second derivative is "
+    "needed, write the recurrence as a loop in torch"
 )
 
 torch.library.register_fake(NAME, _forward_fake)

@@ -1,4 +1,4 @@
-"""The recurrence in ATen, for CPUs, and for float64: blocks of time that fit a cache, in each of which chunks run side by side.
+"""The recurrence in ATen, for CPUs and for float64: blocks of time that fit a cache, in which chunks run side by side.
 
 A block of L C steps lies in L rows, of which row k has the k-th step of each of C chunks, of all channels:
 
@@ -110,9 +110,8 @@ class BlockRun:
         self.input = block.read(call.input, 0.0, call.state_dtype)
         if call.tanh:
             self.input.tanh_()
-        self.input_gate, self.output_gate = (
-            None if gate is None else Gate(call, block, gate, open=False) for gate in (call.input_gate, call.output_gate)
-        )
+        self.input_gate = None if call.input_gate is None else Gate(call, block, call.input_gate, open=False)
+        self.output_gate = None if call.output_gate is None else Gate(call, block, call.output_gate, open=False)
         self.weight = self.gate.complement if call.complement else None
         if self.input_gate is not None:
             self.weight = self.input_gate.rows
@@ -134,8 +133,8 @@ class BlockRun:
     def forward(self, state: Tensor) -> Tensor:
         """Make the states c from the one that enters the block; returns the one that leaves it."""
         self.states = self.input.clone() if self.weight is None else self.input * self.weight
-        number, at, given = self._begun()
-        if len(number):  # f_t c_0 is part of what the step adds
+        if begun := self._begun():  # f_t c_0 is part of what the step adds
+            _, at, given = begun
             self.states[at] += self.gate.rows[at] * given
         self.entering = before = self._entering(state)
         for k in self.order:
@@ -168,11 +167,10 @@ class BlockRun:
             state = torch.addcmul(local[:, c], product[:, c], state)
         return entering
 
-    def _begun(self) -> tuple[Tensor, tuple[Tensor, int, Tensor], Tensor | None]:
+    def _begun(self) -> tuple[Tensor, tuple[Tensor, int, Tensor], Tensor] | None:
         """Packed sequences that begin in the block and take their initial state, where, and that state."""
-        none = torch.empty(0, dtype=torch.int64, device=self.input.device)
         if self.packed is None or self.call.initial is None:
-            return none, (none, 0, none), None
+            return None
         number, steps = self.packed.inside(self.packed.first, self.block)
         if self.call.reset is not None:
             takes = ~self.call.reset[0, steps + self.block.steps.start]
@@ -206,8 +204,9 @@ class BlockRun:
         if self.packed is not None:
             number, _ = self.packed.inside(self.packed.first, block)
             ends[number, block.channels] = 0.0  # but for those that take their initial state
-            number, at, _ = self._begun()
-            ends[number, block.channels] = self.adjoint[at] * gate[at]
+            if begun := self._begun():
+                number, at, _ = begun
+                ends[number, block.channels] = self.adjoint[at] * gate[at]
         return passed[:, self.chunk_order[0]]
 
     def _passed(self, adjoint: Tensor) -> Tensor:
@@ -251,7 +250,7 @@ class BlockRun:
             before[1:] = self.states[:-1]
         if self.reset is not None:
             before.masked_fill_(self.reset, 0.0)
-        number, at, given = self._begun()
-        if len(number):
+        if begun := self._begun():
+            _, at, given = begun
             before[at] = given
         return before

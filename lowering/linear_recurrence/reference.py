@@ -53,7 +53,8 @@ def linear_recurrence_reference(
     before = torch.zeros(len(bounds) - 1, batch, width, dtype=wide, device=input.device)
     if initial is not None:
         before = initial.to(wide).view_as(before)
-    finals, outputs = [], [None] * length
+    finals: list[Tensor] = []
+    outputs = [z[:, :0]] * length
     for state, first, end in zip(before, bounds, bounds[1:], strict=False):
         for t in reversed(range(first, end)) if reverse else range(first, end):
             if reset is not None:
