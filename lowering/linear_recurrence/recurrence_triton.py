@@ -120,9 +120,8 @@ class Level:
         written = {"output": call.input, **self.made}
         interpreted = not call.input.is_cuda
         rounded = [name for name, each in written.items() if each is not None and each.dtype == torch.bfloat16]
-        self.kernels = _kernels(
-            steps=shape.steps,
-            group=shape.group,
+        self.kernels = kernels(
+            shape=shape,
             given=tuple(name for name, each in possible.items() if each is not None),
             gradients=self.gradients,
             adjoint=made is not None,
@@ -233,8 +232,8 @@ def _given(tensor: Tensor | None) -> tuple[Any, ...]:
 
 
 @lru_cache(maxsize=256)
-def _kernels(**parameters: Any) -> ModuleType:
-    sigmoid = parameters["sigmoid"]
+def kernels(*, shape: Shape, sigmoid: bool, **parameters: Any) -> ModuleType:
+    """The kernels of calls that have these arguments and ask for these gradients."""
     shut = 'float("-inf")' if sigmoid else "0.0"
     filled = (
         ("gate", 'float("inf")' if sigmoid else "1.0"),
@@ -243,4 +242,5 @@ def _kernels(**parameters: Any) -> ModuleType:
         ("output_gate", shut),
         ("upstream", "0.0"),
     )
-    return load(render("linear_recurrence", filled=filled, **parameters))
+    cut = {"steps": shape.steps, "group": shape.group}
+    return load(render("linear_recurrence", filled=filled, sigmoid=sigmoid, **cut, **parameters))

@@ -62,5 +62,5 @@ def linear_recurrence_reference(
             state = f[:, t] * state + z[:, t]
             outputs[t] = state if output_gate is None else activated(output_gate[:, t]) * state
         finals.append(state)
-    output = torch.stack(outputs, 1) if length else torch.empty_like(z)
+    output = torch.stack(outputs, 1) if length else z
     return output.to(input.dtype), torch.cat(finals)
