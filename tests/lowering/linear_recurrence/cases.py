@@ -97,6 +97,9 @@ def calls(
     """Calls of all kinds."""
     dtype = draw(st.sampled_from(dtypes))
     wide = dtype == torch.float64
+    sigmoid = draw(st.booleans())
+    # torch's own gradient of sigmoid cancels next to 1, and in float64 it is the oracle.
+    gates = "any" if wide and sigmoid else draw(st.sampled_from(GATES))
     packed = st.lists(st.sampled_from((0, 1, 5, 16, 33)), max_size=5).filter(any)
     return make_call(
         batch=draw(st.integers(0, 3)),
@@ -104,14 +107,14 @@ def calls(
         width=draw(st.integers(1, 5)),
         dtype=dtype,
         gate_dtype=dtype if wide else draw(st.sampled_from((dtype, torch.float32))),
-        gates=draw(st.sampled_from(GATES)),
+        gates=gates,
         layout=draw(st.sampled_from(("BTD", "BDT", "TBD", "part"))),
         weight=draw(st.sampled_from(("none", "complement", "gate"))),
         output_gate=draw(st.booleans()),
         initial=draw(st.booleans()),
         reset=draw(st.sampled_from((0.0, 0.1, 1.0))),
         lengths=tuple(draw(packed)) if draw(st.booleans()) else (),
-        sigmoid=draw(st.booleans()),
+        sigmoid=sigmoid,
         tanh=draw(st.booleans()),
         reverse=draw(st.booleans()),
         frozen=frozenset(draw(st.sets(st.sampled_from(("gate", "input", "initial")), max_size=2))),

@@ -111,6 +111,20 @@ def test_nothing_passes_a_reset(packed: bool, reverse: bool) -> None:
     assert gradients.input[:, earlier].eq(0).all()
 
 
+@pytest.mark.parametrize("length", [3, 30])
+def test_a_state_that_is_not_finite_does_not_pass_a_reset(length: int) -> None:
+    reset = torch.zeros(1, length, dtype=torch.bool, device=DEVICE)
+    reset[0, 1] = True
+    call = make_call(1, length, 2, device=DEVICE)._replace(reset=reset)
+    with torch.no_grad():
+        assert call.initial is not None
+        call.initial.fill_(float("nan"))
+    made = recurrence_triton.forward(call, SMALL)
+    assert made.output[:, 0].isnan().all()
+    assert made.output[:, 1:].isfinite().all()
+    assert made.final.isfinite().all()
+
+
 def test_same_bits_every_time() -> None:
     call = make_call(2, 29, 5, device=DEVICE, **FULL)
     first, second = (run_kernels(call, SMALL, *leaves_of(call)) for _ in range(2))

@@ -175,6 +175,21 @@ def test_nothing_passes_a_reset(poison: float, packed: bool, reverse: bool) -> N
         assert gradient[:, earlier].eq(0).all()
 
 
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("length", [3, 30])
+def test_a_state_that_is_not_finite_does_not_pass_a_reset(length: int) -> None:
+    reset = torch.zeros(1, length, dtype=torch.bool)
+    reset[0, 1] = True
+    call = make_call(1, length, 2)._replace(reset=reset)
+    with torch.no_grad():
+        assert call.initial is not None
+        call.initial.fill_(float("nan"))
+    made = linear_recurrence(*call)
+    assert made.output[:, 0].isnan().all()
+    assert made.output[:, 1:].isfinite().all()
+    assert made.final.isfinite().all()
+
+
 @pytest.mark.parametrize("layout", ["BTD", "BDT", "TBD"])
 def test_outputs_and_gradients_lie_as_the_inputs_do(layout: str) -> None:
     call = make_call(layout=layout)
