@@ -151,7 +151,6 @@ class BlockRun:
         for k in self.order:
             if self.reset is not None:
                 local.masked_fill_(self.reset[k], 0.0)
-                product.masked_fill_(self.reset[k], 0.0)
             torch.addcmul(self.states[k], self.gate.rows[k], local, out=local)
             product.mul_(self.gate.rows[k])
         return self._across_chunks(local, product, state, self.chunk_order)
@@ -159,12 +158,12 @@ class BlockRun:
     def _across_chunks(self, local: Tensor, product: Tensor, state: Tensor, order: range) -> Tensor:
         """What enters each chunk, where ``state`` enters the first and a chunk makes ``local + product s`` of s."""
         entering = torch.empty_like(local)
-        broken = None if self.reset is None else self.reset.any(0)  # whatever s is, nan included
+        broken = None if self.reset is None else self.reset.any(0)  # makes `local`, even where the other term is nan
         for c in order:
             entering[:, c] = state
-            if broken is not None:
-                state = state.masked_fill(broken[:, c], 0.0)
             state = torch.addcmul(local[:, c], product[:, c], state)
+            if broken is not None:
+                state = torch.where(broken[:, c], local[:, c], state)
         return entering
 
     def _begun(self) -> tuple[Tensor, tuple[Tensor, int, Tensor], Tensor] | None:
@@ -219,7 +218,6 @@ class BlockRun:
             product.mul_(self.gate.rows[k])
             if self.reset is not None:
                 local.masked_fill_(self.reset[k], 0.0)
-                product.masked_fill_(self.reset[k], 0.0)
         return self._across_chunks(local, product, adjoint, self.chunk_order[::-1])
 
     def write_gradients(self, made: Gradients) -> None:

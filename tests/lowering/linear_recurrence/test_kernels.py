@@ -92,18 +92,20 @@ def test_without_steps_the_state_stays(lengths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_nothing_passes_a_reset(packed: bool, reverse: bool) -> None:
+@pytest.mark.parametrize("of", ["input", "gate"])
+def test_nothing_passes_a_reset(of: str, packed: bool, reverse: bool) -> None:
     call = make_call(1, 30, 2, reverse=reverse, initial=False, lengths=(14, 16) if packed else (), device=DEVICE)
     if not packed:
         reset = torch.zeros(1, 30, dtype=torch.bool, device=DEVICE)
         reset[0, 13 if reverse else 14] = True
         call = call._replace(reset=reset)
     earlier, later = (slice(14, 30), slice(0, 14)) if reverse else (slice(0, 14), slice(14, 30))
-    with torch.no_grad():
-        call.input[:, earlier] = float("nan")
     made = recurrence_triton.forward(call, SMALL)
-    assert made.output[:, later].isfinite().all()
-    assert not made.output[:, earlier].isfinite().any()
+    poisoned = getattr(call, of).detach().clone()
+    poisoned[:, earlier] = float("nan")
+    output = recurrence_triton.forward(call._replace(**{of: poisoned}), SMALL).output
+    assert output[:, later].isfinite().all()
+    assert not output[:, earlier].isfinite().any()
     upstream = torch.zeros_like(made.output)
     upstream[:, later] = float("nan")
     gradients = recurrence_triton.backward(call, made.kept, upstream, None, [False, True, False, False, False], SMALL)
