@@ -138,7 +138,7 @@ class Level:
     def states(self, *, adjoint: bool) -> Tensor:
         """The states that leave the chunks, (chunks, D), or the e that leave them the other way."""
         product, local = (self.call.input.new_empty(self.chunks.count, self.width, dtype=torch.float32) for _ in "al")
-        cut = torch.zeros(self.chunks.count, dtype=torch.uint8, device=product.device)
+        cut = torch.empty(self.chunks.count, dtype=torch.uint8, device=product.device)
         names = _ADJOINT_INPUTS if adjoint else _INPUTS
         kernel = self.kernels.summarize_adjoint if adjoint else self.kernels.summarize
         self._launch(kernel, *self._inputs(names), product, local, cut)

@@ -92,7 +92,7 @@ def make_call(
 
 @st.composite
 def calls(
-    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, lengths: tuple[int, ...] = LENGTHS, **options: Any
+    draw: st.DrawFn, /, dtypes: tuple[torch.dtype, ...] = DTYPES, lengths: tuple[int, ...] = LENGTHS, **options: Any
 ) -> Arguments:
     """Calls of all kinds."""
     dtype = draw(st.sampled_from(dtypes))

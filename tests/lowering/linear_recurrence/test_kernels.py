@@ -45,10 +45,11 @@ class Kernels(torch.autograd.Function):
         return made.output, made.final
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+    def backward(ctx: Any, *upstream: Any) -> Any:
         (kept,) = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[2:])
-        return None, None, *recurrence_triton.backward(ctx.call, kept, *upstream, wanted, ctx.shape)
+        output, final = upstream
+        return None, None, *recurrence_triton.backward(ctx.call, kept, output, final, wanted, ctx.shape)
 
 
 def run_kernels(call: Arguments, shape: Shape, *leaves: Any) -> Tensor:

@@ -132,7 +132,8 @@ def test_gradients_are_those_of_differences(options: dict[str, Any], lengths: tu
     names = [name for name, leaf in zip(DIFFERENTIABLE, leaves_of(call), strict=True) if leaf is not None]
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_recurrence(*call._replace(**dict(zip(names, given, strict=True))))[:2]
+        changes: dict[str, Any] = dict(zip(names, given, strict=True))
+        return linear_recurrence(*call._replace(**changes))[:2]
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -204,7 +205,8 @@ def test_one_gate_may_serve_all_steps() -> None:
 
     def smoothed(decay: Tensor, input: Tensor, op: Any) -> Tensor:
         call_of = call._replace(gate=decay.expand(2, 37, 3), input=input, initial=None)
-        return op(call_of, *leaves_of(call_of))
+        value: Tensor = op(call_of, *leaves_of(call_of))
+        return value
 
     arguments = [decay, call.input.detach().double().requires_grad_()]
     assert_like_eager(
@@ -266,7 +268,7 @@ def test_either_result_alone_can_be_differentiated(of: str) -> None:
     call = make_call(2, 50, 3, dtype=torch.float64, **FULL)
 
     def alone(run_it: Any, *leaves: Any) -> Tensor:
-        values = run_it(call, *leaves)
+        values: Tensor = run_it(call, *leaves)
         return values[:, :100] if of == "output" else values[:, 100:]
 
     leaves, exact = leaves_of(call), [in_float64(leaf) for leaf in leaves_of(call)]
