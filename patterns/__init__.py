@@ -10,9 +10,10 @@ from structfly.patterns.linear import RestructuredLinear
 from structfly.patterns.linear.menu import Planned
 from structfly.patterns.linear_cross_entropy import LinearCrossEntropy
 from structfly.patterns.linear_divergence import LinearDivergence
+from structfly.patterns.linear_recurrence import LinearRecurrence
 from structfly.rewriter.rule import Rule
 
-DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence())
+DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence(), LinearRecurrence())
 RULE_NAMES = (*(rule.name for rule in DEFAULT_RULES), RestructuredLinear.name)
 
 
@@ -22,4 +23,12 @@ def rules_under(config: Config, plan: Mapping[str, Planned] | None = None) -> tu
     return (*DEFAULT_RULES, RestructuredLinear(plan)) if config.restructures else DEFAULT_RULES
 
 
-__all__ = ["DEFAULT_RULES", "RULE_NAMES", "LinearCrossEntropy", "LinearDivergence", "RestructuredLinear", "rules_under"]
+__all__ = [
+    "DEFAULT_RULES",
+    "RULE_NAMES",
+    "LinearCrossEntropy",
+    "LinearDivergence",
+    "LinearRecurrence",
+    "RestructuredLinear",
+    "rules_under",
+]
