@@ -131,6 +131,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "numel": (("input",), (torch.numel,), ("numel", "nelement")),
     "expand": (("input", "*sizes"), (), ("expand",)),
     "expand_as": (_BINARY, (), ("expand_as",)),
+    "flip": (("input", "*dims"), (torch.flip,), ("flip",)),
     "roll": (("input", "shifts", "dims"), (torch.roll,), ("roll",)),
     "pad": (("input", "pad", "mode", "value"), (F.pad,), ()),
     "stack": (("tensors", "dim"), (torch.stack,), ()),

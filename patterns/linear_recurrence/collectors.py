@@ -85,7 +85,7 @@ class Joins:
     """The joins of a region."""
 
     def __init__(self, region: Region, sliced: SlicedNodes) -> None:
-        self._region, self._sliced = region, sliced
+        self._region, self.sliced = region, sliced
         self._joins = [*self._of_lists(), *self._of_writes()]
 
     def _of_lists(self) -> Iterator[_Join]:
@@ -165,7 +165,7 @@ class Joins:
         states = [state for state in below if state is not None]
         if stride < 0:
             values, states = values[::-1], states[::-1]
-        pattern = Pattern(values[-1], states[-1], self._sliced, frozenset(place))
+        pattern = Pattern(values[-1], states[-1], self.sliced, frozenset(place))
         if pattern.obstacle is not None:
             return None
         matches = [pattern.compare(value) for value in values]
@@ -175,8 +175,8 @@ class Joins:
         value = pattern.expression(matches[0], {number for number, run in enumerate(runs) if run.stride})
         if not depends(value, State()) or why_not_lifted(value) is not None:
             return None
-        own = {node for match in matches for node in match.nodes.values() if not self._sliced.is_shared(node)}
-        shared = {node for node in matches[0].nodes.values() if self._sliced.is_shared(node)}
+        own = {node for match in matches for node in match.nodes.values() if not self.sliced.is_shared(node)}
+        shared = {node for node in matches[0].nodes.values() if self.sliced.is_shared(node)}
         shared |= {match.nodes[node] for match in matches[:1] for node in match.nodes if pattern.part(node) is not None}
         return Collector(
             node=join.node,
@@ -198,9 +198,9 @@ class Joins:
         for _ in range(_HIGHEST):
             if node in place:
                 return node
-            if node not in self._sliced.deepest:
+            if node not in self.sliced.deepest:
                 return None
-            node = self._sliced.deepest[node]
+            node = self.sliced.deepest[node]
         return None
 
 

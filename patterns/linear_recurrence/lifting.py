@@ -174,6 +174,8 @@ class Lifting:
         return Lifted(self._moved(value, timed), timed)
 
     def _pointwise(self, op: str, arguments: dict[str, Any]) -> fx.Node:
+        if op in ("sub", "neg"):
+            arguments = {name: self._number(each) for name, each in arguments.items()}
         values = tuple(arguments.values())
         if op in _METHODS:
             targets = arguments.pop("to", ())
@@ -187,6 +189,11 @@ class Lifting:
         named = {name: each for name, each in arguments.items() if name not in ("other", "inplace")}
         positional = (first, arguments["other"]) if "other" in arguments else (first,)
         return self._editor.call(_FUNCTIONS[op], *positional, **named)
+
+    def _number(self, value: Any) -> Any:
+        """A mask as 0 and 1, which torch does not subtract: of a state that a mask was multiplied with, say."""
+        tensor = example(value)
+        return self._editor.method("float", value) if tensor is not None and tensor.dtype == torch.bool else value
 
     def _aligned(self, value: Expression, rank: int) -> Any:
         """An operand, with dimensions of size 1 between time and its own where others have more."""

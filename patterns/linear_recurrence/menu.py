@@ -1,49 +1,52 @@
-"""The candidates: the loop as it is, or the op.
+"""The candidates: the graph as it is, or the op.
 
-Left alone, a loop runs in kernels into which Inductor fuses at most ``max_fusion_size`` operations, one after another.
 What moves is counted in numbers: the gate, the input and the output of a step in the forward, and in the backward gate,
 state and gradients of output, gate and input.
 """
 
 from __future__ import annotations
 
-import sympy
-
 from structfly.patterns.linear_recurrence.expressions import Operation
-from structfly.patterns.linear_recurrence.site import LoopSite
+from structfly.patterns.linear_recurrence.recurrence import Recurrence
+from structfly.patterns.linear_recurrence.site import RecurrenceSite
 from structfly.records import Candidate, Cost, DeviceProfile, Menu, Stage
-from structfly.rewriter.calls import read
+from structfly.records.cost import Expression
 
 _FORWARD, _BACKWARD = 3, 5
 _FUSED = 64  # torch._inductor.config.max_fusion_size
 
 
-def loop_menu(site: LoopSite, profile: DeviceProfile) -> Menu:
-    """Costs of leaving the loop alone and of the op."""
-    steps = len(site.loop.states)
-    item = site.dtype.itemsize
-    moved = site.numbers * steps * item
-    passes = [_FORWARD, _BACKWARD] if site.gradient else [_FORWARD]
-    operations = sum(not _is_view(node) for node in site.loop.nodes)
-    kernels = -(-operations // _FUSED)
-    kept = [Stage(0, count * moved / kernels, kernels) for count in passes]
-    fused = [Stage(0, count * moved) for count in passes]
-    made = sum(isinstance(each, Operation) for each in (site.step.gate, site.step.input))
-    fused += [Stage(0, 2 * made * moved) for _ in passes if made]
+def recurrence_menu(site: RecurrenceSite, profile: DeviceProfile) -> Menu:
+    """Costs of leaving the graph alone and of the op."""
+    step = site.recurrence.step
+    fused = _passes(site.recurrence, site.steps, 1)
+    made = sum(isinstance(each, Operation) for each in (step.gate, step.input))
+    if made:
+        moved = _moved(site.recurrence, site.steps)
+        fused += (Stage(0, 2 * made * moved),) * len(fused)
+    op = Cost(fused, opaque_calls=1 + site.recurrence.gradient)
     return Menu(
-        (
-            Candidate("left alone", Cost(tuple(kept)), rewrites=False),
-            Candidate("one op, parallel over time", Cost(tuple(fused), opaque_calls=len(passes))),
-        ),
+        (Candidate("left alone", Cost(site.kept), rewrites=False), Candidate("one op, parallel over time", op)),
         peak_limit=profile.workspace_cap,
+        settled=site.settled,
     )
 
 
-def _is_view(node: object) -> bool:
-    call = read(node)
-    return call is not None and call.op in ("getitem", "select", "narrow")
+def unrolled(recurrence: Recurrence, steps: int, operations: int) -> tuple[Stage, ...]:
+    """The kernels of an unrolled loop: Inductor fuses at most so many operations, and these run one after another."""
+    return _passes(recurrence, steps, -(-operations // _FUSED))
 
 
-def numbers_of(sizes: list[sympy.Expr]) -> sympy.Expr:
-    """How many numbers a tensor of these sizes has."""
-    return sympy.prod(sizes) if sizes else sympy.Integer(1)
+def one_by_one(recurrence: Recurrence, steps: Expression) -> tuple[Stage, ...]:
+    """The kernels of a loop that runs at run time, one a step."""
+    return _passes(recurrence, steps, steps)
+
+
+def _passes(recurrence: Recurrence, steps: Expression, kernels: Expression) -> tuple[Stage, ...]:
+    moved = _moved(recurrence, steps) / kernels
+    counts = (_FORWARD, _BACKWARD) if recurrence.gradient else (_FORWARD,)
+    return tuple(Stage(0, count * moved, kernels) for count in counts)
+
+
+def _moved(recurrence: Recurrence, steps: Expression) -> Expression:
+    return recurrence.numbers * steps * recurrence.like.dtype.itemsize

@@ -1,56 +1,31 @@
-"""Writing the op, and what goes to the users of the states, into the graph."""
+"""Writing the op in the place of a loop, and what goes to the users of its states, into the graph."""
 
 from __future__ import annotations
 
-import operator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from structfly.compat import expression
-from structfly.lowering.linear_recurrence.arguments import Arguments
 from structfly.patterns.linear_recurrence.collectors import Collector
-from structfly.patterns.linear_recurrence.expressions import Expression
-from structfly.patterns.linear_recurrence.lifting import Lifted, Lifting, Steps, steps_of
+from structfly.patterns.linear_recurrence.lifting import Lifting, Steps, steps_of
+from structfly.patterns.linear_recurrence.recurrence import Written, last_state, write
 from structfly.patterns.linear_recurrence.site import LoopSite
 from structfly.patterns.linear_recurrence.steps import Run
+from structfly.rewriter.calls import read
 from structfly.rewriter.editor import Editor
-
-_OP: Any = torch.ops.structfly.linear_recurrence_v1.default
+from structfly.rewriter.views import VIEWS
 
 
 def rewrite_loop(site: LoopSite, editor: Editor) -> None:
     """Compute all states where the loop's inputs are there, and give them to their users."""
-    loop = site.loop
-    steps = steps_of(loop.runs, len(loop.states))
+    steps = steps_of(site.loop.runs, len(site.loop.states))
     _go_to_place(site, editor)
-    lift = Lifting(editor, _parts(loop.runs, steps, editor))
-    gate, input = (_timed(lift(value), site, editor) for value in (site.step.gate, site.step.input))
-    gate, input, initial = _broadcast(gate, input, site, editor)
-    reset = None if site.step.reset is None else _mask(lift(site.step.reset), input, site, editor)
-    sequences = [_sequence(each, site.rank, editor) for each in (gate, input)]
-    call: dict[str, Any] = {
-        "gate": sequences[0],
-        "input": sequences[1],
-        "input_gate": None,
-        "output_gate": None,
-        "initial": None if initial is None else _batched(initial, site.rank, editor),
-        "reset": reset,
-        "offsets": None,
-        "complement": False,
-        "sigmoid": False,
-        "tanh": False,
-        "reverse": steps.backward,
-        "keep": site.gradient,
-    }
-    made = editor.call(_OP, *Arguments(**call))
-    output = editor.getitem(made, 0)
-    shape = tuple(site.node.meta["example_value"].shape)
-    states = _by_time(output, shape, editor)
-    _give_single(site, steps, states, made, shape, editor)
+    written = write(site.recurrence, Lifting(editor, _parts(site.loop.runs, steps, editor)), editor)
+    _give_single(site, steps, written, editor)
     for collector in site.collectors:
-        _collect(collector, site, steps, states, editor)
+        _collect(collector, steps, written.states, editor)
     editor.erase(site.dead_nodes)
 
 
@@ -65,7 +40,7 @@ def _go_to_place(site: LoopSite, editor: Editor) -> None:
         editor.after(last)
 
 
-def _parts(runs: tuple[Run, ...], steps: Steps, editor: Editor) -> Any:
+def _parts(runs: tuple[Run, ...], steps: Steps, editor: Editor) -> Callable[[int], fx.Node]:
     made: dict[Run, fx.Node] = {}
 
     def part(number: int) -> fx.Node:
@@ -77,101 +52,7 @@ def _parts(runs: tuple[Run, ...], steps: Steps, editor: Editor) -> Any:
     return part
 
 
-# ----------------------------------------------------------------------------------------------- the op's arguments
-
-
-def _timed(value: Lifted, site: LoopSite, editor: Editor) -> fx.Node:
-    """A value with time and all dimensions of a state, in a dtype that the op takes beside the states'."""
-    node = value.value
-    if not isinstance(node, fx.Node):
-        device = site.node.meta["example_value"].device
-        return editor.call(torch.full, (1,) * (site.rank + 1), node, dtype=site.dtype, device=device)
-    missing = site.rank - value.rank
-    if value.timed and missing:
-        node = editor.call(operator.getitem, node, (slice(None), *[None] * missing))
-    elif not value.timed:
-        node = editor.call(operator.getitem, node, (*[None] * (missing + 1), Ellipsis))
-    dtype = node.meta["example_value"].dtype
-    if not dtype.is_floating_point or (torch.float64 in (dtype, site.dtype) and dtype != site.dtype):
-        node = editor.method("to", node, site.dtype)
-    return node
-
-
-def _broadcast(
-    gate: fx.Node, input: fx.Node, site: LoopSite, editor: Editor
-) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """Gate and input in the shape of all states, the input in their dtype; and the initial state."""
-    tensors = [gate, input]
-    initial = site.loop.initial
-    shapes = [tuple(map(expression, each.meta["example_value"].shape)) for each in tensors]
-    full = tuple(map(expression, site.node.meta["example_value"].shape))
-    covered = all(any(shape[dim + 1] == size for shape in shapes) for dim, size in enumerate(full))
-    begins = not site.loop.begins_with_zeros
-    if begins or (isinstance(initial, fx.Node) and not covered):
-        initial = editor.current(initial) if isinstance(initial, fx.Node) else initial
-        tensors.append(_timed(Lifted(initial, False), site, editor))
-    if any(shape[1:] != full for shape in shapes) or len(tensors) > 2 or shapes[0] != shapes[1]:
-        joined = editor.call(torch.broadcast_tensors, *tensors)
-        tensors = [editor.getitem(joined, place) for place in range(len(tensors))]
-    if site.autocast or tensors[1].meta["example_value"].dtype != site.dtype:
-        tensors[1] = editor.method("to", tensors[1], site.dtype)
-    return tensors[0], tensors[1], editor.call(torch.select, tensors[2], 0, 0) if len(tensors) > 2 else None
-
-
-def _sequence(node: fx.Node, rank: int, editor: Editor) -> fx.Node:
-    """(steps, *state) as (batch, steps, channels)."""
-    if rank == 0:
-        return editor.call(operator.getitem, node, (None, slice(None), None))
-    if rank == 1:
-        return editor.call(torch.unsqueeze, node, 0)
-    node = editor.call(torch.movedim, node, 0, 1)
-    return node if rank == 2 else editor.call(torch.flatten, node, 2)
-
-
-def _batched(node: fx.Node, rank: int, editor: Editor) -> fx.Node:
-    """A state as (batch, channels)."""
-    if rank == 0:
-        return editor.call(torch.reshape, node, (1, 1))
-    if rank == 1:
-        return editor.call(torch.unsqueeze, node, 0)
-    return node if rank == 2 else editor.call(torch.flatten, node, 1)
-
-
-def _mask(mask: Lifted, input: fx.Node, site: LoopSite, editor: Editor) -> fx.Node:
-    """(batch, steps), of a mask whose channels are alike."""
-    node = _aligned_mask(mask, site.rank, editor)
-    if site.rank < 2:
-        node = editor.call(torch.reshape, node, (1, -1))
-        return editor.method("expand", node, 1, editor.size(input, 0))
-    node = editor.call(operator.getitem, node, (slice(None), slice(None), *[0] * (site.rank - 1)))
-    return editor.call(torch.t, editor.method("expand", node, editor.size(input, 0), editor.size(input, 1)))
-
-
-def _aligned_mask(mask: Lifted, rank: int, editor: Editor) -> fx.Node:
-    node: fx.Node = mask.value
-    missing = rank - mask.rank
-    if mask.timed:
-        return editor.call(operator.getitem, node, (slice(None), *[None] * missing)) if missing else node
-    return editor.call(operator.getitem, node, (*[None] * (missing + 1), Ellipsis))
-
-
-# -------------------------------------------------------------------------------------------- what the states become
-
-
-def _by_time(output: fx.Node, shape: tuple[Any, ...], editor: Editor) -> fx.Node:
-    """(batch, steps, channels) as (steps, *state)."""
-    if len(shape) == 0:
-        return editor.call(operator.getitem, output, (0, slice(None), 0))
-    if len(shape) == 1:
-        return editor.call(torch.squeeze, output, 0)
-    if len(shape) > 2:
-        output = editor.call(torch.unflatten, output, 2, shape[1:])
-    return editor.call(torch.movedim, output, 1, 0)
-
-
-def _give_single(
-    site: LoopSite, steps: Steps, states: fx.Node, made: fx.Node, shape: tuple[Any, ...], editor: Editor
-) -> None:
+def _give_single(site: LoopSite, steps: Steps, written: Written, editor: Editor) -> None:
     """Single states to those who use them."""
     last = steps.length - 1
     parts = None
@@ -180,24 +61,14 @@ def _give_single(
         if not users:
             continue
         if step == last:
-            state = editor.getitem(made, 1)
-            if len(shape) == 1:
-                state = editor.call(torch.squeeze, state, 0)
-            elif len(shape) != 2:
-                state = (
-                    editor.call(torch.reshape, state, ())
-                    if not shape
-                    else editor.call(torch.unflatten, state, 1, shape[1:])
-                )
-            if state.meta["example_value"].dtype != site.dtype:
-                state = editor.method("to", state, site.dtype)
+            state = last_state(site.recurrence, written, editor)
         else:
-            parts = parts or editor.call(torch.unbind, states, 0)
+            parts = parts or editor.call(torch.unbind, written.states, 0)
             state = editor.getitem(parts, last - step if steps.backward else step)
         editor.replace(old, state, users)
 
 
-def _collect(collector: Collector, site: LoopSite, steps: Steps, states: fx.Node, editor: Editor) -> None:
+def _collect(collector: Collector, steps: Steps, states: fx.Node, editor: Editor) -> None:
     """Make a collector from all states."""
     editor.before(*(collector.writes or (collector.node,)))
     part = Steps(collector.count, steps.backward)
@@ -205,7 +76,7 @@ def _collect(collector: Collector, site: LoopSite, steps: Steps, states: fx.Node
         first = steps.length - collector.first - collector.count if steps.backward else collector.first
         states = editor.call(torch.narrow, states, 0, first, collector.count)
     lift = Lifting(editor, _parts(collector.runs, part, editor), states)
-    node = _lifted(collector.value, lift)
+    node: fx.Node = lift(collector.value).value
     if collector.backward != steps.backward:
         node = editor.call(torch.flip, node, (0,))
     if collector.kept:
@@ -214,16 +85,11 @@ def _collect(collector: Collector, site: LoopSite, steps: Steps, states: fx.Node
         node = editor.call(torch.movedim, node, 0, collector.dim)
     if collector.before or collector.after:
         node = _joined(collector, node, editor)
-    node = _laid_out(node, collector.node, editor)
+    node = laid_out(node, collector.node, editor)
     if collector.writes:
         editor.replace(collector.node, node, [user for user in collector.node.users if user not in collector.writes])
     else:
         editor.replace(collector.node, node)
-
-
-def _lifted(value: Expression, lift: Lifting) -> fx.Node:
-    node: fx.Node = lift(value).value
-    return node
 
 
 def _joined(collector: Collector, node: fx.Node, editor: Editor) -> fx.Node:
@@ -238,7 +104,16 @@ def _joined(collector: Collector, node: fx.Node, editor: Editor) -> fx.Node:
     return editor.call(torch.cat, joined, collector.dim)
 
 
-def _laid_out(node: fx.Node, like: fx.Node, editor: Editor) -> fx.Node:
-    """The same values with the strides that users were compiled for."""
+def laid_out(node: fx.Node, like: fx.Node, editor: Editor) -> fx.Node:
+    """The same values, where someone may look at strides with those that ``like`` has."""
     mine, theirs = (tuple(map(expression, each.meta["example_value"].stride())) for each in (node, like))
-    return node if mine == theirs else editor.method("contiguous", node)
+    return node if mine == theirs or not _strides_count(like) else editor.method("contiguous", node)
+
+
+def _strides_count(node: fx.Node) -> bool:
+    """Whether a value, or a view of it, leaves the graph or is viewed in a way that not all strides allow."""
+    for user in node.users:
+        call = read(user)
+        if user.op == "output" or call is None or call.op == "view" or (call.op in VIEWS and _strides_count(user)):
+            return True
+    return False

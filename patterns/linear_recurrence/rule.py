@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
-from structfly.compat import expression, size_hints, storage_key, wrapper_subclass
+from structfly.compat import size_hints, storage_key, subgraph_kind, wrapper_subclass
 from structfly.config import SiteSettings
 from structfly.lowering.linear_recurrence.op import DEVICES
 from structfly.patterns.linear_recurrence.affine import Affine, Obstacle, read_affine
 from structfly.patterns.linear_recurrence.collectors import Joins
 from structfly.patterns.linear_recurrence.expressions import ZERO, Expression, Operation, Part, Shared
-from structfly.patterns.linear_recurrence.lifting import why_not_lifted
+from structfly.patterns.linear_recurrence.lifting import steps_of, why_not_lifted
 from structfly.patterns.linear_recurrence.loops import SlicedNodes
-from structfly.patterns.linear_recurrence.menu import loop_menu, numbers_of
+from structfly.patterns.linear_recurrence.menu import recurrence_menu, unrolled
+from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence
 from structfly.patterns.linear_recurrence.rewrite import rewrite_loop
-from structfly.patterns.linear_recurrence.site import LoopSite
+from structfly.patterns.linear_recurrence.scans import KINDS, ScanSite, read_scan, rewrite_scan
+from structfly.patterns.linear_recurrence.site import LoopSite, RecurrenceSite
 from structfly.patterns.linear_recurrence.steps import Loop, Unlike, read_way
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example, example_tensors, needs_gradient, qualified_name
 from structfly.rewriter.writes import written
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class LinearRecurrence:
@@ -32,8 +31,10 @@ class LinearRecurrence:
 
     name = "linear_recurrence"
 
-    def find(self, region: Region) -> Sequence[LoopSite | Miss]:
-        results: list[LoopSite | Miss] = []
+    def find(self, region: Region) -> Sequence[RecurrenceSite | Miss]:
+        results: list[RecurrenceSite | Miss] = [
+            read_scan(node, region, self.name) for node in region.graph.nodes if subgraph_kind(node) in KINDS
+        ]
         sliced = SlicedNodes(region)
         joins: Joins | None = None
         states: set[fx.Node] = set()
@@ -47,11 +48,15 @@ class LinearRecurrence:
                 results.append(self._site(loop, joins, region))
         return results
 
-    def menu(self, site: LoopSite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
-        return loop_menu(site, profile)
+    def menu(self, site: RecurrenceSite, profile: DeviceProfile, settings: SiteSettings) -> Menu:
+        return recurrence_menu(site, profile)
 
-    def rewrite(self, site: LoopSite, candidate: Candidate, editor: Editor) -> None:
-        rewrite_loop(site, editor)
+    def rewrite(self, site: RecurrenceSite, candidate: Candidate, editor: Editor) -> None:
+        if isinstance(site, ScanSite):
+            rewrite_scan(site, editor)
+        else:
+            assert isinstance(site, LoopSite)
+            rewrite_loop(site, editor)
 
     # -------------------------------------------------------------------------------------------------- one loop
 
@@ -71,20 +76,27 @@ class LinearRecurrence:
         collectors = [each for each in joins.of(loop) if len({region.modes[node] for node in (*each.nodes, last)}) == 1]
         value = example(last)
         assert value is not None
+        recurrence = Recurrence(
+            step=step,
+            initial=loop.initial,
+            zeros=loop.begins_with_zeros,
+            like=value,
+            backward=steps_of(loop.runs, len(loop.states)).backward,
+            gradient=needs_gradient(last),
+            autocast=len(region.modes[last]) > 1,
+        )
+        operations = sum(node not in joins.sliced.slices for node in loop.nodes)
         return LoopSite(
             rule=self.name,
             name=name,
             node=last,
             device=value.device,
             sizes=size_hints(value),
+            recurrence=recurrence,
+            kept=unrolled(recurrence, len(loop.states), operations),
+            steps=len(loop.states),
             loop=loop,
-            step=step,
             collectors=tuple(collectors),
-            dtype=value.dtype,
-            rank=value.ndim,
-            numbers=numbers_of([expression(size) for size in value.shape]),
-            gradient=needs_gradient(last),
-            autocast=len(region.modes[last]) > 1,
         )
 
 

@@ -6,38 +6,45 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import sympy
-import torch
 from torch import fx
 
-from structfly.patterns.linear_recurrence.affine import Affine
 from structfly.patterns.linear_recurrence.collectors import Collector
+from structfly.patterns.linear_recurrence.recurrence import Recurrence
 from structfly.patterns.linear_recurrence.steps import Loop
-from structfly.records import Site
+from structfly.records import Site, Stage
 
 
 @dataclass(frozen=True)
-class LoopSite(Site):
+class RecurrenceSite(Site):
+    """A recurrence, however it is written.
+
+    Attributes:
+        recurrence: what the op is to compute.
+        kept: the kernels of the graph as it is.
+        steps: how many steps there are.
+    """
+
+    recurrence: Recurrence
+    kept: tuple[Stage, ...] = field(repr=False)
+    steps: sympy.Expr | int
+
+    @property
+    def settled(self) -> str:
+        """Why the graph must not stay as it is, or ""."""
+        return ""
+
+
+@dataclass(frozen=True)
+class LoopSite(RecurrenceSite):
     """A loop over time whose state is affine in the state before.
 
     Attributes:
         loop: its steps.
-        step: what one does.
         collectors: the tensors that the states go into.
-        dtype: of the states.
-        rank: how many dimensions a state has.
-        numbers: how many numbers a state has.
-        gradient: whether a gradient is needed.
-        autocast: whether it runs under autocast, so that examples do not tell the dtype of products.
     """
 
     loop: Loop
-    step: Affine
     collectors: tuple[Collector, ...]
-    dtype: torch.dtype
-    rank: int
-    numbers: sympy.Expr = field(repr=False)
-    gradient: bool
-    autocast: bool
 
     @cached_property
     def own(self) -> frozenset[fx.Node]:

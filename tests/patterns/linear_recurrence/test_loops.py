@@ -28,6 +28,7 @@ EACH = [
     *(Program(reset=name) for name in RESETS),
     *(Program(collection=name, final=True) for name in COLLECTIONS),
     *(Program(initial=name, final=True) for name in INITIALS),
+    Program(step="difference the other way", reset="product", initial="given"),
     Program(backward=True, initial="given", final=True),
 ]
 
