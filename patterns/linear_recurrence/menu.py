@@ -20,7 +20,7 @@ def recurrence_menu(site: RecurrenceSite, profile: DeviceProfile) -> Menu:
     """Costs of leaving the graph alone and of the op."""
     step = site.recurrence.step
     fused = _passes(site.recurrence, site.steps, 1)
-    made = sum(isinstance(each, Operation) for each in (step.gate, step.input))
+    made = sum(isinstance(each, Operation) for each in (step.gate, step.input, step.input_gate))
     if made:
         moved = _moved(site.recurrence, site.steps)
         fused += (Stage(0, 2 * made * moved),) * len(fused)

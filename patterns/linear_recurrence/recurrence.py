@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from structfly.compat import expression
 from structfly.lowering.linear_recurrence.arguments import Arguments
-from structfly.patterns.linear_recurrence.affine import Affine
+from structfly.patterns.linear_recurrence.folding import Folded
 from structfly.patterns.linear_recurrence.lifting import Lifted, Lifting
 from structfly.rewriter.editor import Editor
 
@@ -27,7 +27,7 @@ class Recurrence:
     """What the op is to compute.
 
     Attributes:
-        step: what one step does.
+        step: what one step does, by the op's arguments.
         initial: the state before the first, a node or a number.
         zeros: whether that is 0.
         like: an example of a state.
@@ -36,7 +36,7 @@ class Recurrence:
         autocast: whether it runs under autocast, so that examples do not tell the dtype of products.
     """
 
-    step: Affine
+    step: Folded
     initial: fx.Node | float
     zeros: bool
     like: Tensor
@@ -64,20 +64,22 @@ class Written(NamedTuple):
 
 def write(site: Recurrence, lift: Lifting, editor: Editor) -> Written:
     """Write the call, with what ``lift`` makes of the step's gate and input."""
-    gate, input = (_timed(lift(value), site, editor) for value in (site.step.gate, site.step.input))
-    gate, input, initial = _broadcast(gate, input, site, editor)
-    reset = None if site.step.reset is None else _mask(lift(site.step.reset), input, site, editor)
+    step = site.step
+    given = [step.gate, step.input, *([] if step.input_gate is None else [step.input_gate])]
+    tensors, initial = _broadcast([_timed(lift(value), site, editor) for value in given], site, editor)
+    reset = None if step.reset is None else _mask(lift(step.reset), tensors[1], site, editor)
+    sequences = [_sequence(tensor, site.rank, editor) for tensor in tensors]
     arguments: dict[str, Any] = {
-        "gate": _sequence(gate, site.rank, editor),
-        "input": _sequence(input, site.rank, editor),
-        "input_gate": None,
+        "gate": sequences[0],
+        "input": sequences[1],
+        "input_gate": None if step.input_gate is None else sequences[2],
         "output_gate": None,
         "initial": None if initial is None else _batched(initial, site.rank, editor),
         "reset": reset,
         "offsets": None,
-        "complement": False,
-        "sigmoid": False,
-        "tanh": False,
+        "complement": step.complement,
+        "sigmoid": step.sigmoid,
+        "tanh": step.tanh,
         "reverse": site.backward,
         "keep": site.gradient,
     }
@@ -116,25 +118,24 @@ def _timed(value: Lifted, site: Recurrence, editor: Editor) -> fx.Node:
     return node
 
 
-def _broadcast(
-    gate: fx.Node, input: fx.Node, site: Recurrence, editor: Editor
-) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """Gate and input in the shape of all states, the input in their dtype; and the initial state."""
-    tensors = [gate, input]
+def _broadcast(tensors: list[fx.Node], site: Recurrence, editor: Editor) -> tuple[list[fx.Node], fx.Node | None]:
+    """Gates and input in the shape of all states, the input in their dtype; and the initial state."""
     initial = site.initial
     shapes = [tuple(map(expression, each.meta["example_value"].shape)) for each in tensors]
     full = tuple(map(expression, site.like.shape))
     covered = all(any(shape[dim + 1] == size for shape in shapes) for dim, size in enumerate(full))
-    begins = not site.zeros
-    if begins or (isinstance(initial, fx.Node) and not covered):
+    joined = list(tensors)
+    begins = not site.zeros or (isinstance(initial, fx.Node) and not covered)
+    if begins:
         initial = editor.current(initial) if isinstance(initial, fx.Node) else initial
-        tensors.append(_timed(Lifted(initial, False), site, editor))
-    if any(shape[1:] != full for shape in shapes) or len(tensors) > 2 or shapes[0] != shapes[1]:
-        joined = editor.call(torch.broadcast_tensors, *tensors)
-        tensors = [editor.getitem(joined, place) for place in range(len(tensors))]
-    if site.autocast or tensors[1].meta["example_value"].dtype != site.like.dtype:
-        tensors[1] = editor.method("to", tensors[1], site.like.dtype)
-    return tensors[0], tensors[1], editor.call(torch.select, tensors[2], 0, 0) if len(tensors) > 2 else None
+        joined.append(_timed(Lifted(initial, False), site, editor))
+    if begins or len(set(shapes)) > 1 or shapes[0][1:] != full:
+        broadcast = editor.call(torch.broadcast_tensors, *joined)
+        joined = [editor.getitem(broadcast, place) for place in range(len(joined))]
+    if site.autocast or joined[1].meta["example_value"].dtype != site.like.dtype:
+        joined[1] = editor.method("to", joined[1], site.like.dtype)
+    state = editor.call(torch.select, joined[-1], 0, 0) if begins else None
+    return joined[: len(tensors)], state
 
 
 def _sequence(node: fx.Node, rank: int, editor: Editor) -> fx.Node:

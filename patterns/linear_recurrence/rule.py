@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -12,6 +13,7 @@ from structfly.lowering.linear_recurrence.op import DEVICES
 from structfly.patterns.linear_recurrence.affine import Affine, Obstacle, read_affine
 from structfly.patterns.linear_recurrence.collectors import Joins
 from structfly.patterns.linear_recurrence.expressions import ZERO, Expression, Operation, Part, Shared
+from structfly.patterns.linear_recurrence.folding import fold, opened
 from structfly.patterns.linear_recurrence.lifting import steps_of, why_not_lifted
 from structfly.patterns.linear_recurrence.loops import SlicedNodes
 from structfly.patterns.linear_recurrence.menu import recurrence_menu, unrolled
@@ -76,8 +78,12 @@ class LinearRecurrence:
         collectors = [each for each in joins.of(loop) if len({region.modes[node] for node in (*each.nodes, last)}) == 1]
         value = example(last)
         assert value is not None
+        folded = fold(step)
+        inside, runs = opened(step, loop.runs)
+        if (activated := fold(inside)).sigmoid or activated.tanh:
+            folded, loop = activated, replace(loop, runs=runs)
         recurrence = Recurrence(
-            step=step,
+            step=folded,
             initial=loop.initial,
             zeros=loop.begins_with_zeros,
             like=value,

@@ -27,6 +27,7 @@ from structfly.patterns.linear_recurrence.expressions import (
     depends,
     mul,
 )
+from structfly.patterns.linear_recurrence.folding import Folded, fold
 from structfly.patterns.linear_recurrence.lifting import Lifted, Lifting, why_not_lifted
 from structfly.patterns.linear_recurrence.menu import one_by_one
 from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence, last_state, write
@@ -199,7 +200,7 @@ def _site(
         raise _NoRecurrence("states of more than two dimensions, of which one behind the first is not constant")
     turned = [_turned(each) for each in sequences]
     recurrence = Recurrence(
-        step=step,
+        step=fold(step),
         initial=initial,
         zeros=not isinstance(initial, fx.Node),
         like=like,
@@ -274,7 +275,7 @@ def rewrite_scan(site: ScanSite, editor: Editor) -> None:
             editor.replace(user, last_state(recurrence, written, editor))
             continue
         if place == site.product:
-            step = Affine(recurrence.step.gate, ZERO)
+            step = Folded(recurrence.step.gate, ZERO)
             whole = write(
                 replace(recurrence, step=step, initial=1.0, zeros=False), Lifting(editor, part), editor
             ).states
