@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from structfly import compat
+
 
 @dataclass(frozen=True)
 class Call:
@@ -133,7 +135,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "expand_as": (_BINARY, (), ("expand_as",)),
     "flip": (("input", "*dims"), (torch.flip,), ("flip",)),
     "roll": (("input", "shifts", "dims"), (torch.roll,), ("roll",)),
-    "pad": (("input", "pad", "mode", "value"), (F.pad,), ()),
+    "pad": (("input", "pad", "mode", "value"), (F.pad, compat.PAD), ()),
     "stack": (("tensors", "dim"), (torch.stack,), ()),
     "cat": (("tensors", "dim"), (torch.cat, torch.concat), ()),
     "full": (("size", "fill_value"), (torch.full,), ()),

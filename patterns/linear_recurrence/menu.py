@@ -42,6 +42,13 @@ def one_by_one(recurrence: Recurrence, steps: Expression) -> tuple[Stage, ...]:
     return _passes(recurrence, steps, steps)
 
 
+def doubled(recurrence: Recurrence, steps: int, rounds: int) -> tuple[Stage, ...]:
+    """The kernels of a recurrence by doubling: a round reads gates and states, each twice, and writes both; its
+    backward moves twice as much."""
+    moved = 6 * _moved(recurrence, steps)
+    return tuple(Stage(0, count * moved, rounds) for count in ((1, 2) if recurrence.gradient else (1,)))
+
+
 def _passes(recurrence: Recurrence, steps: Expression, kernels: Expression) -> tuple[Stage, ...]:
     moved = _moved(recurrence, steps) / kernels
     counts = (_FORWARD, _BACKWARD) if recurrence.gradient else (_FORWARD,)

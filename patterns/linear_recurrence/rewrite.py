@@ -22,7 +22,7 @@ def rewrite_loop(site: LoopSite, editor: Editor) -> None:
     """Compute all states where the loop's inputs are there, and give them to their users."""
     steps = steps_of(site.loop.runs, len(site.loop.states))
     _go_to_place(site, editor)
-    written = write(site.recurrence, Lifting(editor, _parts(site.loop.runs, steps, editor)), editor)
+    written = write(site.recurrence, Lifting(editor, parts_of(site.loop.runs, steps, editor)), editor)
     _give_single(site, steps, written, editor)
     for collector in site.collectors:
         _collect(collector, steps, written.states, editor)
@@ -40,7 +40,8 @@ def _go_to_place(site: LoopSite, editor: Editor) -> None:
         editor.after(last)
 
 
-def _parts(runs: tuple[Run, ...], steps: Steps, editor: Editor) -> Callable[[int], fx.Node]:
+def parts_of(runs: tuple[Run, ...], steps: Steps, editor: Editor) -> Callable[[int], fx.Node]:
+    """The sequences of parts by their number, each written once."""
     made: dict[Run, fx.Node] = {}
 
     def part(number: int) -> fx.Node:
@@ -75,7 +76,7 @@ def _collect(collector: Collector, steps: Steps, states: fx.Node, editor: Editor
     if collector.count < steps.length:
         first = steps.length - collector.first - collector.count if steps.backward else collector.first
         states = editor.call(torch.narrow, states, 0, first, collector.count)
-    lift = Lifting(editor, _parts(collector.runs, part, editor), states)
+    lift = Lifting(editor, parts_of(collector.runs, part, editor), states)
     node: fx.Node = lift(collector.value).value
     if collector.backward != steps.backward:
         node = editor.call(torch.flip, node, (0,))

@@ -12,6 +12,7 @@ from structfly.config import SiteSettings
 from structfly.lowering.linear_recurrence.op import DEVICES
 from structfly.patterns.linear_recurrence.affine import Affine, Obstacle, read_affine
 from structfly.patterns.linear_recurrence.collectors import Joins
+from structfly.patterns.linear_recurrence.doubling import DoublingSite, read_doublings, rewrite_doubling
 from structfly.patterns.linear_recurrence.expressions import ZERO, Expression, Operation, Part, Shared
 from structfly.patterns.linear_recurrence.folding import fold, opened
 from structfly.patterns.linear_recurrence.lifting import steps_of, why_not_lifted
@@ -37,6 +38,7 @@ class LinearRecurrence:
         results: list[RecurrenceSite | Miss] = [
             read_scan(node, region, self.name) for node in region.graph.nodes if subgraph_kind(node) in KINDS
         ]
+        results.extend(read_doublings(region, self.name))
         sliced = SlicedNodes(region)
         joins: Joins | None = None
         states: set[fx.Node] = set()
@@ -56,6 +58,8 @@ class LinearRecurrence:
     def rewrite(self, site: RecurrenceSite, candidate: Candidate, editor: Editor) -> None:
         if isinstance(site, ScanSite):
             rewrite_scan(site, editor)
+        elif isinstance(site, DoublingSite):
+            rewrite_doubling(site, editor)
         else:
             assert isinstance(site, LoopSite)
             rewrite_loop(site, editor)
