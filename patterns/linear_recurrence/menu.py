@@ -32,9 +32,16 @@ def recurrence_menu(site: RecurrenceSite, profile: DeviceProfile) -> Menu:
     )
 
 
-def unrolled(recurrence: Recurrence, steps: int, operations: int) -> tuple[Stage, ...]:
-    """The kernels of an unrolled loop: Inductor fuses at most so many operations, and these run one after another."""
-    return _passes(recurrence, steps, -(-operations // _FUSED))
+def unrolled(recurrence: Recurrence, steps: int, operations: int, *, picked: bool) -> tuple[Stage, ...]:
+    """The kernels of an unrolled loop: Inductor fuses at most so many operations, and they run one after another.
+
+    Where slices are ``picked`` by an index, the gradient of each is as large as the whole tensor, with zeros at other
+    steps, and the tensor's is the sum of as many as there are steps.
+    """
+    passes = _passes(recurrence, steps, -(-operations // _FUSED))
+    if picked and recurrence.gradient:
+        return (*passes, Stage(0, steps * _moved(recurrence, steps)))
+    return passes
 
 
 def one_by_one(recurrence: Recurrence, steps: Expression) -> tuple[Stage, ...]:

@@ -95,6 +95,8 @@ class LinearRecurrence:
             gradient=needs_gradient(last),
             autocast=len(region.modes[last]) > 1,
         )
+        slices = [node for node in loop.nodes if node in joins.sliced.slices]
+        picked = any(example(node.all_input_nodes[0]) is not None for node in slices)
         operations = sum(node not in joins.sliced.slices for node in loop.nodes)
         return LoopSite(
             rule=self.name,
@@ -103,7 +105,7 @@ class LinearRecurrence:
             device=value.device,
             sizes=size_hints(value),
             recurrence=recurrence,
-            kept=unrolled(recurrence, len(loop.states), operations),
+            kept=unrolled(recurrence, len(loop.states), operations, picked=picked),
             steps=len(loop.states),
             loop=loop,
             collectors=tuple(collectors),

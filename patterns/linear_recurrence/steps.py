@@ -170,7 +170,6 @@ class Pattern:
             same = (
                 mine.target == other.target
                 and mine.op == other.op
-                and not self._sliced.is_shared(other)
                 and self._alike(mine.args, other.args, match)
                 and self._alike(mine.kwargs, other.kwargs, match)
             )
@@ -291,7 +290,7 @@ def read_way(way: Way, sliced: SlicedNodes, others: Set[fx.Node]) -> Loop | Unli
         runs=tuple(
             Run(sequence, first.indices[number], strides[number]) for number, sequence in enumerate(pattern.sequences)
         ),
-        nodes=frozenset(node for match in matches for node in match.nodes.values() if not sliced.is_shared(node)),
+        nodes=frozenset(node for match in matches for mine, node in match.nodes.items() if not sliced.is_shared(mine)),
         shared=frozenset(
             first.nodes[node] for node in first.nodes if sliced.is_shared(node) or _is_still(node, pattern, moving)
         ),

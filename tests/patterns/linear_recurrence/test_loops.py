@@ -29,6 +29,7 @@ EACH = [
     *(Program(collection=name, final=True) for name in COLLECTIONS),
     *(Program(initial=name, final=True) for name in INITIALS),
     Program(step="difference the other way", reset="product", initial="given"),
+    Program(step="in place", reset="where of zeros"),
     Program(backward=True, initial="given", final=True),
 ]
 

@@ -235,6 +235,17 @@ def f_pooling(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(hs, 1)
 
 
+def test_the_first_step_is_one_of_the_others() -> None:
+    """What it makes of the initial state alone depends on no slice, unlike in the others."""
+    arguments = drawn((3, STEPS, 4), (8, 4), (8, 4))
+    fast = Rewritten(learned_decay)
+    fast(*arguments)
+    (node,) = fast.calls_of(OP)
+    given: Any = node.args
+    sequence: Any = Arguments(*given).input
+    assert sequence.meta["example_value"].shape[1] == STEPS
+
+
 def test_one_graph_for_all_batches() -> None:
     fast = Rewritten(f_pooling, then="aot_eager", dynamic=True)
     for batch in (3, 5):
@@ -292,6 +303,27 @@ def test_a_short_loop_is_predicted_to_be_faster_as_it_is() -> None:
     (site,) = fast.sites
     assert site.status == "kept"
     assert "rewrite='always' overrides this" in site.reason
+
+
+def unbound(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    hs = []
+    for gate, input in zip(f.unbind(1), z.unbind(1), strict=True):
+        h0 = gate * h0 + input
+        hs.append(h0)
+    return torch.stack(hs, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "learns", "status"),
+    [(f_pooling, True, "rewritten"), (f_pooling, False, "kept"), (unbound, True, "kept")],
+)
+def test_gradients_of_picked_slices_cost_the_square_of_the_steps(
+    function: Callable[..., Tensor], learns: bool, status: str
+) -> None:
+    fast = Rewritten(function, {"strict": True})
+    with torch.set_grad_enabled(learns):
+        fast(*inputs(8, 128, 256))
+    assert fast.statuses == [status]
 
 
 def test_switched_off() -> None:
