@@ -13,11 +13,12 @@ from structfly.patterns.linear.menu import Planned
 from structfly.patterns.linear.times import Times as LayerTimes
 from structfly.patterns.linear_cross_entropy import LinearCrossEntropy
 from structfly.patterns.linear_divergence import LinearDivergence
+from structfly.patterns.linear_recurrence import LinearRecurrence
 from structfly.patterns.merged_linear import MergedLinear
 from structfly.patterns.merged_linear.rule import Times as OpTimes
 from structfly.rewriter.rule import Rule
 
-DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence())
+DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence(), LinearRecurrence())
 RULE_NAMES = (*(rule.name for rule in DEFAULT_RULES), MergedLinear.name, RestructuredLinear.name)
 
 
@@ -50,6 +51,7 @@ __all__ = [
     "RULE_NAMES",
     "LinearCrossEntropy",
     "LinearDivergence",
+    "LinearRecurrence",
     "MergedLinear",
     "RestructuredLinear",
     "rules_under",

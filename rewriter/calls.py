@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from structfly import compat
+
 
 @dataclass(frozen=True)
 class Call:
@@ -90,6 +92,9 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "not": (("input",), (torch.logical_not, torch.bitwise_not, operator.invert), ("logical_not", "bitwise_not")),
     "entr": (("input",), (torch.special.entr,), ()),
     "broadcast_tensors": (("*tensors",), (torch.broadcast_tensors, torch.functional.broadcast_tensors), ()),
+    "lerp": (("input", "end", "weight"), (torch.lerp,), ("lerp", "lerp_")),
+    "addcmul": (("input", "tensor1", "tensor2"), (torch.addcmul,), ("addcmul", "addcmul_")),
+    "silu": (("input", "inplace"), (F.silu,), ()),
     "where": (("condition", "input", "other"), (torch.where,), ()),
     "masked_fill": (("input", "mask", "value"), (torch.masked_fill,), ("masked_fill", "masked_fill_")),
     "setitem": (("input", "index", "value"), (operator.setitem,), ("__setitem__",)),
@@ -128,8 +133,9 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "numel": (("input",), (torch.numel,), ("numel", "nelement")),
     "expand": (("input", "*sizes"), (), ("expand",)),
     "expand_as": (_BINARY, (), ("expand_as",)),
+    "flip": (("input", "*dims"), (torch.flip,), ("flip",)),
     "roll": (("input", "shifts", "dims"), (torch.roll,), ("roll",)),
-    "pad": (("input", "pad", "mode", "value"), (F.pad,), ()),
+    "pad": (("input", "pad", "mode", "value"), (F.pad, compat.PAD), ()),
     "stack": (("tensors", "dim"), (torch.stack,), ()),
     "cat": (("tensors", "dim"), (torch.cat, torch.concat), ()),
     "full": (("size", "fill_value"), (torch.full,), ()),

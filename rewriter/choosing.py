@@ -54,7 +54,11 @@ def choose(orders: Sequence[Order]) -> list[Choice]:
     """
     costs = [[evaluate(c.cost, order.sizes, order.profile) for c in order.menu.candidates] for order in orders]
     eligible = [
-        [number for number, candidate in enumerate(order.menu.candidates) if candidate.rewrites or not order.always]
+        [
+            number
+            for number, candidate in enumerate(order.menu.candidates)
+            if candidate.rewrites or not (order.always or order.menu.settled)
+        ]
         for order in orders
     ]
     options = [
@@ -89,7 +93,9 @@ def _explained(order: Order, costs: Sequence[CostValues], number: int, relaxed: 
     kept = next(values for candidate, values in zip(candidates, costs, strict=True) if not candidate.rewrites)
     chosen, values = candidates[number], costs[number]
     fast = [v.seconds for c, v in zip(candidates, costs, strict=True) if c.rewrites]
-    if relaxed:
+    if order.menu.settled:
+        reason = order.menu.settled
+    elif relaxed:
         reason = f"nothing fits the limit of {limit}; this takes the least, {format_bytes(values.transient_bytes)}"
     elif not chosen.rewrites:
         best = min(fast, default=float("inf"))

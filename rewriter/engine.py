@@ -88,6 +88,7 @@ class _Run:
         self.gm, self.rules, self.config, self.profiles = gm, rules, config, profiles
         self.outcome = Outcome(gm)
         self.lines: list[tuple[tuple[int, int], SiteReport]] = []
+        self.successors: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> Outcome:
         start = time.perf_counter()
@@ -181,7 +182,8 @@ class _Run:
     def _apply(self, item: _Found, choice: Choice | LayerChoice) -> None:
         site, place = item.site, item.place
         if choice.candidate.rewrites:
-            editor = Editor(item.region.graph, site.node, allow_inputs=item.region.owner is self.gm)
+            own = item.region.owner is self.gm
+            editor = Editor(item.region.graph, site.node, allow_inputs=own, successors=self.successors)
             try:
                 item.rule.rewrite(site, choice.candidate, editor)
                 editor.commit()

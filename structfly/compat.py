@@ -29,6 +29,9 @@ def functorch_nesting(node: fx.Node) -> int:
     return -1 if name.endswith("_decrement_nesting") else 0
 
 
+PAD: Callable[..., Any] = torch._C._nn.pad
+"""What torch.nn.functional.pad is in a graph."""
+
 _CHECKPOINT_BODIES = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 _PLAIN_BODIES = ("invoke_subgraph",)
 

@@ -128,12 +128,14 @@ class Menu:
         peak_limit: transient bytes a candidate may take.
         own_bytes: saved bytes that are this site's own in any case (the gradients of its activations).
         shared_bytes: saved bytes that are needed once however many sites share them (a tied weight's gradient), by key.
+        settled: why one of the rewrites is taken whatever it costs, or "".
     """
 
     candidates: tuple[Candidate, ...]
     peak_limit: int
     own_bytes: int = 0
     shared_bytes: Mapping[str, int] = field(default_factory=dict)
+    settled: str = ""
 
 
 @dataclass(frozen=True)
