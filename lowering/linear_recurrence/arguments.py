@@ -20,13 +20,12 @@ RESULTS = "Tensor output, Tensor final, Tensor kept"
 DIFFERENTIABLE = ("gate", "input", "input_gate", "output_gate", "initial")
 """The arguments that have gradients, in the order of the backward's ``wanted``."""
 GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in DIFFERENTIABLE)
-UPSTREAM = "Tensor? grad_output, Tensor? grad_final, Tensor kept"
+UPSTREAM = "Tensor? grad_output, Tensor? grad_final, Tensor states"
+"""What the backward takes before the op's arguments; ``states`` are those of :func:`states_for_backward`."""
 
-STEPS_KEPT = {"aten": 1024, "triton": 64}
-"""A state is kept for the backward every so many steps, in each lowering.
-
-In ATen these are the steps of a block.  In Triton they are a program's, which holds their states in registers in the
-backward; 4 bytes in 64 steps are 1/32 of the states in bfloat16.
+STEPS_KEPT = {"aten": 1024, "triton": 256}
+"""A state is kept for the backward every so many steps, in each lowering: those of a block in ATen, of a chunk in
+Triton, where 4 bytes in 256 steps are 1/128 of the states in bfloat16.
 """
 
 
@@ -92,10 +91,22 @@ def lowering_of(input: Tensor) -> str:
     return "triton" if input.is_cuda and input.dtype != torch.float64 else "aten"
 
 
+def states_are_output(call: Arguments) -> bool:
+    """Whether the backward reads the states from the output, and none are kept."""
+    return call.keep and lowering_of(call.input) == "triton" and call.output_gate is None
+
+
+def states_for_backward(call: Arguments, made: Outputs) -> Tensor:
+    """The states that the backward reads, or of which it makes the others again."""
+    return made.output if states_are_output(call) else made.kept
+
+
 def kept_rows(call: Arguments) -> int:
     """Rows of ``kept``."""
     batch, length, _ = call.input.shape
     lowering = lowering_of(call.input)
+    if not call.keep or states_are_output(call):
+        return 0
     steps = STEPS_KEPT[lowering]
     if call.offsets is not None and lowering == "triton":
         return length // steps + call.sequences  # chunks end where sequences do: there are no more than these

@@ -1,4 +1,4 @@
-"""How time is cut into chunks for the generated kernels, and the chunks' states into chunks again."""
+"""How time is cut into chunks for the generated kernels."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of one level.
+    """Chunks of ``steps`` steps; the last one of a sequence may have fewer.
 
     Attributes:
         steps: of a chunk.
         batch, length: the sizes of what is cut.
-        longest: no sequence has more steps than this.
         offsets: (N + 1,) int64, of packed sequences, or None where each of ``batch`` sequences has ``length`` steps.
     """
 
     steps: int
     batch: int
     length: int
-    longest: int
     offsets: Tensor | None
 
     @property
@@ -37,16 +35,12 @@ class Chunks:
             return self.batch * self.per_sequence
         return self.length // self.steps + len(self.offsets) - 1
 
-    def bounds(self) -> Tensor:
-        """Of packed sequences: which of the chunks are each one's, as ``offsets`` are for steps."""
-        assert self.offsets is not None
-        counts = (self.offsets.diff() + (self.steps - 1)) // self.steps
-        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-    def table(self, bounds: Tensor) -> Tensor:
+    def table(self) -> Tensor:
         """Of packed sequences: each chunk's sequence, first step, end, and how many chunks of its sequence come before
         and after it, (5, count) int64; a chunk that is too many has no steps."""
         assert self.offsets is not None
+        counts = (self.offsets.diff() + (self.steps - 1)) // self.steps
+        bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         last = len(self.offsets) - 2
         number = torch.arange(self.count, device=bounds.device)
         sequence = torch.searchsorted(bounds[1:], number, right=True)
@@ -57,8 +51,3 @@ class Chunks:
         stop = torch.minimum(start + self.steps, self.offsets[sequence + 1])
         left = bounds[sequence + 1] - 1 - number
         return torch.where(exists, torch.stack([sequence, start, stop, position, left]), 0)
-
-    def above(self, steps: int, bounds: Tensor | None) -> Chunks:
-        """The chunks' own level: each is a step."""
-        length = self.per_sequence if self.offsets is None else self.count
-        return Chunks(steps, self.batch, length, -(-self.longest // self.steps), bounds)

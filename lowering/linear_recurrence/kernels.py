@@ -10,7 +10,7 @@ from torch import Tensor
 from structfly.compat import assert_on_device
 from structfly.errors import ArgumentError
 from structfly.lowering.linear_recurrence import recurrence_aten, recurrence_triton
-from structfly.lowering.linear_recurrence.arguments import Arguments, Outputs, lowering_of
+from structfly.lowering.linear_recurrence.arguments import Arguments, Outputs, lowering_of, states_for_backward
 
 
 def forward(*arguments: Any) -> Outputs:
@@ -20,16 +20,16 @@ def forward(*arguments: Any) -> Outputs:
 
 
 def backward(
-    grad_output: Tensor | None, grad_final: Tensor | None, kept: Tensor, *arguments: Any
+    grad_output: Tensor | None, grad_final: Tensor | None, states: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *rest, wanted = arguments
     call = Arguments(*rest)
     lowering = _lowering(call)
     if not call.keep:
         call = call._replace(keep=True)
-        kept = lowering.forward(call).kept
-    made = lowering.backward(call, kept, grad_output, grad_final, wanted)
-    return tuple(kept.new_empty(0) if gradient is None else gradient for gradient in made)
+        states = states_for_backward(call, lowering.forward(call))
+    made = lowering.backward(call, states, grad_output, grad_final, wanted)
+    return tuple(states.new_empty(0) if gradient is None else gradient for gradient in made)
 
 
 def _lowering(call: Arguments) -> ModuleType:

@@ -23,7 +23,8 @@ With w = 1 - f, f is in both terms: df_t = G_t (x_t - z_t).  Nothing divides by 
 as any.  Where f = sigmoid(y), dy = df sigmoid(y) sigmoid(-y), which does not cancel as f (1 - f) does near 1; where
 z = tanh(u), du = dz (1 - z^2).
 
-The states are not saved but made again, a chunk at a time, from the few that were kept.
+The kernels read the states from the output where that is what it is.  Elsewhere they are not saved but made again, a
+chunk at a time, from the few that were kept.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from structfly.lowering.linear_recurrence.arguments import (
     Arguments,
     Outputs,
     kept_rows,
+    states_for_backward,
 )
 from structfly.lowering.second_derivative import refuse_second_derivative
 from structfly.lowering.vmap import one_by_one
@@ -68,30 +70,30 @@ def linear_recurrence(*arguments: Any) -> Outputs:
 
 def _forward_fake(*arguments: Any) -> Outputs:
     call = Arguments(*arguments)
-    rows, width = kept_rows(call) if call.keep else 0, call.input.shape[2]
+    width = call.input.shape[2]
     return Outputs(
         torch.empty_like(call.input),
         call.input.new_empty(call.sequences, width, dtype=call.state_dtype),
-        call.input.new_empty(rows, width, dtype=call.state_dtype),
+        call.input.new_empty(kept_rows(call), width, dtype=call.state_dtype),
     )
 
 
 def _backward_fake(
-    grad_output: Tensor | None, grad_final: Tensor | None, kept: Tensor, *arguments: Any
+    grad_output: Tensor | None, grad_final: Tensor | None, states: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *rest, wanted = arguments
     sources = zip(Arguments(*rest).differentiable, wanted, strict=True)
-    return tuple(torch.empty_like(each) if want and each is not None else kept.new_empty(0) for each, want in sources)
+    return tuple(torch.empty_like(each) if want and each is not None else states.new_empty(0) for each, want in sources)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     call = Arguments(*inputs)
-    _, _, kept = output
+    made = Outputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(kept)
+    ctx.mark_non_differentiable(made.kept)
     ctx.tensors = [name for name, value in call._asdict().items() if isinstance(value, Tensor)]
     ctx.options = [None if isinstance(value, Tensor) else value for value in call]
-    ctx.save_for_backward(kept, *(getattr(call, name) for name in ctx.tensors))
+    ctx.save_for_backward(states_for_backward(call, made), *(getattr(call, name) for name in ctx.tensors))
 
 
 def _differentiate(
@@ -101,10 +103,10 @@ def _differentiate(
     wanted = [bool(getattr(needed, name)) for name in DIFFERENTIABLE]
     made: Sequence[Tensor | None] = [None] * len(wanted)
     if any(wanted) and not (grad_output is None and grad_final is None):
-        kept, *saved = ctx.saved_tensors
+        states, *saved = ctx.saved_tensors
         call = Arguments(*ctx.options)._replace(**dict(zip(ctx.tensors, saved, strict=True)))
         with torch.no_grad():
-            found = _BACKWARD(grad_output, grad_final, kept, *call, wanted)
+            found = _BACKWARD(grad_output, grad_final, states, *call, wanted)
         made = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: a second differentiation must fail, not find zeros
             sources = [each for each in (*call.differentiable, grad_output, grad_final) if each is not None]

@@ -30,7 +30,7 @@ def forward(call: Arguments) -> Outputs:
         final = call.input.new_zeros(call.sequences, width, dtype=call.state_dtype)
     else:
         final = call.initial.to(call.state_dtype, copy=True, memory_format=torch.contiguous_format)
-    kept = final.new_empty(kept_rows(call) if call.keep else 0, width)
+    kept = final.new_empty(kept_rows(call), width)
     packed = Packed.of(call)
     for part in parts((batch, length, width)):
         state = final[part] if packed is None else final.new_zeros(1, width)[:, part[1]]

@@ -1,18 +1,34 @@
-"""The recurrence as generated Triton kernels, parallel over time, with the same bits every time.
+"""The recurrence as generated Triton kernels: one pass over time, in parallel, with the same bits every time.
 
-1. Every chunk of time is summarized: it makes ``local + product s`` of the state s that enters it.
-2. These are a recurrence themselves, with the chunks as steps: it is run in the same way, until a sequence has no more
-   than one chunk.  It gives the state that leaves each chunk.
-3. Every chunk is gone through again, from the state that enters it.
+A program loads a chunk of time, of some channels, into registers and keeps it there:
 
-Forward reads f and b twice and writes h once, 5 numbers a step and channel where 3 must move.  Backward summarizes the
-adjoint (reads f and g) and goes through every chunk again (reads f, b and g, writes two gradients), 7 where 5 must.
-What is kept, and moved besides, are float32 numbers a chunk.
+1. A row of the chunk is a few steps that a thread goes through one after another, for a channel or two.  It makes
+   ``a s + b`` of the state s that enters it.  The rows' a and b are scanned: the chunk makes ``a s + b`` too.
+2. The chunk's a and b are published.  The state that enters it is made of the a and b of those before it in its group
+   of chunks, and of the state that leaves the group before; the group's last chunk publishes that of its own.
+3. The rows are gone through again, from the states that enter them, and written.
+
+So forward reads f and b once and writes h once, 3 numbers a step and channel, which is what must move.  Backward is the
+same recurrence the other way, of e in :mod:`structfly.lowering.linear_recurrence.op`: it reads f, g and, where the
+states are the output, those, and writes two gradients: 5.  Where they are not, because of an output gate, the chunk's
+states are made again from the one that entered it, which forward keeps.
+
+A wait is for programs that have started before, for a program takes its place in the order when it starts: none can
+wait for ever, however the device schedules.  A chunk's a and b, or a group's state, are one word of 64 bits, of which
+one value means that there is nothing yet: a word that is seen is seen whole, so no fences are needed, and what a hop
+from group to group takes is one store, one load and one multiplication.  What is combined with what is fixed by the
+chunks' numbers (unlike in Merrill and Garland 2016, where it depends on how far those before have come).
+
+Forward, a thread has 32 steps of two channels: f and b take 128 of its registers, and with at most 168 three programs
+of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB of float32 in flight, several times the 23 KiB
+that 3 TB/s for 1 us come to.  A word of 8 bytes a chunk of 256 steps is 1/128 of the states in float32 and 1/64 in
+bfloat16; a group of 16 chunks is 4096 steps to a hop.  Threads have two channels because then a tile of words, of which
+a thread reads two, lies in the registers as the other tiles do, and no step has to be exchanged between threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,218 +37,213 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.launch import Launch, on_device
-from structfly.lowering.linear_recurrence.arguments import DIFFERENTIABLE, STEPS_KEPT, Arguments, Gradients, Outputs
+from structfly.lowering.linear_recurrence.arguments import DIFFERENTIABLE, Arguments, Gradients, Outputs
 from structfly.lowering.linear_recurrence.chunks import Chunks
-from structfly.lowering.template import load, render
+from structfly.lowering.template import Parameter, load, render
 
 
 class Shape(NamedTuple):
-    """How the kernels are cut.
+    """How a kernel is cut; sizes are powers of 2.
 
     Attributes:
-        steps: of a chunk.
-        group: steps that are loaded together; it divides ``steps``.
+        steps: of a row, at most 32.
+        rows: of a chunk.
         block: channels of a program.
         warps: of a program.
+        group: chunks of which one passes a state on.
+        prefetch: load what is needed only when the chunk is gone through again before the wait for its state.
+        registers: a thread has no more, so that more programs fit a multiprocessor; None for what the compiler takes.
     """
 
-    steps: int = STEPS_KEPT["triton"]
-    group: int = 8
-    block: int = 128
-    warps: int = 4
+    steps: int
+    rows: int
+    block: int
+    warps: int
+    group: int = 16
+    prefetch: bool = True
+    registers: int | None = None
+
+    @property
+    def chunk(self) -> int:
+        """Steps of a chunk."""
+        return self.steps * self.rows
+
+    def fitted(self, width: int) -> Shape:
+        """For so few channels."""
+        block = min(self.block, 1 << max(0, width - 1).bit_length())
+        return self._replace(block=block, warps=max(1, min(self.warps, self.rows * block // 64)))
 
 
-SHAPE = Shape()
-# What the kernels read, in the order of their signatures.
-_INPUTS = ("gate", "input", "input_gate", "reset")
-_ADJOINT_INPUTS = ("gate", "output_gate", "upstream", "reset")
+def forward_shape(call: Arguments) -> Shape:
+    """More arrays leave room for fewer steps of each."""
+    return Shape(32, 8, 32, 4, registers=168) if call.output_gate is None else Shape(16, 16, 16, 4)
 
 
-def forward(call: Arguments, shape: Shape = SHAPE) -> Outputs:
-    """Fulfils the op's contract; ``shape.steps`` says how often a state is kept."""
-    output = torch.empty_like(call.input)
-    with on_device(call.input.device):
-        level = Level(call, _chunks(call, shape), shape)
-        states = level.states(adjoint=False)
-        level.replay(states, output)
-        final = level.leaving(states, adjoint=False)
-    return Outputs(output, final, states if call.keep else states.new_empty(0, states.shape[1]))
+def backward_shape(call: Arguments) -> Shape:
+    """As :func:`forward_shape`; with an output gate, chunks are those of the forward."""
+    return Shape(16, 16, 16, 4) if call.output_gate is None else Shape(8, 32, 16, 8, group=32)
+
+
+def forward(call: Arguments, shape: Shape | None = None) -> Outputs:
+    """Fulfils the op's contract; with an output gate, ``shape.chunk`` says how often a state is kept."""
+    run = Run(call, shape or forward_shape(call), against=call.reverse)
+    keep = call.keep and call.output_gate is not None
+    output, final = torch.empty_like(call.input), run.ends(call.initial)
+    kept = final.new_empty(run.chunks.count if keep else 0, run.width)
+    read = {name: getattr(call, name) for name in ("gate", "input", "input_gate", "output_gate")}
+    run.launch(
+        ("linear_recurrence", "run"),
+        {**read, "initial": call.initial},
+        {"output": output, "final": final, "kept": kept if keep else None},
+        ("gate", "input", "input_gate", "output_gate", "reset", "output", "final", "kept", "initial"),
+        keep=keep,
+    )
+    return Outputs(output, final, kept)
 
 
 def backward(
     call: Arguments,
-    kept: Tensor,
+    states: Tensor,
     grad_output: Tensor | None,
     grad_final: Tensor | None,
     wanted: Sequence[bool],
-    shape: Shape = SHAPE,
+    shape: Shape | None = None,
 ) -> Gradients:
-    """The gradients that are ``wanted``; derivation in :mod:`structfly.lowering.linear_recurrence.op`."""
+    """The gradients that are ``wanted``; derivation in :mod:`structfly.lowering.linear_recurrence.op`.
+
+    ``states`` are the output where there is no output gate; else those that were kept, of which the others are made.
+    """
     made = Gradients._make(
         torch.empty_like(each) if want and each is not None else None
         for each, want in zip(call.differentiable, wanted, strict=True)
     )
-    chunks = _chunks(call, shape)
-    with on_device(call.input.device):
-        level = Level(call, chunks, shape, upstream=grad_output, ending=grad_final, made=made)
-        adjoints = level.states(adjoint=True)
-        level.differentiate(kept, adjoints)
-        if made.initial is not None:
-            made.initial.copy_(level.leaving(adjoints, adjoint=True))
+    wants = {name for name, each in made._asdict().items() if each is not None}
+    if not wants:
+        return made
+    source = None
+    if "gate" in wants or "output_gate" in wants:
+        source = "output" if call.output_gate is None else "kept"
+    again = source == "kept"
+    weighted = again or wants & {"input", "input_gate"}
+    changed = (
+        again or (call.complement and "gate" in wants) or (call.tanh and "input" in wants) or "input_gate" in wants
+    )
+    run = Run(call, shape or backward_shape(call), against=not call.reverse)
+    leaving = run.ends(grad_final) if "initial" in wants else None
+    read = {
+        "gate": call.gate,
+        "input": call.input if changed else None,
+        "input_gate": call.input_gate if weighted else None,
+        "output_gate": call.output_gate,
+        "upstream": grad_output,
+        "initial": call.initial if source == "output" else None,
+        "ending": grad_final,
+    }
+    written = {f"grad_{name}": each for name, each in zip(DIFFERENTIABLE[:-1], made, strict=False)}
+    run.launch(
+        ("linear_recurrence_adjoint", "differentiate"),
+        read,
+        {
+            **written,
+            "output": states if source == "output" else None,
+            "kept": states if source == "kept" else None,
+            "grad_initial": leaving,
+        },
+        (
+            *("gate", "output_gate", "upstream", "input", "input_gate", "reset", "output", *written),
+            *("grad_initial", "kept", "ending", "initial"),
+        ),
+        states=source,
+    )
+    if made.initial is not None and leaving is not None:
+        made.initial.copy_(leaving)
     return made
 
 
-def _chunks(call: Arguments, shape: Shape) -> Chunks:
-    batch, length, _ = call.input.shape
-    offsets = None if call.offsets is None else call.offsets.to(torch.int64)
-    return Chunks(shape.steps, batch, length, length, offsets)
+class Run:
+    """A launch over the chunks of a call, in the order of time or ``against`` it."""
 
+    def __init__(self, call: Arguments, shape: Shape, *, against: bool) -> None:
+        self.call, self.against = call, against
+        batch, length, self.width = call.input.shape
+        self.shape = shape.fitted(self.width)
+        self.offsets = None if call.offsets is None else call.offsets.to(torch.int64)
+        self.chunks = Chunks(shape.chunk, batch, length, self.offsets)
 
-class Level:
-    """One recurrence over chunks: launches of its kernels."""
+    def ends(self, given: Tensor | None) -> Tensor:
+        """Where the states go that leave the sequences; those without steps have the ones that enter them."""
+        sizes = (self.call.sequences, self.width)
+        if self.offsets is None and self.chunks.count:
+            return self.call.input.new_empty(sizes, dtype=torch.float32)
+        zeros = self.call.input.new_zeros(sizes, dtype=torch.float32)
+        return zeros if given is None else zeros.copy_(given)
 
-    def __init__(
+    def launch(
         self,
-        call: Arguments,
-        chunks: Chunks,
-        shape: Shape,
-        *,
-        upstream: Tensor | None = None,
-        ending: Tensor | None = None,
-        made: Gradients | None = None,
+        kernel: tuple[str, str],
+        read: Mapping[str, Tensor | None],
+        written: Mapping[str, Tensor | None],
+        order: Sequence[str],
+        **parameters: Parameter,
     ) -> None:
-        self.call, self.chunks, self.shape = call, chunks, shape
-        self.width = call.input.shape[2]
-        self.bounds = None if chunks.offsets is None else chunks.bounds()
-        self.table = None if self.bounds is None else chunks.table(self.bounds)
-        self.given = {
-            "gate": call.gate,
-            "input": call.input,
-            "input_gate": call.input_gate,
-            "output_gate": call.output_gate,
-            "upstream": upstream,
-            "reset": None if call.reset is None else call.reset.view(torch.uint8).unsqueeze(2),
-        }
-        self.initial, self.ending = call.initial, ending
-        self.made = {f"grad_{name}": each for name, each in zip(DIFFERENTIABLE[:-1], made or (), strict=False)}
-        self.gradients = tuple(name for name, each in self.made.items() if each is not None)
-        possible = {**self.given, "initial": self.initial, "ending": ending}
-        written = {"output": call.input, **self.made}
-        interpreted = not call.input.is_cuda
-        rounded = [name for name, each in written.items() if each is not None and each.dtype == torch.bfloat16]
-        self.kernels = kernels(
-            shape=shape,
-            given=tuple(name for name, each in possible.items() if each is not None),
-            gradients=self.gradients,
-            adjoint=made is not None,
-            packed=self.table is not None,
-            complement=call.complement,
-            sigmoid=call.sigmoid,
-            tanh=call.tanh,
-            reverse=call.reverse,
-            rounded=tuple(rounded) if interpreted else (),
-        )
-
-    # ------------------------------------------------------------------------------------------------------ launches
-
-    def states(self, *, adjoint: bool) -> Tensor:
-        """The states that leave the chunks, (chunks, D), or the e that leave them the other way."""
-        product, local = (self.call.input.new_empty(self.chunks.count, self.width, dtype=torch.float32) for _ in "al")
-        cut = torch.empty(self.chunks.count, dtype=torch.uint8, device=product.device)
-        names = _ADJOINT_INPUTS if adjoint else _INPUTS
-        kernel = self.kernels.summarize_adjoint if adjoint else self.kernels.summarize
-        self._launch(kernel, *self._inputs(names), product, local, cut)
-        broken = None if self.call.reset is None else cut.view(torch.bool)
-        entering = self.ending if adjoint else self.initial
-        if not self.chunks.count:
-            return local
-        if self.chunks.longest <= self.shape.steps:
-            return self._of_one_chunk(product, local, entering, broken)
-        return self._of_chunks(product, local, entering, broken, reverse=self.call.reverse != adjoint)
-
-    def leaving(self, states: Tensor, *, adjoint: bool) -> Tensor:
-        """Those that leave the sequences: of their last chunks, or what enters where there is none."""
-        reverse, sequences = self.call.reverse != adjoint, self.call.sequences
-        entering = self.ending if adjoint else self.initial
-        given = states.new_zeros(sequences, self.width) if entering is None else entering.to(torch.float32, copy=True)
-        if not self.chunks.count:
-            return given
-        if self.bounds is None:
-            return states.view(sequences, -1, self.width)[:, 0 if reverse else -1].clone()
-        last = self.bounds[:-1] if reverse else self.bounds[1:] - 1
-        return torch.where((self.bounds.diff() > 0).unsqueeze(1), states[last.clamp(0, len(states) - 1)], given)
-
-    def replay(self, states: Tensor, output: Tensor) -> None:
-        """Write h, of the states that leave the chunks."""
-        inputs = self._inputs((*_INPUTS, "output_gate"))
-        self._launch(self.kernels.replay, *inputs, *_given(output), states, *_given(self.initial))
-
-    def differentiate(self, states: Tensor, adjoints: Tensor) -> None:
-        """Write the gradients, of the states and the e that leave the chunks."""
-        inputs = self._inputs(tuple(self.given))
-        made = [argument for name in self.gradients for argument in _given(self.made[name])]
-        ends = *_given(self.initial), adjoints, *_given(self.ending)
-        self._launch(self.kernels.differentiate, *inputs, *made, states, *ends)
-
-    def _launch(self, kernel: Any, *arguments: Any) -> None:
-        if not (self.chunks.count and self.width):
+        """Launch a template's kernel; ``order`` is that of its signature's tensors."""
+        call, shape, chunks = self.call, self.shape, self.chunks
+        if not (chunks.count and self.width):
             return
-        grid = self.chunks.count, -(-self.width // self.shape.block)
-        table = () if self.table is None else (self.table,)
-        chunks = self.chunks.count if self.table is not None else self.chunks.per_sequence
-        sizes = (*table, chunks, self.chunks.length, self.width)
-        launch = Launch(kernel, grid, {"BLOCK": self.shape.block}, num_warps=self.shape.warps)
-        launch(*arguments, *sizes)
+        reset = None if call.reset is None else call.reset.view(torch.uint8)
+        tensors = {"reset": reset, **read, **written}
+        packed = self.offsets is not None
+        linked = chunks.length > shape.chunk
+        with on_device(call.input.device):
+            module = kernels(
+                kernel[0],
+                given=tuple(name for name in ("reset", *read) if tensors[name] is not None),
+                gradients=tuple(name for name, each in written.items() if each is not None and "grad" in name),
+                packed=packed,
+                linked=linked,
+                ragged=packed or bool(chunks.length % shape.chunk or self.width % shape.block),
+                prefetch=shape.prefetch,
+                complement=call.complement,
+                sigmoid=call.sigmoid,
+                tanh=call.tanh,
+                reverse=call.reverse,
+                rounded=() if call.input.is_cuda else tuple(_of_dtype(written, torch.bfloat16)),
+                **parameters,
+            )
+            given = [argument for name in order for argument in _with_strides(name, tensors[name])]
+            links = self._links() if linked else ()
+            table = (chunks.table(),) if packed else ()
+            sizes = (chunks.count if packed else chunks.per_sequence, chunks.batch, chunks.length, self.width)
+            constants = {"STEPS": shape.steps, "ROWS": shape.rows, "BLOCK": shape.block, "GROUP": shape.group}
+            grid = (chunks.count * -(-self.width // shape.block),)
+            limit: dict[str, int] = {} if shape.registers is None else {"maxnreg": shape.registers}
+            launch = Launch(getattr(module, kernel[1]), grid, constants, (), num_warps=shape.warps, **limit)
+            launch(*given, *links, *table, *sizes)
 
-    def _inputs(self, names: Sequence[str]) -> list[Any]:
-        return [argument for name in names for argument in _given(self.given[name])]
-
-    # ---------------------------------------------------------------------------------------------- between the chunks
-
-    def _of_one_chunk(self, product: Tensor, local: Tensor, entering: Tensor | None, broken: Tensor | None) -> Tensor:
-        """States that leave chunks each of which is a sequence."""
-        if entering is None:
-            return local
-        state = entering.to(torch.float32)
-        state = state if self.table is None else state[self.table[0]]
-        state = state if broken is None else state.masked_fill(broken.unsqueeze(1), 0.0)
-        return torch.addcmul(local, product, state)
-
-    def _of_chunks(
-        self, product: Tensor, local: Tensor, entering: Tensor | None, broken: Tensor | None, *, reverse: bool
-    ) -> Tensor:
-        """The recurrence over the chunks, a level above."""
-        above = self.chunks.above(self.shape.steps, self.bounds)
-        cube = (above.batch, above.length, self.width)
-        call = Arguments(
-            gate=product.view(cube),
-            input=local.view(cube),
-            input_gate=None,
-            output_gate=None,
-            initial=entering,
-            reset=None if broken is None else broken.view(cube[:2]),
-            offsets=self.bounds,
-            complement=False,
-            sigmoid=False,
-            tanh=False,
-            reverse=reverse,
-            keep=False,
-        )
-        level = Level(call, above, self.shape)
-        # Where a sequence has one chunk no state is read, for none passes from chunk to chunk.
-        states = local if above.longest <= self.shape.steps else level.states(adjoint=False)
-        output = torch.empty_like(call.input)
-        level.replay(states, output)
-        return output.view(-1, self.width)
+    def _links(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tickets, the groups' states and the chunks' words: nothing as yet, which is -1."""
+        chunks, groups = self.chunks.count, -(-self.chunks.count // self.shape.group)
+        line = 16  # words of a cache line
+        memory = self.call.input.new_full((line + (groups + chunks) * self.width,), -1, dtype=torch.int64)
+        return memory, memory[line:], memory[line + groups * self.width :]
 
 
-def _given(tensor: Tensor | None) -> tuple[Any, ...]:
-    """A tensor that is there, with its strides."""
-    return () if tensor is None else (tensor, *tensor.stride())
+def _of_dtype(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Iterator[str]:
+    return (name for name, each in tensors.items() if each is not None and each.dtype == dtype)
+
+
+def _with_strides(name: str, tensor: Tensor | None) -> tuple[Any, ...]:
+    """A tensor that is there, with its strides if it is not the kernels' own."""
+    if tensor is None:
+        return ()
+    return (tensor,) if name in _OWN else (tensor, *tensor.stride())
+
+
+_OWN = ("final", "kept", "grad_initial")
 
 
 @lru_cache(maxsize=256)
-def kernels(*, shape: Shape, sigmoid: bool, **parameters: Any) -> ModuleType:
+def kernels(template: str, *, sigmoid: bool, **parameters: Parameter) -> ModuleType:
     """The kernels of calls that have these arguments and ask for these gradients."""
     shut = 'float("-inf")' if sigmoid else "0.0"
     filled = (
@@ -242,5 +253,4 @@ def kernels(*, shape: Shape, sigmoid: bool, **parameters: Any) -> ModuleType:
         ("output_gate", shut),
         ("upstream", "0.0"),
     )
-    cut = {"steps": shape.steps, "group": shape.group}
-    return load(render("linear_recurrence", filled=filled, sigmoid=sigmoid, **cut, **parameters))
+    return load(render(template, filled=filled, sigmoid=sigmoid, **parameters))

@@ -37,8 +37,9 @@ def linear_recurrence(
     with T and is spent in parallel.
 
     All pooling of quasi-recurrent networks is this: f-pooling with ``complement``, fo-pooling with an ``output_gate``
-    besides, ifo-pooling with an ``input_gate``.  States are float32 whatever the inputs have.  The backward makes them
-    again from a few that are kept (one in 64 steps on GPUs, one in 1024 on CPUs).
+    besides, ifo-pooling with an ``input_gate``.  States are float32 whatever the inputs have.  On GPUs the
+    backward reads them from the output, which must not be changed in place before; with an output gate, and on CPUs, it
+    makes them again from a few that are kept (one in 256 steps on GPUs, one in 1024 on CPUs).
 
     Args:
         gate: (B, T, D) f, or with ``gate_activation="sigmoid"`` y of which f = sigmoid(y): of gates close to 1 the rest

@@ -6,58 +6,65 @@ The interpreter accepts code that the compiler refuses, and the compiler needs f
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from structfly.lowering.linear_recurrence.recurrence_triton import SHAPE, kernels
+from structfly.lowering.linear_recurrence.recurrence_triton import Shape, kernels
 
-SEQUENCES = ("gate", "input", "input_gate", "output_gate", "upstream")
-
-
-def strided(names: tuple[str, ...], kind: str) -> dict[str, str]:
-    """The types of tensors with their three strides."""
-    types = {}
-    for name in names:
-        types[name] = "*u8" if name == "reset" else kind
-        types.update({f"{name}_{axis}": "i32" for axis in "btd"})
-    return types
+SEQUENCES = ("gate", "input", "input_gate", "output_gate")
+SHORT = Shape(4, 8, 32, 4)  # as many rows, channels and warps as the kernels that run, and fewer steps
+_WORDS = ("tickets", "carries", "words", "table")
+_STATES = ("final", "kept", "grad_initial", "initial", "ending")
+_CONSTANTS = ("STEPS", "ROWS", "BLOCK", "GROUP")
 
 
-def end(name: str, given: tuple[str, ...]) -> dict[str, str]:
-    """The types of a state at an end of the sequences."""
-    return {name: "*fp32", f"{name}_b": "i32", f"{name}_d": "i32"} if name in given else {}
+def compiled(function: Any, kind: str, shape: Shape) -> str:
+    """The PTX of a kernel whose tensors have rows of channels, begin at 16 bytes and are of ``kind``."""
+    values = dict(zip(_CONSTANTS, (shape.steps, shape.rows, shape.block, shape.group), strict=True))
+    types, constants, aligned = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        types[name] = "i32"
+        if name in values or name == "reset_t" or name.endswith("_d"):
+            types[name], constants[index,] = "constexpr", values.get(name, 1)
+        elif name in _WORDS or name in _STATES or name == "reset":
+            types[name] = "*i64" if name in _WORDS else "*fp32" if name in _STATES else "*u8"
+        elif not name.endswith(("_b", "_t")) and name not in ("chunks", "batch", "length", "width"):
+            types[name] = kind
+        if types[name] != "constexpr" and name not in ("chunks", "batch", "length"):
+            aligned[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(function, types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": shape.warps}
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
 
 
-def compile_one(function: Any, types: dict[str, str]) -> None:
-    source = ASTSource(function, {**types, "BLOCK": "constexpr"}, constexprs={"BLOCK": SHAPE.block})
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": SHAPE.warps})
+def both(shape: Shape, given: tuple[str, ...], kind: str, **options: bool) -> tuple[str, str]:
+    """The forward and the backward of a call that ``given`` tensors are of."""
+    common: dict[str, Any] = {"rounded": (), "linked": True, "prefetch": shape.prefetch, **options}
+    forward = tuple(name for name in given if name not in ("upstream", "ending"))
+    run = kernels("linear_recurrence", given=forward, gradients=(), keep="output_gate" in given, **common).run
+    gradients = tuple(f"grad_{name}" for name in (*SEQUENCES, "initial") if name in given)
+    states = "kept" if "output_gate" in given else "output"
+    adjoint = kernels("linear_recurrence_adjoint", given=given, gradients=gradients, states=states, **common)
+    return compiled(run, kind, shape), compiled(adjoint.differentiate, kind, shape)
 
 
-def compile_all(given: tuple[str, ...], kind: str, *, packed: bool, **options: bool) -> None:
-    """The four kernels of a call."""
-    gradients = tuple(f"grad_{name}" for name in SEQUENCES[:4] if name in given)
-    module = kernels(given=given, gradients=gradients, adjoint=True, packed=packed, rounded=(), shape=SHAPE, **options)
-
-    def chosen(*names: str) -> dict[str, str]:
-        return strided(tuple(name for name in names if name in given), kind)
-
-    inputs = ("gate", "input", "input_gate", "reset")
-    sizes = {**({"table": "*i64"} if packed else {}), "chunks": "i32", "length": "i32", "width": "i32"}
-    summary = {"product": "*fp32", "local": "*fp32", "broken": "*u8", **sizes}
-    compile_one(module.summarize, {**chosen(*inputs), **summary})
-    compile_one(module.summarize_adjoint, {**chosen("gate", "output_gate", "upstream", "reset"), **summary})
-    states, initial = {"states": "*fp32"}, end("initial", given)
-    output = strided(("output",), kind)
-    compile_one(module.replay, {**chosen(*inputs, "output_gate"), **output, **states, **initial, **sizes})
-    ends = {**states, **initial, "adjoints": "*fp32", **end("ending", given)}
-    made = strided(gradients, kind)
-    compile_one(module.differentiate, {**chosen(*SEQUENCES, "reset"), **made, **ends, **sizes})
+def check_words(ptx: str) -> None:
+    """A word is written and read by one access, at the device's own coherence: no fence is needed."""
+    assert re.findall(r"atom\S*\.exch\S*", ptx) == ["atom.global.gpu.relaxed.exch.b64"] * 2, "words written otherwise"
+    loads = set(re.findall(r"ld\.volatile\S*", ptx))
+    assert loads <= {"ld.volatile.global.b64", "ld.volatile.global.v2.b64"}, f"words read by {loads}"
+    assert loads, "words read otherwise"
 
 
-if __name__ == "__main__":
+def barriers(ptx: str) -> int:
+    return ptx.count("bar.sync")
+
+
+def main() -> None:
     for number, (sigmoid, tanh) in enumerate(itertools.product((False, True), repeat=2)):
         kind = ("*fp32", "*bf16", "*fp16", "*bf16")[number]
         for weight, more in (("none", False), ("complement", True), ("gate", True)):
@@ -67,5 +74,16 @@ if __name__ == "__main__":
             given += ["upstream"] if not (sigmoid and not more) else []
             given += ["reset", "initial", "ending"] if more == tanh else []
             options = {"complement": weight == "complement", "sigmoid": sigmoid, "tanh": tanh, "reverse": tanh}
-            compile_all(tuple(given), kind, packed=more, **options)
+            for ptx in both(SHORT, tuple(given), kind, packed=more, ragged=more or tanh, **options):
+                check_words(ptx)
+    plain = {"complement": False, "sigmoid": False, "tanh": False, "reverse": False, "packed": False, "ragged": False}
+    for some in (("gate", "input", "upstream"), ("gate", "input", "upstream", "reset", "initial", "ending")):
+        few, many = (
+            [barriers(ptx) for ptx in both(SHORT._replace(steps=steps), some, "*bf16", **plain)] for steps in (4, 8)
+        )
+        assert few == many, f"barriers with 4 and with 8 steps: {few}, {many}: a step is exchanged between threads"
     print("compiled")
+
+
+if __name__ == "__main__":
+    main()

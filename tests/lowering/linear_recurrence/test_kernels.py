@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from structfly.lowering.linear_recurrence import recurrence_triton
 from structfly.lowering.linear_recurrence.arguments import Arguments
 from structfly.lowering.linear_recurrence.recurrence_triton import Shape
+from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 from tests.lowering.linear_recurrence.cases import (
     calls,
     joined,
@@ -26,10 +29,10 @@ from tests.lowering.linear_recurrence.cases import (
     upstream_for,
     with_leaves,
 )
-from tests.oracle import assert_like_eager
+from tests.oracle import assert_like_eager, errors, in_float64, value_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = Shape(steps=4, group=2, block=4, warps=1)
+SMALL = Shape(steps=2, rows=2, block=4, warps=1, group=2)
 LENGTHS = (1, 3, 4, 5, 17, 29)
 FULL: dict[str, Any] = {"weight": "gate", "output_gate": True, "sigmoid": True, "tanh": True}
 
@@ -38,21 +41,21 @@ class Kernels(torch.autograd.Function):
     """The lowering with the op's formula around it."""
 
     @staticmethod
-    def forward(ctx: Any, call: Arguments, shape: Shape, *leaves: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Arguments, shape: Shape | None, *leaves: Any) -> tuple[Tensor, Tensor]:
         ctx.call, ctx.shape = with_leaves(call, [None if leaf is None else leaf.detach() for leaf in leaves]), shape
         made = recurrence_triton.forward(ctx.call, shape)
-        ctx.save_for_backward(made.kept)
+        ctx.save_for_backward(made.output if call.output_gate is None else made.kept)
         return made.output, made.final
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        (kept,) = ctx.saved_tensors
+        (states,) = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[2:])
         output, final = upstream
-        return None, None, *recurrence_triton.backward(ctx.call, kept, output, final, wanted, ctx.shape)
+        return None, None, *recurrence_triton.backward(ctx.call, states, output, final, wanted, ctx.shape)
 
 
-def run_kernels(call: Arguments, shape: Shape, *leaves: Any) -> Tensor:
+def run_kernels(call: Arguments, shape: Shape | None, *leaves: Any) -> Tensor:
     apply: Any = Kernels.apply
     return joined(*apply(call, shape, *leaves))
 
@@ -65,7 +68,7 @@ def check(call: Arguments, shape: Shape = SMALL) -> None:
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(
     call=calls((torch.float32, torch.bfloat16, torch.float16), LENGTHS, device=DEVICE),
-    shape=st.sampled_from((SMALL, Shape(8, 4, 2, 1), Shape(2, 1, 8, 1))),
+    shape=st.sampled_from((SMALL, Shape(4, 1, 2, 1, 4), Shape(1, 4, 8, 1, 2, prefetch=False))),
 )
 def test_as_accurate_as_the_loop(call: Arguments, shape: Shape) -> None:
     check(call, shape)
@@ -74,8 +77,8 @@ def test_as_accurate_as_the_loop(call: Arguments, shape: Shape) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("lengths", [(), (5, 0, 22, 1, 0), (4, 8)])
 @pytest.mark.parametrize("options", [{}, {**FULL, "reset": 0.1}])
-def test_levels_of_chunks(options: dict[str, Any], lengths: tuple[int, ...], reverse: bool) -> None:
-    check(make_call(2, 37, 3, lengths=lengths, reverse=reverse, device=DEVICE, **options), Shape(2, 1, 4, 1))
+def test_groups_of_chunks(options: dict[str, Any], lengths: tuple[int, ...], reverse: bool) -> None:
+    check(make_call(2, 37, 3, lengths=lengths, reverse=reverse, device=DEVICE, **options), Shape(1, 2, 4, 1, 2))
 
 
 @pytest.mark.parametrize("lengths", [(), (0, 0)])
@@ -86,7 +89,7 @@ def test_without_steps_the_state_stays(lengths: tuple[int, ...]) -> None:
     assert torch.equal(made.final, call.initial)
     upstream = torch.randn(2, 3, device=DEVICE)
     wanted = [True, True, False, False, True]
-    initial = recurrence_triton.backward(call, made.kept, None, upstream, wanted, SMALL).initial
+    initial = recurrence_triton.backward(call, made.output, None, upstream, wanted, SMALL).initial
     assert initial is not None
     assert torch.equal(initial, upstream)
 
@@ -109,7 +112,7 @@ def test_nothing_passes_a_reset(of: str, packed: bool, reverse: bool) -> None:
     assert not output[:, earlier].isfinite().any()
     upstream = torch.zeros_like(made.output)
     upstream[:, later] = float("nan")
-    gradients = recurrence_triton.backward(call, made.kept, upstream, None, [False, True, False, False, False], SMALL)
+    gradients = recurrence_triton.backward(call, made.output, upstream, None, [False, True, False, False, False], SMALL)
     assert gradients.input is not None
     assert gradients.input[:, earlier].eq(0).all()
 
@@ -141,15 +144,134 @@ def test_a_row_is_as_it_is_alone() -> None:
     assert torch.equal(whole[1:2], alone)
 
 
-@pytest.mark.gpu
-def test_steps_may_lie_more_than_2_to_the_31_elements_apart() -> None:
+@pytest.mark.parametrize("shape", [SMALL, Shape(4, 4, 4, 1)])
+def test_steps_may_lie_more_than_2_to_the_31_elements_apart(shape: Shape) -> None:
     length, width, apart = 9, 2, 2**29
-    memory = torch.zeros((length - 1) * apart + width, dtype=torch.bfloat16, device="cuda")
+    memory = torch.empty((length - 1) * apart + width, dtype=torch.bfloat16, device=DEVICE)  # few pages of it are used
     input = memory.as_strided((1, length, width), (0, apart, 1))
     input.copy_(torch.randn(1, length, width))
-    call = make_call(1, length, width, device="cuda", dtype=torch.bfloat16)
-    far, near = (recurrence_triton.forward(call._replace(input=each)) for each in (input, input.contiguous()))
-    assert torch.equal(far.output, near.output)
+    call = make_call(1, length, width, device=DEVICE, dtype=torch.bfloat16, weight="complement")
+    made = []
+    for each in (input, input.contiguous()):
+        called = call._replace(input=each)
+        output = recurrence_triton.forward(called, shape).output
+        wanted = [True, False, False, False, False]
+        made.append((output, recurrence_triton.backward(called, output, output, None, wanted, shape).gate))
+    (far, far_gradient), (near, near_gradient) = made
+    assert torch.equal(far, near)
+    assert far_gradient is not None
+    assert near_gradient is not None
+    assert torch.equal(far_gradient, near_gradient)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [(), (61,), (7, 40, 14)])
+def test_chunks_are_combined_in_their_order(lengths: tuple[int, ...], reverse: bool) -> None:
+    """Of gates that are -1, 0 or 1 and inputs that are integers, every order but the right one shows."""
+    call = make_call(2, 61, 3, lengths=lengths, reverse=reverse, device=DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.randint(-8, 9, call.gate.shape, generator=generator).sign().float().to(DEVICE)
+    whole = call._replace(gate=gate, input=call.input.detach().mul(9).round(), initial=None)
+    exact = linear_recurrence_reference(*whole[:-1])
+    for group in (1, 2, 32):
+        made = recurrence_triton.forward(whole, Shape(1, 2, 4, 1, group))
+        assert torch.equal(made.output, exact[0])
+        assert torch.equal(made.final, exact[1])
+
+
+@pytest.fixture
+def patience() -> Iterator[None]:
+    """A wait that never ends is an error."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("patience")
+def test_no_value_is_taken_for_a_word_that_is_not_there() -> None:
+    call = make_call(1, 20, 3, device=DEVICE)
+    bits = torch.full((1, 20, 3), -1, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    made = recurrence_triton.forward(call._replace(gate=bits, input=bits, initial=None), SMALL)
+    assert made.output.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, which interprets
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_product_of_gates_that_is_minus_0_is_no_reset(reset: bool) -> None:
+    call = make_call(1, 20, 2, device=DEVICE)
+    gate = torch.full_like(call.gate, -1.0)
+    gate[0, 9] = 0.0  # in the first chunk of a group, of whose word the second one's states are made
+    resets = torch.zeros(1, 20, dtype=torch.bool, device=DEVICE)
+    resets[0, 10] = reset
+    call = call._replace(gate=gate, initial=torch.full((1, 2), float("inf"), device=DEVICE), reset=resets)
+    made = recurrence_triton.forward(call, Shape(4, 1, 2, 1, 2))  # in a sum of rows -0 would become 0
+    expected, final = linear_recurrence_reference(*call[:-1])
+    torch.testing.assert_close(made.output, expected, equal_nan=True)
+    torch.testing.assert_close(made.final, final, equal_nan=True)
+    assert made.final.isfinite().all() == reset
+
+
+def test_the_final_state_is_the_last_output() -> None:
+    for length in (3, 4, 29):
+        call = make_call(2, length, 3, gates="slow", device=DEVICE)
+        made = recurrence_triton.forward(call, Shape(1, 4, 4, 1))
+        assert torch.equal(made.final, made.output[:, -1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(1, 2**18, 96), (8, 2048, 1024), (3, 70001, 5)])
+def test_same_bits_every_time_where_programs_wait_for_each_other(
+    sizes: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    call = make_call(*sizes, dtype=dtype, gates="slow", device="cuda")
+    upstream = torch.randn_like(call.input)
+    first: list[Tensor | None] = []
+    for _ in range(10):
+        made = recurrence_triton.forward(call)
+        wanted = [True, True, False, False, True]
+        found = recurrence_triton.backward(call, made.output, upstream, made.final, wanted)
+        all_made = [made.output, made.final, found.gate, found.input, found.initial]
+        first = first or all_made
+        for one, other in zip(first, all_made, strict=True):
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gates", ["any", "slow", "ends"])
+@pytest.mark.parametrize("options", [{}, {"weight": "complement", "sigmoid": True}, FULL])
+def test_no_less_accurate_than_the_loop_over_many_groups(options: dict[str, Any], gates: str) -> None:
+    call = make_call(1, 20000, 64, gates=gates, device="cuda", **options)
+    leaves, upstream = leaves_of(call), upstream_for(call)
+    mine = value_and_gradients(partial(run_kernels, call, None), leaves, upstream)
+    loop = value_and_gradients(partial(run_reference, call), leaves, upstream)
+    exact = value_and_gradients(partial(run_reference, call), list(map(in_float64, leaves)), upstream.double())
+    for found, theirs, true in zip(*((value, *gradients) for value, gradients in (mine, loop, exact)), strict=True):
+        assert found is not None
+        assert theirs is not None
+        assert true is not None
+        assert errors(found, true)[0] <= 1.1 * errors(theirs, true)[0] + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_takes_little_memory_beside_its_gradients(dtype: torch.dtype) -> None:
+    call = make_call(1, 2**18, 256, dtype=dtype, initial=False, device="cuda")
+    made = recurrence_triton.forward(call)
+    upstream = torch.randn_like(made.output)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    recurrence_triton.backward(call, made.output, upstream, None, [True, True, False, False, False])
+    size = made.output.numel() * made.output.element_size()
+    assert torch.cuda.max_memory_allocated() - before <= (2 + 1 / 32) * size
 
 
 def test_every_kernel_compiles_for_hopper() -> None:
