@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +91,22 @@ class Block(nn.Module):
 
 
 class Model:
-    """The blocks, compiled, with an optimizer; ``step`` trains them."""
+    """The blocks, compiled, with an optimizer; ``step`` trains them.
 
-    def __init__(self, shape: Shape, provider: Provider, device: str) -> None:
+    Args:
+        shape: of the model and its input.
+        provider: makes and compiles the linear layers.
+        device: "cpu" or "cuda".
+        graph: whether steps can be captured in a CUDA graph.
+    """
+
+    def __init__(self, shape: Shape, provider: Provider, device: str, *, graph: bool = False) -> None:
         place = Place(device, getattr(torch, shape.dtype))
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(Block(shape, provider, place) for _ in range(shape.blocks))
         for block in self.blocks:
             block.compile(backend=provider.backend, fullgraph=True, dynamic=False)
-        self.optimizer = torch.optim.AdamW(self.blocks.parameters(), lr=1e-5, fused=True)
+        self.optimizer = torch.optim.AdamW(self.blocks.parameters(), lr=1e-5, fused=True, capturable=graph)
         self.x, self.upstream = (
             torch.randn(shape.tokens, shape.hidden, device=device).to(place.dtype) for _ in range(2)
         )
@@ -120,25 +127,36 @@ class Model:
         self.optimizer.zero_grad()
         self.x.grad = None
 
+    def captured(self) -> Callable[[], object]:
+        """A step as one CUDA graph, which the host launches as a whole; after a step that was none."""
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
 
-def host_seconds(model: Model) -> float:
+
+def host_seconds(step: Callable[[], object]) -> float:
     """What the host takes to launch a step from an idle GPU, with what it waits where the queue of launches is full."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    model.step()
+    step()
     seconds = time.perf_counter() - start
     torch.cuda.synchronize()
     return seconds
 
 
 def measure_model(
-    shape: Shape, name: str, provider: Provider, device: str, repeats: int, traces: Path | None
+    shape: Shape, name: str, provider: Provider, device: str, repeats: int, traces: Path | None, graph: bool = False
 ) -> list[Row]:
-    """All rows of one model."""
+    """All rows of one model, of steps as a CUDA graph where ``graph`` says so."""
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    model = Model(shape, provider, device)
+    model = Model(shape, provider, device, graph=graph)
     start = time.perf_counter()
     for _ in range(2):  # gradients of the first step, then with the optimizer's state
         model.step()
@@ -149,18 +167,20 @@ def measure_model(
         "parameters": float(model.parameters),
         "graphs": float(counters["stats"]["unique_graphs"]),
     }
-    timings = {"time_s": measure.median_time(model.step, device, repeats=repeats, warmups=1)}
+    step = model.captured() if graph else model.step
+    timings = {"time_s": measure.median_time(step, device, repeats=repeats, warmups=1)}
     if device == "cuda":
-        timings["host_s"] = measure.summarize([host_seconds(model) for _ in range(repeats)])
+        timings["host_s"] = measure.summarize([host_seconds(step) for _ in range(repeats)])
         keep = traces and traces / f"{name.replace(', ', '_').replace(' ', '-')}.json.gz"
-        activity = profiled(model.step, _PROFILED_STEPS, keep)
+        activity = profiled(step, _PROFILED_STEPS, keep)
         values |= {
             "kernels": activity.kernels / _PROFILED_STEPS,
             "kernels_s": activity.kernel_seconds / _PROFILED_STEPS,
             "busy_share": activity.busy_seconds / activity.span_seconds,
             "waiting_share": activity.waiting_share,
         }
-    of = {"kernel": KERNEL, "provider": name, "mode": shape.mode}
+    mode = f"{shape.mode}, a CUDA graph a step" if graph else shape.mode
+    of = {"kernel": KERNEL, "provider": name, "mode": mode}
     rows = [Row.of_timing(timing, **of, metric=metric) for metric, timing in timings.items()]
     return rows + [Row.of_value(value, **of, metric=metric) for metric, value in values.items()]
 
@@ -210,6 +230,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--layers", nargs="+", choices=PROVIDERS, metavar="NAME", default=list(DEFAULTS))
+    parser.add_argument("--graph", action="store_true", help="capture each step in a CUDA graph")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--traces", type=Path, help="a folder that the traces are kept in")
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
@@ -232,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = recording.command_line("benchmarks.structured_model", given)
     rows: list[Row] = []
     for name in chosen.layers:
-        rows += measure_model(shape, name, known[name], chosen.device, chosen.repeats, chosen.traces)
+        rows += measure_model(shape, name, known[name], chosen.device, chosen.repeats, chosen.traces, chosen.graph)
         if chosen.output:
             recording.write(chosen.output, rows, environment=environment, command=command)
     console.print(table_of(rows))

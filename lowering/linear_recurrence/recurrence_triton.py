@@ -75,13 +75,21 @@ class Shape(NamedTuple):
 
 
 def forward_shape(call: Arguments) -> Shape:
-    """More arrays leave room for fewer steps of each."""
-    return Shape(32, 8, 32, 4, registers=168) if call.output_gate is None else Shape(16, 16, 16, 4)
+    """More arrays leave room for fewer steps of each; numbers of 16 bits need more chunks on their way."""
+    if call.output_gate is not None:
+        return Shape(16, 16, 16, 4)
+    return Shape(32, 16 if _short(call) else 8, 16 if _short(call) else 32, 4, registers=168)
 
 
 def backward_shape(call: Arguments) -> Shape:
     """As :func:`forward_shape`; with an output gate, chunks are those of the forward."""
-    return Shape(16, 16, 16, 4) if call.output_gate is None else Shape(8, 32, 16, 8, group=32)
+    if call.output_gate is not None:
+        return Shape(8, 32, 16, 8, group=32)
+    return Shape(16, 16, 32, 8, registers=128) if _short(call) else Shape(16, 16, 16, 4)
+
+
+def _short(call: Arguments) -> bool:
+    return call.input.element_size() == 2
 
 
 def forward(call: Arguments, shape: Shape | None = None) -> Outputs:
