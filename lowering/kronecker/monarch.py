@@ -52,12 +52,13 @@ def why_not(factors: Sequence[Tensor]) -> str:
     one, two = shapes
     if one.d > 1 or two.a > 1 or one.q > 1 or two.p > 1 or one.i % two.d or two.j * two.d != one.features_out:
         return f"{two} after {one} is no Monarch matrix, whose factors are block diagonal but for one permutation"
-    if _strided(two) and two.columns <= _NARROW:
-        return (
-            f"the second factor's matrices have {two.columns} columns and outputs that stand apart; "
-            f"more than {_NARROW} columns are worth a copy that orders the outputs"
-        )
     return why_no_products(factors[0], (one.columns, one.i // two.d, two.rows))
+
+
+def worth_a_copy(factors: Sequence[Tensor]) -> bool:
+    """Whether outputs that stand apart are worth a copy that orders them, where products along axes need none."""
+    two = FactorShape(*factors[1].shape)
+    return not _strided(two) or two.columns > _NARROW
 
 
 def between(call: Applied) -> list[Tensor]:

@@ -5,8 +5,9 @@ With z_t = w_t z_(t-1) for t = 1..T, z_0 = x, and g_t the gradient with respect 
     dw_t = g_t z_(t-1)^T,    g_(t-1) = w_t^T g_t,
 
 and what the forward keeps is z_1 .. z_(T-1).  On GPUs the products are generated, those with
-Monarch's factors in large tiles, where :func:`~structfly.lowering.kronecker.monarch.why_not`, or else
-:func:`~structfly.lowering.kronecker.lattice.why_not`, has nothing against it.
+Monarch's factors in large tiles, where :func:`~structfly.lowering.kronecker.monarch.why_not` has nothing against it, or
+along axes, where :func:`~structfly.lowering.kronecker.lattice.why_not` has nothing and outputs that stand apart are not
+worth a copy.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ _ALONG_AXES = _Products(lattice.between, lattice.finish, lattice.backward)
 
 
 def _products(factors: Sequence[Tensor]) -> _Products:
-    if not monarch.why_not(factors):
+    along_axes = not lattice.why_not(factors)
+    if not monarch.why_not(factors) and (monarch.worth_a_copy(factors) or not along_axes):
         return _WITH_MONARCH
-    return _BY_TORCH if lattice.why_not(factors) else _ALONG_AXES
+    return _ALONG_AXES if along_axes else _BY_TORCH
 
 
 def _between(call: Applied) -> list[Tensor]:

@@ -141,12 +141,18 @@ def _shapes(*shapes: tuple[int, ...]) -> list[Tensor]:
     [
         (_shapes((1, 2, 16, 1, 8, 1)), "the chain has 1 factors"),
         (_shapes((2, 1, 16, 1, 8, 1), (2, 1, 8, 1, 16, 1)), "is no Monarch matrix"),
-        (_shapes((1, 2, 16, 1, 8, 1), (2, 1, 8, 1, 16, 1)), "16 columns and outputs that stand apart"),
+        (_shapes((1, 2, 16, 1, 8, 1), (2, 1, 8, 1, 16, 1)), "they are on meta"),
         (_shapes((1, 2, 16, 1, 8, 1), (2, 1, 1, 8, 16, 1)), "they are on meta"),
     ],
 )
 def test_what_is_no_monarch_matrix_has_a_reason(factors: list[Tensor], reason: str) -> None:
     assert reason in monarch.why_not(factors)
+
+
+@pytest.mark.parametrize(("columns", "apart", "worth"), [(16, True, False), (256, True, True), (16, False, True)])
+def test_outputs_that_stand_apart_are_ordered_for_many_columns(columns: int, apart: bool, worth: bool) -> None:
+    second = (2, 1, 8, 1, columns, 1) if apart else (2, 1, 1, 8, columns, 1)
+    assert monarch.worth_a_copy(_shapes((1, columns // 8, 16, 1, 8, 1), second)) is worth
 
 
 def test_what_is_left_to_torch_has_a_reason() -> None:

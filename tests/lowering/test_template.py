@@ -44,6 +44,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_template_is_found() -> None:
     assert templates() == [
+        "axis_gradients",
+        "axis_products",
+        "block_gradients",
+        "block_sums",
         "linear_cross_entropy_block",
         "linear_cross_entropy_block_rows",
         "linear_cross_entropy_exponential_rows",
@@ -57,6 +61,8 @@ def test_every_template_is_found() -> None:
         "linear_divergence_rows",
         "linear_recurrence",
         "linear_recurrence_adjoint",
+        "matrix_gradients",
+        "matrix_products",
     ]
 
 

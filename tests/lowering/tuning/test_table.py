@@ -158,7 +158,10 @@ def changed(*, tiles: dict[str, Any] | None = None, **fields: Any) -> dict[str, 
         ),
         (changed(tiles={"k": 128}), "k is 128; allowed for linear_cross_entropy_sum: up to 64"),
         (changed(tiles={"m": 256}), "m n is 65536; allowed: up to 32768"),
-        (changed(tiles={"stages": 4}), "shared memory and capability 9.0 has 232448; smaller m, n, k or stages"),
+        (
+            changed(tiles={"stages": 4}),
+            "shared memory and capability 9.0 has 232448; smaller m, n, k, stages or resident",
+        ),
         (changed(capability="8.9"), "shared memory and capability 8.9 has 101376"),
         (
             changed(template="linear_cross_entropy_block", tiles={"m": 32}),
