@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks import recording
 from benchmarks.recording import Row
 from structfly import measure
+from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.products import block_gradients, block_sums
 from structfly.lowering.block_products.tiles import CUTS
 from structfly.lowering.gemm import Tiles
@@ -46,12 +47,14 @@ def products(tokens: int, inside: int, out: int, grid: int, factors: int) -> dic
     each = 1 + factors
     places = [row if f < 0 else row ^ (1 << f) for row in range(grid) for f in range(-1, factors)]
     columns = torch.tensor(places, dtype=torch.int32, device="cuda")
+    starts = each * torch.arange(grid + 1, dtype=torch.int32, device="cuda")
+    members = Listing(columns, None, starts, each)
     rows = torch.arange(grid, dtype=torch.int32, device="cuda").repeat_interleave(each)
     x, grad = random(tokens, grid, inside // grid), random(tokens, grid, out // grid)
     values = random(grid * each, out // grid, inside // grid)
     y, made = torch.empty_like(grad), torch.empty_like(values)
     return {
-        "sums": lambda tiles: block_sums(x, values, y, columns, each=each, tiles=tiles),
+        "sums": lambda tiles: block_sums(x, values, y, members, tiles=tiles),
         "gradients": lambda tiles: block_gradients(grad, x, made, rows, columns, tiles=tiles),
     }
 

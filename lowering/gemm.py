@@ -133,11 +133,8 @@ class Product:
         (rows, inner), columns = a.shape, b.shape[1]
         (a_stored, a_transposed), (b_stored, b_transposed) = _stored(a), _stored(b)
         layout: dict[str, Parameter] = {
-            "name": template,
             "a_transposed": a_transposed,
             "b_transposed": b_transposed,
-            "split": split > 1,
-            "parts": tiles.parts,
             "interpreted": not a.is_cuda,
         }
         self._operands = (
@@ -149,17 +146,8 @@ class Product:
             for each in arguments
         ]
         self._sizes = (rows, columns, inner)
-        programs = min(programs_on(a.device, tiles), -(-rows // tiles.m) * -(-columns // tiles.n) * split)
-        constants = {
-            "BM": tiles.m,
-            "BN": tiles.n,
-            "BK": tiles.k,
-            "GROUP": tiles.group,
-            "SPLIT": split,
-            "PROGRAMS": programs,
-        }
-        kernel = kernel_of(template, tuple({**layout, **(parameters or {})}.items()))
-        self._launch = Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
+        count = -(-rows // tiles.m) * -(-columns // tiles.n)
+        self._launch = launch_of(template, {**layout, **(parameters or {})}, tiles, count, split, a.device)
 
     @property
     def rounds(self) -> Rounds:
@@ -249,6 +237,32 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+def launch_of(
+    template: str, parameters: Mapping[str, Parameter], tiles: Tiles, count: int, split: int, device: torch.device
+) -> Launch:
+    """A product's kernel with as many programs as run at once, and no more than it has tiles.
+
+    Args:
+        template: extends the skeleton.
+        parameters: its own.
+        tiles: how it is cut up.
+        count: tiles of the result.
+        split: programs that share the inner dimension of a tile.
+    """
+    programs = min(programs_on(device, tiles), count * split)
+    constants = {
+        "BM": tiles.m,
+        "BN": tiles.n,
+        "BK": tiles.k,
+        "GROUP": tiles.group,
+        "SPLIT": split,
+        "PROGRAMS": programs,
+    }
+    shared: dict[str, Parameter] = {"name": template, "split": split > 1, "parts": tiles.parts}
+    kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
+    return Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 @lru_cache(maxsize=256)

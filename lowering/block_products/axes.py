@@ -101,7 +101,7 @@ def axis_gradients(a: Tensor, b: Tensor, *, tiles: Tiles, batch: int) -> Tensor:
         operands = [descriptor(each[..., 0], tiles.k, batch, wide) for each, wide in ((a, tiles.m), (b, tiles.n))]
         written = descriptor(sums[:, 0], 1, batch, tiles.m, tiles.n)
     sizes = (tall * tiles.m, side_n, tokens)
-    launch_product("axis_gradients", operands, [written], sizes, total * split, parameters, tiles, a, split=split)
+    launch_product("axis_gradients", operands, [written], sizes, total, parameters, tiles, a, split)
     return sums.sum(0).to(a.dtype) if split > 1 else sums[0].to(a.dtype)
 
 

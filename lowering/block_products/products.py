@@ -8,41 +8,35 @@ import torch
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.gemm import Tiles, kernel_of, programs_on
-from structfly.lowering.launch import Launch, on_device
+from structfly.lowering.block_products.listing import Listing
+from structfly.lowering.block_products.support import ALIGNED
+from structfly.lowering.gemm import Tiles, launch_of, programs_on
+from structfly.lowering.launch import on_device
 from structfly.lowering.template import Parameter
-
-_ALIGNMENT = 16  # bytes, of what a tensor descriptor begins at and steps by
 
 
 def block_sums(
     a: Tensor,
     b: Tensor,
     c: Tensor,
-    sources: Tensor,
+    members: Listing,
     *,
     tiles: Tiles,
-    each: int = 0,
-    starts: Tensor | None = None,
-    blocks: Tensor | None = None,
     turned: bool = False,
     a_turned: bool = False,
     rows: Tensor | None = None,
     beside: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[m]^T, + beside, + bias[i].
+    """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[blocks[m]]^T, + beside, + bias[i].
 
     Args:
         a: (tokens, sources, side_k), or if ``a_turned`` (sources, side_k, tokens).
         b: (blocks, side_n, side_k), or if ``turned`` (blocks, side_k, side_n), which is then not transposed.
         c: (tokens, parts, side_n), written; with ``rows`` (parts * side_n, at least tokens),
             all of it written.
-        sources: int32, which part of ``a`` each member takes, those of part 0 first.
+        members: which blocks and parts of ``a`` each part is the sum of.
         tiles: how the products are cut.
-        each: how many members every part has, or 0.
-        starts: int32 (parts + 1,), where the members of each part begin, where ``each`` is 0.
-        blocks: int32, which block each member takes; None for as many blocks as members, in order.
         rows: int32 (parts * side_n,), the row of ``c`` where each column of the result lies, or None.
         beside: (tokens, rank), or if ``a_turned`` (rank, tokens), and (parts, side_n, rank), or if ``turned``
             (rank, parts, side_n): a product of low rank that is added, or None.
@@ -55,10 +49,11 @@ def block_sums(
     parts = c.shape[1] if rows is None else len(rows) // side_n
     if not c.numel():
         return
+    sources, blocks, starts, each = members
     if not len(b):  # of which there is no descriptor
         b, sources = b.new_zeros(1, *b.shape[1:]), sources.new_zeros(1)
         blocks = None if blocks is None else sources
-    arguments = [each_ for each_ in (sources, blocks, None if each else starts, bias) if each_ is not None]
+    arguments = [tensor for tensor in (sources, blocks, None if each else starts, bias) if tensor is not None]
     parameters: dict[str, Parameter] = {
         "side_n": side_n,
         "side_k": side_k,
@@ -143,7 +138,7 @@ def descriptor(tensor: Tensor, *box: int) -> Any:
         UnsupportedError: the last dimension is not contiguous, or another does not step by multiples of 16 bytes.
     """
     steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])]
-    if tensor.stride(-1) != 1 or any(step % _ALIGNMENT for step in steps):
+    if tensor.stride(-1) != 1 or any(step % ALIGNED for step in steps):
         raise UnsupportedError(
             f"a {tuple(tensor.shape)} {tensor.dtype} operand of strides {tensor.stride()} in a generated product; its "
             "last dimension must be contiguous, and the others begin at multiples of 16 bytes"
@@ -170,27 +165,14 @@ def launch_product(
         operands: descriptors of a and b.
         arguments: the template's own.
         sizes: M, N and K.
-        count: tiles, as often as they are split.
+        count: tiles, whatever they are split in.
         parameters: the template's own.
         split: programs that share the inner dimension of a tile.
     """
     shared: dict[str, Parameter] = {
-        "name": template,
-        "split": split > 1,
-        "parts": tiles.parts,
         "interpreted": not like.is_cuda,
         "bfloat16": like.dtype == torch.bfloat16 and split == 1,
     }
-    programs = min(programs_on(like.device, tiles), count * split)
-    constants = {
-        "BM": tiles.m,
-        "BN": tiles.n,
-        "BK": tiles.k,
-        "GROUP": tiles.group,
-        "SPLIT": split,
-        "PROGRAMS": programs,
-    }
-    kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
-    launch = Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
+    launch = launch_of(template, {**shared, **parameters}, tiles, count, split, like.device)
     with on_device(like.device):
         launch(*operands, *arguments, *sizes)

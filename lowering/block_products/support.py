@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_ALIGNED = 16  # bytes: what tensor descriptors step by
+ALIGNED = 16  # bytes: what tensor descriptors begin at and step by
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -22,8 +22,8 @@ def why_no_products(values: Tensor, sides: Iterable[int]) -> str:
         return f"they are on {values.device.type}"
     if values.dtype not in _DTYPES:
         return f"they are {values.dtype}; generated are products of {', '.join(map(str, _DTYPES))}"
-    if any(side * values.element_size() % _ALIGNED for side in sides):
-        return f"their sides, {', '.join(map(str, sides))}, are no multiples of {_ALIGNED} bytes"
+    if any(side * values.element_size() % ALIGNED for side in sides):
+        return f"their sides, {', '.join(map(str, sides))}, are no multiples of {ALIGNED} bytes"
     return ""
 
 
@@ -32,4 +32,4 @@ def padded(rows: Tensor, width: int) -> Tensor:
     if width > rows.shape[1]:
         return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
     rows = rows.contiguous()
-    return rows.clone() if rows.data_ptr() % _ALIGNED else rows
+    return rows.clone() if rows.data_ptr() % ALIGNED else rows

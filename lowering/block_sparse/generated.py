@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.products import block_gradients, block_sums
-from structfly.lowering.block_products.support import why_no_products
+from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.block_sparse.listing import by_columns, by_rows
@@ -29,46 +28,23 @@ def product(
     x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None, bias: Tensor | None = None
 ) -> Tensor:
     """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank), ``bias`` (features)."""
-    listing = by_rows(layout)
     y = x.new_empty(len(x), grid.rows, grid.block_out)
     source = x.view(len(x), grid.columns, grid.block_in)
     tiles = sum_tiles(values, len(x), grid.rows, grid.block_out, grid.block_in)
     thin = beside and (beside[0], beside[1].view(grid.rows, grid.block_out, -1))
     if bias is not None:
-        missing = grid.rows * grid.block_out - len(bias)
-        bias = torch.nn.functional.pad(bias, (0, missing)).view(grid.rows, grid.block_out)
-    block_sums(
-        source,
-        values,
-        y,
-        listing.sources,
-        each=listing.each,
-        starts=listing.starts,
-        beside=thin,
-        bias=bias,
-        tiles=tiles,
-    )
+        bias = padded(bias[None], grid.rows * grid.block_out).view(grid.rows, grid.block_out)
+    block_sums(source, values, y, by_rows(layout), beside=thin, bias=bias, tiles=tiles)
     return y.flatten(1)
 
 
 def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None) -> Tensor:
     """As :func:`structfly.lowering.block_sparse.aten.gradient_of_x`; ``beside`` has (rank, features)."""
-    listing = by_columns(layout, grid.columns)
     dx = grad.new_empty(len(grad), grid.columns, grid.block_in)
     source = grad.view(len(grad), grid.rows, grid.block_out)
     tiles = sum_tiles(values, len(grad), grid.columns, grid.block_in, grid.block_out)
-    block_sums(
-        source,
-        values,
-        dx,
-        listing.sources,
-        each=listing.each,
-        starts=listing.starts,
-        blocks=listing.blocks,
-        turned=True,
-        beside=beside and (beside[0], beside[1].view(-1, grid.columns, grid.block_in)),
-        tiles=tiles,
-    )
+    thin = beside and (beside[0], beside[1].view(-1, grid.columns, grid.block_in))
+    block_sums(source, values, dx, by_columns(layout, grid.columns), turned=True, beside=thin, tiles=tiles)
     return dx.flatten(1)
 
 

@@ -27,19 +27,10 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tenso
     goes elsewhere is still as long as a tile."""
     _, tile, group = tiles.shape
     made = dense.new_empty(len(order), padded_rows(len(dense)))
-    listing = remembered(_by_group, index, len(order) // group)
-    block_sums(
-        _in_tiles(dense, tile),
-        tiles,
-        made,
-        listing.sources,
-        each=listing.each,
-        starts=listing.starts,
-        blocks=listing.blocks,
-        turned=True,
-        rows=order,
-        tiles=sum_tiles(tiles, len(dense), len(order) // group, group, tile),
-    )
+    groups = len(order) // group
+    cut = sum_tiles(tiles, len(dense), groups, group, tile)
+    members = remembered(_by_group, index, groups)
+    block_sums(_in_tiles(dense, tile), tiles, made, members, turned=True, rows=order, tiles=cut)
     return made
 
 
@@ -50,19 +41,9 @@ def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int, bias
     if bias is not None:
         bias = padded(bias[None], places * tile).view(places, tile)
     made = components.new_empty(components.shape[1], places, tile)
-    listing = remembered(_by_place, index, places)
-    block_sums(
-        components.unflatten(0, (-1, group)),
-        tiles,
-        made,
-        listing.sources,
-        each=listing.each,
-        starts=listing.starts,
-        blocks=listing.blocks,
-        a_turned=True,
-        bias=bias,
-        tiles=sum_tiles(tiles, len(made), places, tile, group),
-    )
+    cut = sum_tiles(tiles, len(made), places, tile, group)
+    of_groups = components.unflatten(0, (-1, group))
+    block_sums(of_groups, tiles, made, remembered(_by_place, index, places), a_turned=True, bias=bias, tiles=cut)
     return made.flatten(1)[:, :features].contiguous()
 
 

@@ -71,58 +71,35 @@ def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Seq
             made[t + 1] = _gradient(grad, before, factor)
         if not any(wanted[: t + 1]):
             return made
-        grad = _turned_product(grad, factor)
+        grad = _product(grad, factor, turned=True)
     made[0] = grad[:, : call.x.shape[1]]
     return made
 
 
-def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(tokens, features) of (tokens, features), with the bias (1, features) added."""
+def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None, *, turned: bool = False) -> Tensor:
+    """(tokens, features) of (tokens, features), with the bias (1, features) added; ``turned``: by the transposes."""
     shape = FactorShape(*factor.shape)
+    inside, out = (shape.i, shape.j) if turned else (shape.j, shape.i)
     tokens = len(features)
-    features = padded(features, shape.features_in)
-    made = features.new_empty(tokens, shape.features_out)
+    features = padded(features, shape.a * inside * shape.d)
+    made = features.new_empty(tokens, shape.a * out * shape.d)
     if _is_large(shape):
         matrix_products(
-            features.view(tokens, shape.a, 1, shape.j),
+            features.view(tokens, shape.a, 1, inside),
             factor.view(shape.a, 1, shape.i, shape.j),
-            made.view(tokens, shape.a, 1, shape.i),
-            bias=None if bias is None else bias.view(shape.a, shape.i),
-            tiles=product_tiles(factor, tokens, (1, shape.i), (1, shape.j)),
+            made.view(tokens, shape.a, 1, out),
+            turned=turned,
+            bias=None if bias is None else bias.view(shape.a, out),
+            tiles=product_tiles(factor, tokens, (1, out), (1, inside)),
         )
         return made
-    tiles, batch = axis_tiles(factor, tokens, shape.matrices, shape.i, shape.j)
+    tiles, batch = axis_tiles(factor, tokens, shape.matrices, out, inside)
     axis_products(
-        features.view(tokens, shape.a, shape.j, shape.d),
+        features.view(tokens, shape.a, inside, shape.d),
         factor.view(shape.d, shape.a, shape.i, shape.j),
-        made.view(tokens, shape.a, shape.i, shape.d),
+        made.view(tokens, shape.a, out, shape.d),
+        turned=turned,
         bias=bias,
-        tiles=tiles,
-        batch=batch,
-    )
-    return made
-
-
-def _turned_product(grad: Tensor, factor: Tensor) -> Tensor:
-    """That with the transposes of a factor's matrices."""
-    shape = FactorShape(*factor.shape)
-    tokens = len(grad)
-    made = grad.new_empty(tokens, shape.features_in)
-    if _is_large(shape):
-        matrix_products(
-            grad.view(tokens, shape.a, 1, shape.i),
-            factor.view(shape.a, 1, shape.i, shape.j),
-            made.view(tokens, shape.a, 1, shape.j),
-            turned=True,
-            tiles=product_tiles(factor, tokens, (1, shape.j), (1, shape.i)),
-        )
-        return made
-    tiles, batch = axis_tiles(factor, tokens, shape.matrices, shape.j, shape.i)
-    axis_products(
-        grad.view(tokens, shape.a, shape.i, shape.d),
-        factor.view(shape.d, shape.a, shape.i, shape.j),
-        made.view(tokens, shape.a, shape.j, shape.d),
-        turned=True,
         tiles=tiles,
         batch=batch,
     )

@@ -17,11 +17,11 @@ from tests.oracle import assert_as_accurate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     kept=kept_blocks(),
-    eights=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    tokens=st.integers(0, 20),
+    eights=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    tokens=st.integers(0, 40),
     dtype=st.sampled_from((torch.bfloat16, torch.float16)),
 )
 def test_products_are_the_references(kept: Tensor, eights: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
@@ -67,6 +67,11 @@ def test_a_layout_is_listed_once_until_it_is_written(monkeypatch: pytest.MonkeyP
     assert again.blocks is not None
     assert again.blocks.tolist() == [1, 0, 2]
     assert listing.by_rows(layout).blocks is None
+
+
+def test_rows_without_blocks_are_listed_as_such() -> None:
+    layout = BlockLayout.of(torch.zeros(3, 2, dtype=torch.bool), equal_rows=True)
+    assert listing.by_rows(layout).starts.tolist() == [0, 0, 0, 0]
 
 
 def test_what_is_left_to_torch_has_a_reason() -> None:

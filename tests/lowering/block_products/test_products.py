@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.products import block_gradients, block_sums
 from structfly.lowering.gemm import Tiles
 from tests.oracle import assert_as_accurate
@@ -17,6 +18,8 @@ from tests.oracle import assert_as_accurate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16)
 SIDES = st.integers(1, 6).map(lambda eights: 8 * eights)
+_NUMBERS = torch.arange(2, dtype=torch.int32, device=DEVICE)
+ONE = Listing(_NUMBERS[:1], None, _NUMBERS, each=1)
 LARGE = Tiles(m=128, n=128, k=64, group=4, parts=2, warps=4, stages=3)
 
 
@@ -92,11 +95,13 @@ def test_sums_are_as_accurate_as_eager(
         seen,
         stored,
         c,
-        of_members.to(DEVICE, torch.int32),
+        Listing(
+            of_members.to(DEVICE, torch.int32),
+            order.to(DEVICE, torch.int32) if listed else None,
+            starts,
+            counts[0] if equal else 0,
+        ),
         tiles=tiles,
-        each=counts[0] if equal else 0,
-        starts=None if equal else starts,
-        blocks=order.to(DEVICE, torch.int32) if listed else None,
         turned=turned,
         a_turned=a_turned,
         rows=rows,
@@ -168,7 +173,7 @@ def test_the_same_bits_every_time() -> None:
     starts = torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=DEVICE)
     made = [torch.empty(70, 3, 40, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
     for c in made:
-        block_sums(a, b, c, sources, starts=starts, tiles=Tiles(16, 16, 16, 2, 1, 1, 1))
+        block_sums(a, b, c, Listing(sources, None, starts, 0), tiles=Tiles(16, 16, 16, 2, 1, 1, 1))
     assert torch.equal(*made)
 
 
@@ -176,4 +181,4 @@ def test_operands_without_descriptors_are_refused() -> None:
     a, b = random(torch.bfloat16, 0, 8, 1, 12), random(torch.bfloat16, 1, 1, 16, 12)
     c = torch.empty(8, 1, 16, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(UnsupportedError, match=r"strides \(12, 12, 1\).* begin at multiples of 16 bytes"):
-        block_sums(a, b, c, torch.zeros(1, dtype=torch.int32, device=DEVICE), each=1, tiles=LARGE)
+        block_sums(a, b, c, ONE, tiles=LARGE)

@@ -70,7 +70,7 @@ def dense_nodes(fast: Rewritten) -> int:
     return len(fast.calls_of(torch.nn.functional.linear))
 
 
-ONE_OP = [name for name in STRUCTURES if name != "pixelfly"]  # whose layer is two calls
+ONE_OP = [name for name in STRUCTURES if name != "pixelfly"]  # whose factors are weighed first
 
 
 @pytest.mark.parametrize("name", ONE_OP)
