@@ -19,7 +19,7 @@ one value means that there is nothing yet: a word that is seen is seen whole, so
 from group to group takes is one store, one load and one multiplication.  What is combined with what is fixed by the
 chunks' numbers (unlike in Merrill and Garland 2016, where it depends on how far those before have come).
 
-Forward, a thread has 32 steps of two channels: f and b take 128 of its registers, and with at most 168 three programs
+Forward, where nothing is activated, a thread has 32 steps of two channels: f and b take 128 of its registers, and with at most 168 three programs
 of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB of float32 in flight, several times the 23 KiB
 that 3 TB/s for 1 us come to.  A word of 8 bytes a chunk of 256 steps is 1/128 of the states in float32 and 1/64 in
 bfloat16; a group of 16 chunks is 4096 steps to a hop.  Threads have two channels because then a tile of words, of which
@@ -75,8 +75,9 @@ class Shape(NamedTuple):
 
 
 def forward_shape(call: Arguments) -> Shape:
-    """More arrays leave room for fewer steps of each; numbers of 16 bits need more chunks on their way."""
-    if call.output_gate is not None:
+    """Numbers of 16 bits need more chunks on their way.  More arrays, and activations, of which a thread keeps both f and
+    b in float32, leave room for fewer steps; and what a step takes to compile grows with the square of the steps."""
+    if not _plain(call):
         return Shape(16, 16, 16, 4)
     return Shape(32, 16 if _short(call) else 8, 16 if _short(call) else 32, 4, registers=168)
 
@@ -85,7 +86,11 @@ def backward_shape(call: Arguments) -> Shape:
     """As :func:`forward_shape`; with an output gate, chunks are those of the forward."""
     if call.output_gate is not None:
         return Shape(8, 32, 16, 8, group=32)
-    return Shape(16, 16, 32, 8, registers=128) if _short(call) else Shape(16, 16, 16, 4)
+    return Shape(16, 16, 32, 8, registers=128) if _plain(call) and _short(call) else Shape(16, 16, 16, 4)
+
+
+def _plain(call: Arguments) -> bool:
+    return call.input_gate is None and call.output_gate is None and not (call.sigmoid or call.tanh)
 
 
 def _short(call: Arguments) -> bool:
@@ -216,6 +221,7 @@ class Run:
                 tanh=call.tanh,
                 reverse=call.reverse,
                 rounded=() if call.input.is_cuda else tuple(_of_dtype(written, torch.bfloat16)),
+                interpreted=not call.input.is_cuda,
                 **parameters,
             )
             given = [argument for name in order for argument in _with_strides(name, tensors[name])]

@@ -246,6 +246,18 @@ def test_same_bits_every_time_where_programs_wait_for_each_other(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [Shape(4, 64, 8, 8, group=32), Shape(4, 16, 2, 1), Shape(2, 8, 4, 2, group=4)])
+def test_threads_that_read_the_same_words(shape: Shape) -> None:
+    """A chunk's words are fewer than its threads, so that some words are read by several, at times of their own."""
+    call = make_call(1, 20000, 64, gates="slow", device="cuda")
+    expected = recurrence_triton.forward(call)
+    for _ in range(50):
+        made = recurrence_triton.forward(call, shape)
+        torch.testing.assert_close(made.output, expected.output, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(made.final, expected.final, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("gates", ["any", "slow", "ends"])
 @pytest.mark.parametrize("options", [{}, {"weight": "complement", "sigmoid": True}, FULL])
 def test_no_less_accurate_than_the_loop_over_many_groups(options: dict[str, Any], gates: str) -> None:
