@@ -170,6 +170,8 @@ class Lifting:
         if value.op in _FUNCTIONS or value.op in _METHODS:
             rank = max((each.rank for each in lifted), default=0)
             arguments = {name: mapped(each, lambda e: self._aligned(e, rank)) for name, each in value.arguments}
+            if value.op == "where":
+                arguments = self._of_its_dtype(value, arguments)
             return Lifted(self._pointwise(value.op, arguments), timed)
         return Lifted(self._moved(value, timed), timed)
 
@@ -189,6 +191,14 @@ class Lifting:
         named = {name: each for name, each in arguments.items() if name not in ("other", "inplace")}
         positional = (first, arguments["other"]) if "other" in arguments else (first,)
         return self._editor.call(_FUNCTIONS[op], *positional, **named)
+
+    def _of_its_dtype(self, choice: Operation, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a choice between two numbers, which torch makes float32, whatever the state has."""
+        like = example(choice.node)
+        if like is None or any(isinstance(arguments[name], fx.Node) for name in ("input", "other")):
+            return arguments
+        one = self._editor.call(torch.full, (), arguments["input"], dtype=like.dtype, device=like.device)
+        return {**arguments, "input": one}
 
     def _number(self, value: Any) -> Any:
         """A mask as 0 and 1, which torch does not subtract: of a state that a mask was multiplied with, say."""

@@ -54,3 +54,11 @@ def test_all_combinations(program: Program, dtype: torch.dtype, batch: int, step
     fast = Rewritten(program)
     assert_like_eager(fast, program, inputs(batch, steps, width, dtype), dtype)
     assert fast.statuses == ["rewritten"], fast.sites
+
+
+def test_numbers_that_a_mask_chooses_have_the_dtype_of_the_state() -> None:
+    """1.5 * 0.9 in float32 is not what it is in float64."""
+    program = Program(step="scalar EMA", reset="masked_fill with a number")
+    fast = Rewritten(program)
+    assert_like_eager(fast, program, inputs(dtype=torch.float64), torch.float64)
+    assert fast.statuses == ["rewritten"], fast.sites
