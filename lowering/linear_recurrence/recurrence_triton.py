@@ -19,11 +19,12 @@ one value means that there is nothing yet: a word that is seen is seen whole, so
 from group to group takes is one store, one load and one multiplication.  What is combined with what is fixed by the
 chunks' numbers (unlike in Merrill and Garland 2016, where it depends on how far those before have come).
 
-Forward, where nothing is activated, a thread has 32 steps of two channels: f and b take 128 of its registers, and with at most 168 three programs
-of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB of float32 in flight, several times the 23 KiB
-that 3 TB/s for 1 us come to.  A word of 8 bytes a chunk of 256 steps is 1/128 of the states in float32 and 1/64 in
-bfloat16; a group of 16 chunks is 4096 steps to a hop.  Threads have two channels because then a tile of words, of which
-a thread reads two, lies in the registers as the other tiles do, and no step has to be exchanged between threads.
+Forward, where nothing is activated, a thread has 32 steps of two channels: f and b take 128 of its registers, and with
+at most 168 three programs of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB of float32 in flight,
+several times the 23 KiB that 3 TB/s for 1 us come to.  A word of 8 bytes a chunk of 256 steps is 1/128 of the states in
+float32 and 1/64 in bfloat16; a group of 16 chunks is 4096 steps to a hop.  Threads have two channels because then a tile
+of words, of which a thread reads two, lies in the registers as the other tiles do, and no step has to be exchanged
+between threads.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Shape(NamedTuple):
 
 
 def forward_shape(call: Arguments) -> Shape:
-    """Numbers of 16 bits need more chunks on their way.  More arrays, and activations, of which a thread keeps both f and
-    b in float32, leave room for fewer steps; and what a step takes to compile grows with the square of the steps."""
+    """Numbers of 16 bits need more chunks on their way.  More arrays, and activations, whose results a thread keeps in
+    float32, leave room for fewer steps, and the time to compile grows faster than the steps."""
     if not _plain(call):
         return Shape(16, 16, 16, 4)
     return Shape(32, 16 if _short(call) else 8, 16 if _short(call) else 32, 4, registers=168)

@@ -43,7 +43,13 @@ def compiled(function: Any, kind: str, shape: Shape) -> str:
 
 def both(shape: Shape, given: tuple[str, ...], kind: str, **options: bool) -> tuple[str, str]:
     """The forward and the backward of a call that ``given`` tensors are of."""
-    common: dict[str, Any] = {"rounded": (), "interpreted": False, "linked": True, "prefetch": shape.prefetch, **options}
+    common: dict[str, Any] = {
+        "rounded": (),
+        "interpreted": False,
+        "linked": True,
+        "prefetch": shape.prefetch,
+        **options,
+    }
     forward = tuple(name for name in given if name not in ("upstream", "ending"))
     run = kernels("linear_recurrence", given=forward, gradients=(), keep="output_gate" in given, **common).run
     gradients = tuple(f"grad_{name}" for name in (*SEQUENCES, "initial") if name in given)
