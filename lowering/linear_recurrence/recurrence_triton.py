@@ -22,8 +22,8 @@ chunks' numbers (unlike in Merrill and Garland 2016, where it depends on how far
 Forward, where nothing is activated, a thread has 32 steps of two channels: f and b take 128 of its registers, and with
 at most 168 three programs of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB of float32 in flight,
 several times the 23 KiB that 3 TB/s for 1 us come to.  A word of 8 bytes a chunk of 256 steps is 1/128 of the states in
-float32 and 1/64 in bfloat16; a group of 16 chunks is 4096 steps to a hop.  Threads have two channels because then a tile
-of words, of which a thread reads two, lies in the registers as the other tiles do, and no step has to be exchanged
+float32 and 1/64 in bfloat16; a group of 16 chunks is 4096 steps to a hop.  Threads have two channels because then a
+tile of words, of which a thread reads two, lies in the registers as the other tiles do, and no step has to be exchanged
 between threads.
 """
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
+from structfly.nn.windows import windows
 from structfly.ops.recurrence import linear_recurrence
 
 _POOLINGS = {"f": 2, "fo": 3, "ifo": 4}  # and how many features a unit takes: z, f, o, i
@@ -24,6 +25,15 @@ class QRNNState(NamedTuple):
 
     cell: Tensor
     window: Tensor
+
+
+def _last(input: Tensor, beside: Tensor, *, reverse: bool) -> Tensor:
+    """As many steps as lie beside the input: those that lie beside what comes next."""
+    reach = beside.shape[1]
+    if reverse:
+        return torch.cat([input[:, :reach], beside], 1)[:, :reach]
+    seen = torch.cat([beside, input[:, max(input.shape[1] - reach, 0) :]], 1)
+    return seen[:, seen.shape[1] - reach :]
 
 
 class QRNN(nn.Module):
@@ -101,31 +111,24 @@ class QRNN(nn.Module):
             ArgumentError: a shape is not as above.
         """
         self._check(input, state)
-        outputs, cells, windows = [], [], []
+        outputs, cells, lasts = [], [], []
         for direction, projection in enumerate(self.projections):
             reverse = direction == 1
             cell = None if state is None else state.cell[direction]
-            seen, window = self._extended(input, None if state is None else state.window[direction], reverse=reverse)
-            output, cell = self._pooled(projection(self._windows(seen, input.shape[1])), cell, reverse=reverse)
+            beside = self._beside(input, None if state is None else state.window[direction])
+            seen = windows(input, beside, reverse=reverse)
+            output, cell = self._pooled(projection(seen), cell, reverse=reverse)
             outputs.append(output)
             cells.append(cell)
-            windows.append(window)
+            lasts.append(_last(input, beside, reverse=reverse))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return output, QRNNState(torch.stack(cells), torch.stack(windows))
+        return output, QRNNState(torch.stack(cells), torch.stack(lasts))
 
-    def _extended(self, input: Tensor, window: Tensor | None, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """The input with the steps beside it that windows reach, and those steps of the next call."""
-        beside = self.window - 1
+    def _beside(self, input: Tensor, window: Tensor | None) -> Tensor:
+        """The steps beside the input that windows reach."""
         if window is None:
-            window = input.new_zeros(input.shape[0], beside, self.input_size)
-        seen = torch.cat([input, window] if reverse else [window, input], 1) if beside else input
-        return seen, seen[:, :beside] if reverse else seen[:, seen.shape[1] - beside :]
-
-    def _windows(self, seen: Tensor, length: int) -> Tensor:
-        """(B, T, window I): what every step sees."""
-        if self.window == 1:
-            return seen
-        return torch.cat([seen[:, first : first + length] for first in range(self.window)], -1)
+            return input.new_zeros(input.shape[0], self.window - 1, self.input_size)
+        return window
 
     def _pooled(self, projected: Tensor, cell: Tensor | None, *, reverse: bool) -> tuple[Tensor, Tensor]:
         z, f, *others = projected.split(self.hidden_size, -1)
