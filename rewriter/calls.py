@@ -152,6 +152,9 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "softmax": (("input", "dim"), (torch.softmax, torch.special.softmax), ("softmax",)),
     "log_softmax": (("input", "dim"), (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
     "logsumexp": (_REDUCE, (torch.logsumexp, torch.special.logsumexp), ("logsumexp",)),
+    "cumsum": (("input", "dim"), (torch.cumsum,), ("cumsum",)),
+    "cumprod": (("input", "dim"), (torch.cumprod,), ("cumprod",)),
+    "logcumsumexp": (("input", "dim"), (torch.logcumsumexp,), ("logcumsumexp",)),
     "gather": (("input", "dim", "index"), (torch.gather,), ("gather",)),
     "take_along_dim": (("input", "index", "dim"), (torch.take_along_dim,), ("take_along_dim",)),
     "kl_div": (

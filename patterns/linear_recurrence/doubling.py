@@ -9,28 +9,17 @@ reach back to the first step a state has a window, which is another function.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx
 
-from structfly import compat
-from structfly.lowering.linear_recurrence.op import DEVICES
-from structfly.patterns.linear_recurrence.affine import Affine
-from structfly.patterns.linear_recurrence.expressions import Part
-from structfly.patterns.linear_recurrence.folding import fold, opened
-from structfly.patterns.linear_recurrence.lifting import Lifting, Steps
+from structfly.patterns.linear_recurrence.expressions import Expression
 from structfly.patterns.linear_recurrence.menu import doubled
-from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence, write
-from structfly.patterns.linear_recurrence.rewrite import laid_out, parts_of
-from structfly.patterns.linear_recurrence.site import RecurrenceSite
-from structfly.patterns.linear_recurrence.slices import WHOLE, Sequence
-from structfly.patterns.linear_recurrence.steps import Run
-from structfly.records import Miss
+from structfly.patterns.linear_recurrence.recurrence import Recurrence
+from structfly.patterns.linear_recurrence.whole import WholeSite, whole_site
+from structfly.records import Miss, Stage
 from structfly.rewriter.calls import Call, flat, read
-from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import Region, example, needs_gradient, qualified_name
+from structfly.rewriter.region import Region, example, qualified_name
 
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
 _ONES = ("ones", "ones_like", "new_ones")
@@ -54,19 +43,6 @@ class Reach(NamedTuple):
     nodes: frozenset[fx.Node]
 
 
-@dataclass(frozen=True)
-class DoublingSite(RecurrenceSite):
-    """States made by doubling; ``runs`` are gate, input, and what these are activations of."""
-
-    runs: tuple[Run, ...]
-    dim: int
-    nodes: frozenset[fx.Node]
-
-    @property
-    def dead_nodes(self) -> tuple[fx.Node, ...]:
-        return tuple(self.nodes)
-
-
 class _Shift(NamedTuple):
     source: fx.Node
     dim: int
@@ -74,7 +50,7 @@ class _Shift(NamedTuple):
     nodes: frozenset[fx.Node]
 
 
-def read_doublings(region: Region, rule: str) -> Iterator[DoublingSite | Miss]:
+def read_doublings(region: Region, rule: str) -> Iterator[WholeSite | Miss]:
     """The states that are made by doubling, or why they are not those of the recurrence."""
     found: dict[fx.Node, Reach] = {}
     continued: set[fx.Node] = set()
@@ -222,63 +198,24 @@ def _is_front(index: Any, dim: int, ndim: int) -> bool:
 # ------------------------------------------------------------------------------------------------------ the whole of it
 
 
-def _site(node: fx.Node, reach: Reach, region: Region, rule: str) -> DoublingSite | Miss:
-    value, gate = example(node), example(reach.gate)
+def _site(node: fx.Node, reach: Reach, region: Region, rule: str) -> WholeSite | Miss:
+    value = example(node)
     assert value is not None
-    name = qualified_name(node)
-
-    def miss(reason: str) -> Miss:
-        return Miss(rule, node, reason, 1, node, name)
-
-    length = value.shape[reach.dim]
+    assert reach.input is not None
+    length, rounds = value.shape[reach.dim], reach.steps.bit_length() - 1
     if reach.steps < length:
-        rounds = reach.steps.bit_length() - 1
-        return miss(
+        reason = (
             f"doubling in {rounds} rounds reaches back {reach.steps} of {length} steps: a state has a window, and is "
             "no recurrence; go on until the reach is the length"
         )
-    if value.dtype not in DTYPES or value.device.type not in DEVICES:
-        return miss(f"states of {value.dtype} on {value.device.type}; supported: {DTYPES} on {DEVICES}")
-    if gate is None or gate.ndim != value.ndim or gate.shape[reach.dim] != length:
-        return miss("the gate has fewer dimensions or steps than the states")
-    if value.ndim > 3 and not all(isinstance(size, int) for size in value.shape):
-        return miss("states of more than two dimensions, of which one is not constant")
-    if len({region.modes[each] for each in reach.nodes}) > 1:
-        return miss("gradients or autocast are switched between the rounds")
-    with compat.example_mode(compat.fake_mode_of([value])):
-        like = torch.select(value, reach.dim, 0)
-    assert reach.input is not None
-    rest = (WHOLE,) * (value.ndim - 1)
-    runs = tuple(Run(Sequence(each, reach.dim, None, rest), 0, 1) for each in (reach.gate, reach.input))
-    step, runs = opened(Affine(Part(0), Part(1)), runs)
-    recurrence = Recurrence(
-        step=fold(step),
-        initial=0.0,
-        zeros=True,
-        like=like,
-        backward=False,
-        gradient=needs_gradient(node),
-        autocast=len(region.modes[node]) > 1,
-    )
-    return DoublingSite(
-        rule=rule,
-        name=name,
-        node=node,
-        device=value.device,
-        sizes=compat.size_hints(value),
-        recurrence=recurrence,
-        kept=doubled(recurrence, length, reach.steps.bit_length() - 1),
-        steps=length,
-        runs=runs,
-        dim=reach.dim,
-        nodes=reach.nodes,
-    )
+        return Miss(rule, node, reason, 1, node, qualified_name(node))
+
+    def kept(recurrence: Recurrence, steps: int) -> tuple[Stage, ...]:
+        return doubled(recurrence, steps, rounds)
+
+    gate, input = (reach.gate, _itself), (reach.input, _itself)
+    return whole_site(node, gate, input, reach.dim, reach.nodes, kept, region, rule)
 
 
-def rewrite_doubling(site: DoublingSite, editor: Editor) -> None:
-    """Write the op where the last round stands."""
-    steps = Steps(site.node.meta["example_value"].shape[site.dim], False)
-    states = write(site.recurrence, Lifting(editor, parts_of(site.runs, steps, editor)), editor).states
-    whole = editor.call(torch.movedim, states, 0, site.dim) if site.dim else states
-    editor.replace(site.node, laid_out(whole, site.node, editor))
-    editor.erase(site.dead_nodes)
+def _itself(value: Expression) -> Expression:
+    return value

@@ -12,7 +12,7 @@ from structfly.config import SiteSettings
 from structfly.lowering.linear_recurrence.op import DEVICES
 from structfly.patterns.linear_recurrence.affine import Affine, Obstacle, read_affine
 from structfly.patterns.linear_recurrence.collectors import Joins
-from structfly.patterns.linear_recurrence.doubling import DoublingSite, read_doublings, rewrite_doubling
+from structfly.patterns.linear_recurrence.doubling import read_doublings
 from structfly.patterns.linear_recurrence.expressions import ZERO, Expression, Operation, Part, Shared
 from structfly.patterns.linear_recurrence.folding import fold, opened
 from structfly.patterns.linear_recurrence.lifting import steps_of, why_not_lifted
@@ -23,6 +23,7 @@ from structfly.patterns.linear_recurrence.rewrite import rewrite_loop
 from structfly.patterns.linear_recurrence.scans import KINDS, ScanSite, read_scan, rewrite_scan
 from structfly.patterns.linear_recurrence.site import LoopSite, RecurrenceSite
 from structfly.patterns.linear_recurrence.steps import Loop, Unlike, read_way
+from structfly.patterns.linear_recurrence.whole import WholeSite, rewrite_whole
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example, example_tensors, needs_gradient, qualified_name
@@ -58,8 +59,8 @@ class LinearRecurrence:
     def rewrite(self, site: RecurrenceSite, candidate: Candidate, editor: Editor) -> None:
         if isinstance(site, ScanSite):
             rewrite_scan(site, editor)
-        elif isinstance(site, DoublingSite):
-            rewrite_doubling(site, editor)
+        elif isinstance(site, WholeSite):
+            rewrite_whole(site, editor)
         else:
             assert isinstance(site, LoopSite)
             rewrite_loop(site, editor)
