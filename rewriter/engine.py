@@ -125,7 +125,7 @@ class _Run:
                         reason = "another rule takes part of what would be rewritten"
                         self._missed(Miss(rule.name, result.node, reason, 0, result.node, result.name), place)
                 elif not self.config.for_site(result.name).rule_enabled(rule.name):
-                    reason = f"the rule {rule.name} is switched off here by the configuration"
+                    reason = f"the rule {rule.name} is switched off here; rules.{rule.name} = true switches it on"
                     self._say(result, place, "kept", reason)
                 else:
                     found.append(_Found(rule, result, region, place))

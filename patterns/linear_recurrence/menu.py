@@ -56,6 +56,13 @@ def doubled(recurrence: Recurrence, steps: int, rounds: int) -> tuple[Stage, ...
     return tuple(Stage(0, count * moved, rounds) for count in ((1, 2) if recurrence.gradient else (1,)))
 
 
+def cumulative(recurrence: Recurrence, steps: int) -> tuple[Stage, ...]:
+    """The kernels of a recurrence by cumulative sums: two scans and what is done to them read five numbers a step and
+    channel and write three; the backward has as many scans again, and moves twice as much."""
+    moved = 8 * _moved(recurrence, steps)
+    return tuple(Stage(0, count * moved, 3) for count in ((1, 2) if recurrence.gradient else (1,)))
+
+
 def _passes(recurrence: Recurrence, steps: Expression, kernels: Expression) -> tuple[Stage, ...]:
     moved = _moved(recurrence, steps) / kernels
     counts = (_FORWARD, _BACKWARD) if recurrence.gradient else (_FORWARD,)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from structfly.compat import expression
+from structfly.lowering.linear_recurrence import op as _op  # noqa: F401  defines it
 from structfly.lowering.linear_recurrence.arguments import Arguments
 from structfly.patterns.linear_recurrence.folding import Folded
 from structfly.patterns.linear_recurrence.lifting import Lifted, Lifting
