@@ -201,11 +201,11 @@ def layer(bench: Bench) -> None:
         bench.value(times[OURS] / (times[PRODUCT] + times[COPY]), OURS, case.mode, "x_bound")
 
 
-def warm(problem: tuple[tuple[int, int, int], str], who: str) -> None:
+def warm(problem: tuple[tuple[int, int, int], str], who: str, device: str = "cuda") -> None:
     """Fill the compilers' caches, in a process of its own."""
     shape, dtype = problem
     for training in (False, True):
-        case = Case(shape, dtype, "cuda", training)
+        case = Case(shape, dtype, device, training)
         provider = PROVIDERS[who]
         if not provider.why_not(shape[1], case.elements, training=training):
             case.call(provider)()

@@ -17,7 +17,8 @@ from structfly.patterns.linear_recurrence.expressions import Expression, State, 
 from structfly.patterns.linear_recurrence.lifting import why_not_lifted
 from structfly.patterns.linear_recurrence.loops import MIN_STEPS, SlicedNodes
 from structfly.patterns.linear_recurrence.slices import read_slice
-from structfly.patterns.linear_recurrence.steps import Loop, Match, Pattern, Run
+from structfly.patterns.linear_recurrence.step_pattern import Match, Pattern
+from structfly.patterns.linear_recurrence.steps import Loop, Run
 from structfly.rewriter.calls import Call
 from structfly.rewriter.region import Region, example
 

@@ -20,7 +20,8 @@ from structfly.patterns.linear_recurrence.loops import SlicedNodes
 from structfly.patterns.linear_recurrence.menu import recurrence_menu, unrolled
 from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence
 from structfly.patterns.linear_recurrence.rewrite import rewrite_loop
-from structfly.patterns.linear_recurrence.scans import KINDS, ScanSite, read_scan, rewrite_scan
+from structfly.patterns.linear_recurrence.scan_rewrite import rewrite_scan
+from structfly.patterns.linear_recurrence.scans import KINDS, ScanSite, read_scan
 from structfly.patterns.linear_recurrence.site import LoopSite, RecurrenceSite
 from structfly.patterns.linear_recurrence.steps import Loop, Unlike, read_way
 from structfly.patterns.linear_recurrence.whole import WholeSite, rewrite_whole

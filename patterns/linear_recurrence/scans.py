@@ -8,12 +8,11 @@ pytorch#172568): of the pairs (a, b) it leaves out what a does to the states, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import sympy
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from structfly import compat
 from structfly.lowering.linear_recurrence.op import DEVICES
@@ -27,16 +26,14 @@ from structfly.patterns.linear_recurrence.expressions import (
     depends,
     mul,
 )
-from structfly.patterns.linear_recurrence.folding import Folded, fold
-from structfly.patterns.linear_recurrence.lifting import Lifted, Lifting, why_not_lifted
+from structfly.patterns.linear_recurrence.folding import fold
+from structfly.patterns.linear_recurrence.lifting import why_not_lifted
 from structfly.patterns.linear_recurrence.menu import one_by_one
-from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence, last_state, write
-from structfly.patterns.linear_recurrence.rewrite import laid_out
+from structfly.patterns.linear_recurrence.operations import operation
+from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence
 from structfly.patterns.linear_recurrence.site import RecurrenceSite
-from structfly.patterns.linear_recurrence.steps import operation
 from structfly.records import Miss, Stage
 from structfly.rewriter.calls import flat, read
-from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, bodies, example, example_tensors, qualified_name
 from structfly.rewriter.writes import unused
 
@@ -198,7 +195,7 @@ def _site(
         raise _NoRecurrence(f"states of {like.dtype} on {like.device.type}; supported: {_SUPPORTED}")
     if like.ndim > 2 and not all(isinstance(size, int) for size in like.shape[1:]):
         raise _NoRecurrence("states of more than two dimensions, of which one behind the first is not constant")
-    turned = [_turned(each) for each in sequences]
+    turned = [turned_round(each) for each in sequences]
     recurrence = Recurrence(
         step=fold(step),
         initial=initial,
@@ -244,7 +241,7 @@ def _below(node: fx.Node, among: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _turned(node: fx.Node) -> fx.Node | None:
+def turned_round(node: fx.Node) -> fx.Node | None:
     """What is turned round in time, which comes first."""
     call = read(node)
     if call is None or call.op != "flip" or flat(call["dims"]) not in ((0,), [0]):
@@ -258,52 +255,3 @@ def _associative_kernels(recurrence: Recurrence, steps: sympy.Expr) -> tuple[Sta
     numbers = recurrence.numbers * steps * recurrence.like.dtype.itemsize
     forward = Stage(0, 4 * numbers)
     return (forward, Stage(0, 4 * numbers * steps)) if recurrence.gradient else (forward,)
-
-
-def rewrite_scan(site: ScanSite, editor: Editor) -> None:
-    """Write the op where the scan stands."""
-    recurrence = site.recurrence
-
-    def part(number: int) -> fx.Node:
-        return editor.current(site.parts[number])
-
-    written = write(recurrence, Lifting(editor, part), editor)
-    lift = Lifting(editor, part, written.states)
-    for user in [each for each in site.node.users if each not in site.unseen]:
-        place: Any = user.args[1]
-        if place == site.final:
-            editor.replace(user, last_state(recurrence, written, editor))
-            continue
-        if place == site.product:
-            step = Folded(recurrence.step.gate, ZERO)
-            whole = write(
-                replace(recurrence, step=step, initial=1.0, zeros=False), Lifting(editor, part), editor
-            ).states
-        else:
-            whole = _all_steps(lift(site.outputs[place]), part(0), editor)
-        _give(user, whole, recurrence.backward, editor)
-    editor.erase([site.node, *site.node.users, *site.unseen])
-
-
-def _all_steps(value: Lifted, like: fx.Node, editor: Editor) -> fx.Node:
-    """A lifted value; one that no step changes is repeated."""
-    if value.timed:
-        node: fx.Node = value.value
-        return node
-
-    def repeated(tensor: Tensor, like: Tensor) -> Tensor:
-        return tensor.expand(like.shape[0], *tensor.shape)
-
-    return editor.trace(repeated, value.value, like)
-
-
-def _give(old: fx.Node, whole: fx.Node, backward: bool, editor: Editor) -> None:
-    """All steps to the users of ``old``; those that would turn them round get them as they are."""
-    straight = [user for user in old.users if backward and _turned(user) is old]
-    for user in straight:
-        editor.replace(user, laid_out(whole, user, editor))
-        editor.erase([user])
-    others = [user for user in old.users if user not in straight]
-    if others:
-        whole = editor.call(torch.flip, whole, (0,)) if backward else whole
-        editor.replace(old, laid_out(whole, old, editor), others)

@@ -128,3 +128,14 @@ def test_every_bar_is_of_something_that_is_measured() -> None:
     }
     modes |= {Layer(benchmark.LONG, "bfloat16", "cuda", False).mode}
     assert {mode for mode, _ in benchmark.BARS} <= modes
+
+
+def test_what_is_compiled_first_is_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def build(who: str) -> Provider:
+        return Provider(lambda: built.append(who) or PROVIDERS[who].build())  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(benchmark, "PROVIDERS", {who: build(who) for who in ("loop", OURS)})
+    benchmark.warm(((1, 8, 2), "float32"), "loop", "cpu")
+    assert built == ["loop", "loop"]  # forward, and forward and backward

@@ -246,6 +246,23 @@ def test_same_bits_every_time_where_programs_wait_for_each_other(
 
 
 @pytest.mark.gpu
+def test_sigmoids_are_right_to_the_last_places() -> None:
+    """The complement's, by value, and next to 1 also the gate's on average: a loop adds its errors up."""
+    most = 2.25 * 2**-22  # 2^-22 of ex2.approx, 2^-23 of rcp.approx, and three roundings
+    y = torch.linspace(-87, 87, 100_001, device="cuda").view(1, 1, -1)
+    call = make_call(1, 1, y.shape[2], weight="complement", sigmoid=True, device="cuda")
+    call = call._replace(gate=y, input=torch.ones_like(y), initial=torch.zeros(1, y.shape[2], device="cuda"))
+    exact = torch.sigmoid(-y.double())
+    complement = recurrence_triton.forward(call).output
+    assert ((complement - exact) / exact).abs().max() <= most
+    gate = recurrence_triton.forward(call._replace(input=torch.zeros_like(y), initial=torch.ones_like(y[0]))).output
+    exact = torch.sigmoid(y.double())
+    assert ((gate - exact) / exact).abs().max() <= most
+    slow = (y > 6.9) & (y < 12)
+    assert (gate - exact)[slow].mean().abs() <= 2**-29
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [Shape(4, 64, 8, 8, group=32), Shape(4, 16, 2, 1), Shape(2, 8, 4, 2, group=4)])
 def test_threads_that_read_the_same_words(shape: Shape) -> None:
     """A chunk's words are fewer than its threads, so that some words are read by several, at times of their own."""
