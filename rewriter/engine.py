@@ -250,7 +250,7 @@ def _with_costs(line: SiteReport, choice: Choice | LayerChoice) -> SiteReport:
 
 def _checked(result: Site | Miss, region: Region) -> Site | Miss:
     """The find, or the miss it becomes where nothing may be rewritten or its nodes cannot be computed together."""
-    closed = region.why_closed(result.node)
+    closed = region.why_closed(result.node, values_only=isinstance(result, Site) and result.values_only)
     if isinstance(result, Miss):
         return replace(result, reason=closed or result.reason)
     pinned = [(result.node, closed)] if closed else [why_pinned(region, group) for group in result.groups]

@@ -29,6 +29,10 @@ class RecurrenceSite(Site):
     steps: sympy.Expr | int
 
     @property
+    def values_only(self) -> bool:
+        return True
+
+    @property
     def settled(self) -> str:
         """Why the graph must not stay as it is, or ""."""
         return ""

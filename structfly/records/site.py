@@ -43,6 +43,12 @@ class Site:
         return (self.dead_nodes,)
 
     @property
+    def values_only(self) -> bool:
+        """Whether a rewrite makes the same values of the same tensors and does nothing else, so that it may be made in
+        the forward and in the backward of a custom autograd function, each by itself."""
+        return False
+
+    @property
     def replaces(self) -> tuple[str, ...]:
         """Their names."""
         return tuple(sorted(node.name for node in self.dead_nodes))
