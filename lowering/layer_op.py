@@ -39,6 +39,8 @@ Finish = Callable[[Applied, Sequence[Tensor]], Tensor]
 # (gradient (N, out), applied to, made between, wanted: of x and each factor) -> gradients, None where not wanted
 Backward = Callable[[Tensor, Applied, Sequence[Tensor], Sequence[bool]], list[Tensor | None]]
 Shapes = Sequence[Sequence[int]]
+# (x (*rows, in), factors, bias, static) -> y (*rows, out), in torch's own operations
+Plain = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[int]], Tensor]
 
 
 FORWARD_OPS: dict[Any, LayerOp] = {}
@@ -52,12 +54,12 @@ class LayerOp:
         name: with an ABI version, which goes up with any change of the schema, the fake or the autograd formula.
         between, finish: the forward in two steps, on matrices; backward makes the first again where nothing was kept.
         backward: the gradients, on matrices.
-        adds_bias: whether ``finish`` adds the bias, so that y need not be read again for it.
         out_features: of the factors' shapes and the static numbers.
         kept_shapes: of N rows, the factors' shapes and the static numbers: the shapes of what is made between.
         multiply_adds: of the same: those of each of the two steps; the backward has as many as both for x, and again
             for the factors.
         adds_bias: whether ``finish`` adds the bias within its products; else it is added to what that gives.
+        plain: the layer in torch's own operations, where the op adds nothing to them: a compiler is given those.
     """
 
     def __init__(
@@ -71,10 +73,11 @@ class LayerOp:
         kept_shapes: Callable[[int, Shapes, Sequence[int]], list[tuple[int, ...]]],
         multiply_adds: Callable[[int, Shapes, Sequence[int]], tuple[int, int]],
         adds_bias: bool = False,
+        plain: Plain | None = None,
     ) -> None:
         self.name, self.between, self.finish, self.backward = name, between, finish, backward
         self.out_features, self.kept_shapes, self.multiply_adds = out_features, kept_shapes, multiply_adds
-        self.adds_bias = adds_bias
+        self.adds_bias, self.plain = adds_bias, plain
         forward_name, backward_name = f"structfly::{name}", f"structfly::{name}_backward"
         torch.library.define(
             forward_name,

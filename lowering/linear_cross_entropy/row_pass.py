@@ -26,7 +26,7 @@ from torch import Tensor
 
 from structfly.compat import assert_on_device
 from structfly.lowering.device_profile import device_model
-from structfly.lowering.gemm import Blocks, Product, Tiles, has_descriptor
+from structfly.lowering.gemm import Blocks, Product, Tiles, is_operand
 from structfly.lowering.head.chunks import row_stride
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.buffers import in_one_buffer
@@ -118,7 +118,7 @@ class RowPass:
         self.every_row = head.ignore_index is None and coefficients.chosen is None
         self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
         self.weight = head.weight[: head.num_classes]
-        if not has_descriptor(self.weight):  # a view of a larger buffer that begins anywhere
+        if not is_operand(self.weight):  # a view of a larger buffer that begins anywhere
             self.weight = self.weight.clone(memory_format=torch.contiguous_format)
         self.terms, live_classes = _apart(class_terms(head))
         self.share = head.label_smoothing / head.num_classes
