@@ -111,6 +111,7 @@ def forward(call: Arguments, shape: Shape | None = None) -> Outputs:
         {"output": output, "final": final, "kept": kept if keep else None},
         ("gate", "input", "input_gate", "output_gate", "reset", "output", "final", "kept", "initial"),
         keep=keep,
+        compensated=call.input.dtype == torch.float32,
     )
     return Outputs(output, final, kept)
 

@@ -51,10 +51,11 @@ def both(shape: Shape, given: tuple[str, ...], kind: str, **options: bool) -> tu
         **options,
     }
     forward = tuple(name for name in given if name not in ("upstream", "ending"))
-    run = kernels("linear_recurrence", given=forward, gradients=(), keep="output_gate" in given, **common).run
+    own = {"keep": "output_gate" in given, "compensated": kind == "*fp32"}
+    run = kernels("linear_recurrence", given=forward, gradients=(), **own, **common).run
     gradients = tuple(f"grad_{name}" for name in (*SEQUENCES, "initial") if name in given)
-    states = "kept" if "output_gate" in given else "output"
-    adjoint = kernels("linear_recurrence_adjoint", given=given, gradients=gradients, states=states, **common)
+    source = "kept" if "output_gate" in given else "output"
+    adjoint = kernels("linear_recurrence_adjoint", given=given, gradients=gradients, states=source, **common)
     return compiled(run, kind, shape), compiled(adjoint.differentiate, kind, shape)
 
 
