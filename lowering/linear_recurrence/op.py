@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structfly.compat import register_autograd
 from structfly.lowering.linear_recurrence import kernels
 from structfly.lowering.linear_recurrence.arguments import (
     ARGUMENTS,
@@ -91,30 +92,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     made = Outputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(made.kept)
-    ctx.tensors = [name for name, value in call._asdict().items() if isinstance(value, Tensor)]
-    ctx.options = [None if isinstance(value, Tensor) else value for value in call]
-    ctx.save_for_backward(states_for_backward(call, made), *(getattr(call, name) for name in ctx.tensors))
+    ctx.places = [place for place, value in enumerate(call) if isinstance(value, Tensor)]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in call]
+    ctx.save_for_backward(states_for_backward(call, made), *(call[place] for place in ctx.places))
 
 
 def _differentiate(
-    ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None, _: Any
+    ctx: Any, needed: Sequence[bool], grad_output: Tensor | None, grad_final: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
-    needed = Arguments(*ctx.needs_input_grad)
-    wanted = [bool(getattr(needed, name)) for name in DIFFERENTIABLE]
+    wanted = [needed[place] for place in _PLACES]
     made: Sequence[Tensor | None] = [None] * len(wanted)
     if any(wanted) and not (grad_output is None and grad_final is None):
         states, *saved = ctx.saved_tensors
-        call = Arguments(*ctx.options)._replace(**dict(zip(ctx.tensors, saved, strict=True)))
+        arguments = list(ctx.others)
+        for place, tensor in zip(ctx.places, saved, strict=True):
+            arguments[place] = tensor
         with torch.no_grad():
-            found = _BACKWARD(grad_output, grad_final, states, *call, wanted)
+            found = _BACKWARD(grad_output, grad_final, states, *arguments, wanted)
         made = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: a second differentiation must fail, not find zeros
-            sources = [each for each in (*call.differentiable, grad_output, grad_final) if each is not None]
+            sources = [arguments[place] for place in _PLACES] + [grad_output, grad_final]
+            sources = [each for each in sources if each is not None]
             made = refuse_second_derivative(made, sources, _TWICE)
-    none: dict[str, Any] = dict.fromkeys(Arguments._fields)
-    return tuple((none | dict(zip(DIFFERENTIABLE, made, strict=True))).values())
+    gradients: list[Tensor | None] = [None] * len(needed)
+    for place, gradient in zip(_PLACES, made, strict=True):
+        gradients[place] = gradient
+    return tuple(gradients)
 
 
+_PLACES = [Arguments._fields.index(name) for name in DIFFERENTIABLE]
 _TWICE = (
     "structfly's linear_recurrence was differentiated twice, which it does not support; where a second derivative is "
     "needed, write the recurrence as a loop in torch"
@@ -122,6 +128,6 @@ _TWICE = (
 
 torch.library.register_fake(NAME, _forward_fake)
 torch.library.register_fake(BACKWARD_NAME, _backward_fake)
-torch.library.register_autograd(NAME, _differentiate, setup_context=_setup_context)
+register_autograd(_FORWARD, _differentiate, _setup_context)
 torch.library.register_vmap(NAME, one_by_one(_FORWARD))
 torch.library.register_vmap(BACKWARD_NAME, one_by_one(_BACKWARD))

@@ -29,16 +29,16 @@ between threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from structfly.lowering.launch import Launch, on_device
-from structfly.lowering.linear_recurrence.arguments import DIFFERENTIABLE, Arguments, Gradients, Outputs
+from structfly.lowering.linear_recurrence.arguments import Arguments, Gradients, Outputs
 from structfly.lowering.linear_recurrence.chunks import Chunks
 from structfly.lowering.template import Parameter, load, render
 
@@ -104,14 +104,19 @@ def forward(call: Arguments, shape: Shape | None = None) -> Outputs:
     keep = call.keep and call.output_gate is not None
     output, final = torch.empty_like(call.input), run.ends(call.initial)
     kept = final.new_empty(run.chunks.count if keep else 0, run.width)
-    read = {name: getattr(call, name) for name in ("gate", "input", "input_gate", "output_gate")}
     run.launch(
-        ("linear_recurrence", "run"),
-        {**read, "initial": call.initial},
-        {"output": output, "final": final, "kept": kept if keep else None},
-        ("gate", "input", "input_gate", "output_gate", "reset", "output", "final", "kept", "initial"),
-        keep=keep,
-        compensated=call.input.dtype == torch.float32,
+        Kernel("linear_recurrence", "run", (("keep", keep), ("compensated", call.input.dtype == torch.float32))),
+        {
+            "gate": call.gate,
+            "input": call.input,
+            "input_gate": call.input_gate,
+            "output_gate": call.output_gate,
+            "reset": run.reset,
+            "output": output,
+            "final": final,
+            "kept": kept if keep else None,
+            "initial": call.initial,
+        },
     )
     return Outputs(output, final, kept)
 
@@ -145,30 +150,25 @@ def backward(
     )
     run = Run(call, shape or backward_shape(call), against=not call.reverse)
     leaving = run.ends(grad_final) if "initial" in wants else None
-    read = {
-        "gate": call.gate,
-        "input": call.input if changed else None,
-        "input_gate": call.input_gate if weighted else None,
-        "output_gate": call.output_gate,
-        "upstream": grad_output,
-        "initial": call.initial if source == "output" else None,
-        "ending": grad_final,
-    }
-    written = {f"grad_{name}": each for name, each in zip(DIFFERENTIABLE[:-1], made, strict=False)}
     run.launch(
-        ("linear_recurrence_adjoint", "differentiate"),
-        read,
+        Kernel("linear_recurrence_adjoint", "differentiate", (("states", source),)),
         {
-            **written,
+            "gate": call.gate,
+            "output_gate": call.output_gate,
+            "upstream": grad_output,
+            "input": call.input if changed else None,
+            "input_gate": call.input_gate if weighted else None,
+            "reset": run.reset,
             "output": states if source == "output" else None,
-            "kept": states if source == "kept" else None,
+            "grad_gate": made.gate,
+            "grad_input": made.input,
+            "grad_input_gate": made.input_gate,
+            "grad_output_gate": made.output_gate,
             "grad_initial": leaving,
+            "kept": states if source == "kept" else None,
+            "ending": grad_final,
+            "initial": call.initial if source == "output" else None,
         },
-        (
-            *("gate", "output_gate", "upstream", "input", "input_gate", "reset", "output", *written),
-            *("grad_initial", "kept", "ending", "initial"),
-        ),
-        states=source,
     )
     if made.initial is not None and leaving is not None:
         made.initial.copy_(leaving)
@@ -179,10 +179,10 @@ class Run:
     """A launch over the chunks of a call, in the order of time or ``against`` it."""
 
     def __init__(self, call: Arguments, shape: Shape, *, against: bool) -> None:
-        self.call, self.against = call, against
+        self.call, self.shape, self.against = call, shape, against
         batch, length, self.width = call.input.shape
-        self.shape = shape.fitted(self.width)
         self.offsets = None if call.offsets is None else call.offsets.to(torch.int64)
+        self.reset = None if call.reset is None else call.reset.view(torch.uint8)
         self.chunks = Chunks(shape.chunk, batch, length, self.offsets)
 
     def ends(self, given: Tensor | None) -> Tensor:
@@ -193,69 +193,96 @@ class Run:
         zeros = self.call.input.new_zeros(sizes, dtype=torch.float32)
         return zeros if given is None else zeros.copy_(given)
 
-    def launch(
-        self,
-        kernel: tuple[str, str],
-        read: Mapping[str, Tensor | None],
-        written: Mapping[str, Tensor | None],
-        order: Sequence[str],
-        **parameters: Parameter,
-    ) -> None:
-        """Launch a template's kernel; ``order`` is that of its signature's tensors."""
-        call, shape, chunks = self.call, self.shape, self.chunks
+    def launch(self, kernel: Kernel, tensors: Mapping[str, Tensor | None]) -> None:
+        """Launch a kernel on the tensors that are there, in its signature's order."""
+        call, chunks, device = self.call, self.chunks, self.call.input.device
         if not (chunks.count and self.width):
             return
-        reset = None if call.reset is None else call.reset.view(torch.uint8)
-        tensors = {"reset": reset, **read, **written}
-        packed = self.offsets is not None
-        linked = chunks.length > shape.chunk
-        with on_device(call.input.device):
-            module = kernels(
-                kernel[0],
-                given=tuple(name for name in ("reset", *read) if tensors[name] is not None),
-                gradients=tuple(name for name, each in written.items() if each is not None and "grad" in name),
-                packed=packed,
-                linked=linked,
-                ragged=packed or bool(chunks.length % shape.chunk or self.width % shape.block),
-                prefetch=shape.prefetch,
-                complement=call.complement,
-                sigmoid=call.sigmoid,
-                tanh=call.tanh,
-                reverse=call.reverse,
-                rounded=() if call.input.is_cuda else tuple(_of_dtype(written, torch.bfloat16)),
-                interpreted=not call.input.is_cuda,
-                **parameters,
-            )
-            given = [argument for name in order for argument in _with_strides(name, tensors[name])]
-            links = self._links() if linked else ()
+        there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        layouts = tuple([(name, each.dtype, each.stride(), each.data_ptr() % 16) for name, each in there.items()])
+        linked, packed = chunks.length > self.shape.chunk, self.offsets is not None
+        sizes = Sizes(chunks.count if packed else chunks.per_sequence, chunks.batch, chunks.length, self.width)
+        options = (call.complement, call.sigmoid, call.tanh, call.reverse)
+        with on_device(device):
+            launch = _launch_of(kernel, self.shape, layouts, sizes, options, packed, linked, chunks.count, device)
+            links = (self._links(),) if linked else ()
             table = (chunks.table(),) if packed else ()
-            sizes = (chunks.count if packed else chunks.per_sequence, chunks.batch, chunks.length, self.width)
-            constants = {"STEPS": shape.steps, "ROWS": shape.rows, "BLOCK": shape.block, "GROUP": shape.group}
-            grid = (chunks.count * -(-self.width // shape.block),)
-            limit: dict[str, int] = {} if shape.registers is None else {"maxnreg": shape.registers}
-            launch = Launch(getattr(module, kernel[1]), grid, constants, (), num_warps=shape.warps, **limit)
-            launch(*given, *links, *table, *sizes)
+            launch(*there.values(), *links, *table)
 
-    def _links(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tickets, the groups' states and the chunks' words: nothing as yet, which is -1."""
+    def _links(self) -> Tensor:
+        """How many programs have started, the groups' states and the chunks' words: nothing as yet, which is -1."""
         chunks, groups = self.chunks.count, -(-self.chunks.count // self.shape.group)
         line = 16  # words of a cache line
-        memory = self.call.input.new_full((line + (groups + chunks) * self.width,), -1, dtype=torch.int64)
-        return memory, memory[line:], memory[line + groups * self.width :]
+        return self.call.input.new_full((line + (groups + chunks) * self.width,), -1, dtype=torch.int64)
 
 
-def _of_dtype(tensors: Mapping[str, Tensor | None], dtype: torch.dtype) -> Iterator[str]:
-    return (name for name, each in tensors.items() if each is not None and each.dtype == dtype)
+class Kernel(NamedTuple):
+    """A template's kernel, and the template's own parameters."""
+
+    template: str
+    name: str
+    parameters: tuple[tuple[str, Parameter], ...]
 
 
-def _with_strides(name: str, tensor: Tensor | None) -> tuple[Any, ...]:
-    """A tensor that is there, with its strides if it is not the kernels' own."""
-    if tensor is None:
-        return ()
-    return (tensor,) if name in _OWN else (tensor, *tensor.stride())
+class Sizes(NamedTuple):
+    """What a kernel is told: of ``chunks`` in a sequence of ``length`` steps, or in all where sequences are packed."""
+
+    chunks: int
+    batch: int
+    length: int
+    width: int
 
 
+_READ = ("gate", "input", "input_gate", "output_gate", "upstream", "reset", "initial", "ending")
 _OWN = ("final", "kept", "grad_initial")
+"""Tensors of which a kernel knows the strides."""
+
+
+@lru_cache(maxsize=512)
+def _launch_of(
+    kernel: Kernel,
+    shape: Shape,
+    layouts: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...],
+    sizes: Sizes,
+    options: tuple[bool, bool, bool, bool],
+    packed: bool,
+    linked: bool,
+    chunks: int,
+    device: torch.device,
+) -> Launch:
+    """A launch for tensors of such layouts, found once for all steps of a training: the host has little time for it.
+
+    Args:
+        layouts: name, dtype, strides, and how many bytes after a multiple of 16 it begins, of each tensor.
+        options: complement, sigmoid, tanh, reverse.
+        chunks: all.
+    """
+    names = [name for name, *_ in layouts]
+    shape = shape.fitted(sizes.width)
+    complement, sigmoid, tanh, reverse = options
+    written = [(name, dtype) for name, dtype, *_ in layouts if name == "output" or "grad_" in name]
+    module = kernels(
+        kernel.template,
+        given=tuple(name for name in _READ if name in names),
+        gradients=tuple(name for name in names if "grad_" in name),
+        packed=packed,
+        linked=linked,
+        ragged=packed or bool(sizes.length % shape.chunk or sizes.width % shape.block),
+        prefetch=shape.prefetch,
+        complement=complement,
+        sigmoid=sigmoid,
+        tanh=tanh,
+        reverse=reverse,
+        rounded=() if device.type == "cuda" else tuple(name for name, dtype in written if dtype == torch.bfloat16),
+        interpreted=device.type != "cuda",
+        **dict(kernel.parameters),
+    )
+    strides = [stride for name, _, each, _ in layouts if name not in _OWN for stride in each]
+    constants = {"STEPS": shape.steps, "ROWS": shape.rows, "BLOCK": shape.block, "GROUP": shape.group}
+    limit: dict[str, int] = {} if shape.registers is None else {"maxnreg": shape.registers}
+    grid = (chunks * -(-sizes.width // shape.block),)
+    function = getattr(module, kernel.name)
+    return Launch(function, grid, constants, (*strides, *sizes), num_warps=shape.warps, **limit)
 
 
 @lru_cache(maxsize=256)

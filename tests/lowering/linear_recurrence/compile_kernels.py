@@ -17,7 +17,7 @@ from structfly.lowering.linear_recurrence.recurrence_triton import Shape, kernel
 
 SEQUENCES = ("gate", "input", "input_gate", "output_gate")
 SHORT = Shape(4, 8, 32, 4)  # as many rows, channels and warps as the kernels that run, and fewer steps
-_WORDS = ("tickets", "carries", "words", "table")
+_WORDS = ("links", "table")
 _STATES = ("final", "kept", "grad_initial", "initial", "ending")
 _CONSTANTS = ("STEPS", "ROWS", "BLOCK", "GROUP")
 

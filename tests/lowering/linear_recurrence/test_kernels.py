@@ -160,6 +160,18 @@ def test_same_bits_every_time() -> None:
     assert torch.equal(first, second)
 
 
+def test_a_call_like_one_before_is_not_prepared_again() -> None:
+    call = make_call(2, 29, 5, device=DEVICE, seed=1)
+    recurrence_triton.forward(call, SMALL)
+    known = recurrence_triton._launch_of.cache_info()
+    recurrence_triton.forward(make_call(2, 29, 5, device=DEVICE, seed=2), SMALL)
+    again = recurrence_triton._launch_of.cache_info()
+    assert (again.hits, again.misses) == (known.hits + 1, known.misses)
+    turned = make_call(2, 29, 5, device=DEVICE, layout="BDT")
+    check(turned)
+    assert recurrence_triton._launch_of.cache_info().misses > again.misses
+
+
 def test_a_row_is_as_it_is_alone() -> None:
     call = make_call(3, 29, 5, device=DEVICE, initial=False)
     one = call._replace(gate=call.gate[1:2], input=call.input[1:2])
