@@ -76,11 +76,11 @@ class Shape(NamedTuple):
 
 
 def forward_shape(call: Arguments) -> Shape:
-    """Numbers of 16 bits need more chunks on their way.  More arrays, and activations, whose results a thread keeps in
-    float32, leave room for fewer steps, and the time to compile grows faster than the steps."""
+    """Numbers of 16 bits lie two to a register, so that four programs fit.  More arrays, and activations, whose results
+    a thread keeps in float32, leave room for fewer steps, and the time to compile grows faster than the steps."""
     if not _plain(call):
         return Shape(16, 16, 16, 4)
-    return Shape(32, 16 if _short(call) else 8, 16 if _short(call) else 32, 4, registers=168)
+    return Shape(32, 16, 16, 4, registers=112) if _short(call) else Shape(32, 8, 32, 4, registers=168)
 
 
 def backward_shape(call: Arguments) -> Shape:

@@ -74,6 +74,12 @@ def check_quotients(ptx: str) -> None:
     assert not re.findall(r"div\.(?:full|approx)", ptx), "a quotient"
 
 
+def check_halves(ptx: str, kind: str) -> None:
+    """Numbers of 16 bits are split by an instruction that stays at each use, not when they arrive."""
+    assert ("and.b32" in ptx and "0xffff0000" in ptx) == (kind == "*bf16"), "bfloat16 widened otherwise"
+    assert ("{low, high}" in ptx) == (kind == "*fp16"), "float16 widened otherwise"
+
+
 def barriers(ptx: str) -> int:
     return ptx.count("bar.sync")
 
@@ -90,6 +96,7 @@ def main() -> None:
             options = {"complement": weight == "complement", "sigmoid": sigmoid, "tanh": tanh, "reverse": tanh}
             for ptx in both(SHORT, tuple(given), kind, packed=more, ragged=more or tanh, **options):
                 check_words(ptx)
+                check_halves(ptx, kind)
                 if sigmoid and not tanh:  # that has quotients of its own
                     check_quotients(ptx)
     plain = {"complement": False, "sigmoid": False, "tanh": False, "reverse": False, "packed": False, "ragged": False}
