@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
-from structfly.nn.windows import windows
+from structfly.nn.window_product import projected
 from structfly.ops.recurrence import linear_recurrence
 
 _POOLINGS = {"f": 2, "fo": 3, "ifo": 4}  # and how many features a unit takes: z, f, o, i
@@ -116,8 +116,8 @@ class QRNN(nn.Module):
             reverse = direction == 1
             cell = None if state is None else state.cell[direction]
             beside = self._beside(input, None if state is None else state.window[direction])
-            seen = windows(input, beside, reverse=reverse)
-            output, cell = self._pooled(projection(seen), cell, reverse=reverse)
+            made = projected(projection, input, beside, reverse=reverse)
+            output, cell = self._pooled(made, cell, reverse=reverse)
             outputs.append(output)
             cells.append(cell)
             lasts.append(_last(input, beside, reverse=reverse))
