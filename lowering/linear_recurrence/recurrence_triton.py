@@ -19,12 +19,12 @@ one value means that there is nothing yet: a word that is seen is seen whole, so
 from group to group takes is one store, one load and one multiplication.  What is combined with what is fixed by the
 chunks' numbers (unlike in Merrill and Garland 2016, where it depends on how far those before have come).
 
-Forward, where nothing is activated, a thread has 32 steps of two channels: f and b take 128 of its registers, and with
-at most 168 three programs of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB of float32 in flight,
-several times the 23 KiB that 3 TB/s for 1 us come to.  A word of 8 bytes a chunk of 256 steps is 1/128 of the states in
-float32 and 1/64 in bfloat16; a group of 16 chunks is 4096 steps to a hop.  Threads have two channels because then a
-tile of words, of which a thread reads two, lies in the registers as the other tiles do, and no step has to be exchanged
-between threads.
+Forward, where nothing is activated, a thread has 32 steps of two channels.  In float32 f and b take 128 of its
+registers, and with at most 168 three programs of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB
+in flight, several times the 23 KiB that 3 TB/s for 1 us come to.  In 16 bits f and b take 64, and four programs of 16
+rows of 16 channels have up to 128 KiB in flight.  A word of 8 bytes a chunk is 1/128 of the states in either; a group
+of 16 chunks is 4096 or 8192 steps to a hop.  Threads have two channels because then a tile of words, of which a thread
+reads two, lies in the registers as the other tiles do, and no step has to be exchanged between threads.
 """
 
 from __future__ import annotations
