@@ -3,7 +3,7 @@
     python -m benchmarks.plot benchmarks/results/linear_cross_entropy_h100.json
 
 writes the SVG beside the result.  The same data give the same bytes, with one release of matplotlib.  A result of
-structured layers is drawn by :mod:`benchmarks.speedup_plot`.
+structured layers is drawn by :mod:`benchmarks.speedup_plot`, one of recurrences by :mod:`benchmarks.growth_plot`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks import speedup_plot
+from benchmarks import growth_plot, speedup_plot
 
 OURS = "structfly"
 _MARKERS = "osD^vP<>Xhp"
@@ -115,8 +115,11 @@ def write_svg(result: Path, output: Path) -> None:
     """Draw the result ``result``, a JSON of :mod:`benchmarks.recording`, to ``output``."""
     data = json.loads(result.read_text(encoding="utf-8"))
     speedups = any(row["metric"] == "x_dense" for row in data["rows"])
+    growing = growth_plot.read_points(data)
     with mpl.rc_context(_SETTINGS):
-        if speedups:
+        if growing:
+            figure = growth_plot.draw(growing, data["device"])
+        elif speedups:
             figure = speedup_plot.draw(speedup_plot.read_points(data), data["device"])
         else:
             figure = draw(read_points(data), data["device"])

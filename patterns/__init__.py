@@ -15,6 +15,7 @@ from structfly.patterns.linear.menu import Planned
 from structfly.patterns.linear.times import Times as LayerTimes
 from structfly.patterns.linear_cross_entropy import LinearCrossEntropy
 from structfly.patterns.linear_divergence import LinearDivergence
+from structfly.patterns.linear_recurrence import CumulativeRecurrence, LinearRecurrence
 from structfly.patterns.masked_linear import MaskedLinear
 from structfly.patterns.merged_linear import MergedLinear
 from structfly.patterns.merged_linear.rule import Times as OpTimes
@@ -23,11 +24,17 @@ from structfly.rewriter.rule import Rule
 DEFAULT_RULES: tuple[Rule[Any], ...] = (
     LinearCrossEntropy(),
     LinearDivergence(),
+    LinearRecurrence(),
     FactoredLinear(),
     MaskedLinear(),
     BatchedChain(),
 )
-RULE_NAMES = (*(rule.name for rule in DEFAULT_RULES), MergedLinear.name, RestructuredLinear.name)
+RULE_NAMES = (
+    *(rule.name for rule in DEFAULT_RULES),
+    CumulativeRecurrence.name,
+    MergedLinear.name,
+    RestructuredLinear.name,
+)
 
 
 class AllTimes(LayerTimes, OpTimes, Protocol):
@@ -39,28 +46,31 @@ def rules_under(
     plan: Mapping[str, Planned] | None = None,
     times: Callable[[torch.device], AllTimes] | None = None,
 ) -> tuple[Rule[Any], ...]:
-    """The rules that may act: the exact ones, and last, so that it takes nothing from them, the one that restructures
-    layers, where ``config`` asks for that.  Structured layers are merged, which takes memory, where time counts and
-    nothing limits that.
+    """The rules that may act: the exact ones; the one that is off unless ``config`` names it; and last, so that it
+    takes nothing from them, the one that restructures layers, where ``config`` asks for that.  Structured layers are
+    merged, which takes memory, where time counts and nothing limits that.
 
     Args:
         plan: says what of which layer becomes, or None where a budget does.
         times: gives the times of layers on a device, where they count.
     """
+    rules = (*DEFAULT_RULES, CumulativeRecurrence())
     if not config.restructures:
-        return DEFAULT_RULES
+        return rules
     may_grow = config.budget.params is None and config.budget.weight_bytes is None
     merged = (MergedLinear(times),) if times is not None and may_grow else ()
-    return (*DEFAULT_RULES, *merged, RestructuredLinear(plan, times))
+    return (*rules, *merged, RestructuredLinear(plan, times))
 
 
 __all__ = [
     "DEFAULT_RULES",
     "RULE_NAMES",
     "BatchedChain",
+    "CumulativeRecurrence",
     "FactoredLinear",
     "LinearCrossEntropy",
     "LinearDivergence",
+    "LinearRecurrence",
     "MaskedLinear",
     "MergedLinear",
     "RestructuredLinear",

@@ -93,6 +93,9 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "not": (("input",), (torch.logical_not, torch.bitwise_not, operator.invert), ("logical_not", "bitwise_not")),
     "entr": (("input",), (torch.special.entr,), ()),
     "broadcast_tensors": (("*tensors",), (torch.broadcast_tensors, torch.functional.broadcast_tensors), ()),
+    "lerp": (("input", "end", "weight"), (torch.lerp,), ("lerp", "lerp_")),
+    "addcmul": (("input", "tensor1", "tensor2"), (torch.addcmul,), ("addcmul", "addcmul_")),
+    "silu": (("input", "inplace"), (F.silu,), ()),
     "where": (("condition", "input", "other"), (torch.where,), ()),
     "masked_fill": (("input", "mask", "value"), (torch.masked_fill,), ("masked_fill", "masked_fill_")),
     "setitem": (("input", "index", "value"), (operator.setitem,), ("__setitem__",)),
@@ -132,6 +135,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "numel": (("input",), (torch.numel,), ("numel", "nelement")),
     "expand": (("input", "*sizes"), (), ("expand",)),
     "expand_as": (_BINARY, (), ("expand_as",)),
+    "flip": (("input", "*dims"), (torch.flip,), ("flip",)),
     "roll": (("input", "shifts", "dims"), (torch.roll,), ("roll",)),
     "repeat_interleave": (
         ("input", "repeats", "dim"),
@@ -164,6 +168,9 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "softmax": (("input", "dim"), (torch.softmax, torch.special.softmax), ("softmax",)),
     "log_softmax": (("input", "dim"), (torch.log_softmax, torch.special.log_softmax), ("log_softmax",)),
     "logsumexp": (_REDUCE, (torch.logsumexp, torch.special.logsumexp), ("logsumexp",)),
+    "cumsum": (("input", "dim"), (torch.cumsum,), ("cumsum",)),
+    "cumprod": (("input", "dim"), (torch.cumprod,), ("cumprod",)),
+    "logcumsumexp": (("input", "dim"), (torch.logcumsumexp,), ("logcumsumexp",)),
     "gather": (("input", "dim", "index"), (torch.gather,), ("gather",)),
     "take_along_dim": (("input", "index", "dim"), (torch.take_along_dim,), ("take_along_dim",)),
     "kl_div": (

@@ -58,7 +58,7 @@ def choose(orders: Sequence[Order]) -> list[Choice]:
         [
             number
             for number, candidate in enumerate(order.menu.candidates)
-            if candidate.rewrites or not order.always or len(order.menu.candidates) == 1
+            if candidate.rewrites or not (order.always or order.menu.settled) or len(order.menu.candidates) == 1
         ]
         for order in orders
     ]
@@ -94,11 +94,11 @@ def _explained(order: Order, costs: Sequence[CostValues], number: int, relaxed: 
     kept = next(values for candidate, values in zip(candidates, costs, strict=True) if not candidate.rewrites)
     chosen, values = candidates[number], costs[number]
     fast = [v.seconds for c, v in zip(candidates, costs, strict=True) if c.rewrites]
-    if relaxed:
+    if order.menu.settled or order.menu.reason:
+        reason = order.menu.settled or order.menu.reason
+    elif relaxed:
         least = format_bytes(values.transient_bytes)
         reason = f"nothing fits the limit of {format_bytes(order.menu.peak_limit)}; this takes the least, {least}"
-    elif order.menu.reason:
-        reason = order.menu.reason
     elif not chosen.rewrites:
         best = min(fast, default=float("inf"))
         reason = (

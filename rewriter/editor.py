@@ -7,7 +7,7 @@ erases.  :meth:`Editor.rollback` gives the old nodes their users back and takes 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,21 @@ from structfly.rewriter.inputs import ExtraInputs, InputLike, Provide, stand_in
 class Editor:
     """Edits one graph for one site."""
 
-    def __init__(self, graph: fx.Graph, anchor: fx.Node, *, allow_inputs: bool = True) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        anchor: fx.Node,
+        *,
+        allow_inputs: bool = True,
+        successors: dict[fx.Node, fx.Node] | None = None,
+    ) -> None:
+        """``successors``: the nodes that editors of the same graph replaced before, and by what; added to on commit."""
         self._graph = graph
+        self._successors = {} if successors is None else successors
         self._anchor = anchor
         self._allow_inputs = allow_inputs
         self._made: list[fx.Node] = []
-        self._replaced: list[tuple[fx.Node, fx.Node]] = []
+        self._replaced: list[tuple[fx.Node, fx.Node, Collection[fx.Node] | None]] = []
         self._dead: list[fx.Node] = []
         self._moved_users: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
         self.inputs: list[ExtraInputs] = []
@@ -41,6 +50,17 @@ class Editor:
         """Put what follows before the first of ``nodes``."""
         places = {node: index for index, node in enumerate(self._graph.nodes)}
         self._anchor = min(nodes, key=places.__getitem__)
+
+    def after(self, *nodes: fx.Node) -> None:
+        """Put what follows behind the last of ``nodes``."""
+        self.before(*nodes)
+        self._anchor = self._anchor.next
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """What has the value of ``node`` now, if a rewrite before this one replaced it."""
+        while node in self._successors:
+            node = self._successors[node]
+        return node
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new call_function node, with an example value."""
@@ -109,9 +129,9 @@ class Editor:
             if order[other] > here:
                 self._anchor.prepend(other)
 
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let all users of ``old`` use ``new``, on commit."""
-        self._replaced.append((old, new))
+    def replace(self, old: fx.Node, new: fx.Node, users: Collection[fx.Node] | None = None) -> None:
+        """Let all users of ``old``, or those named, use ``new``, on commit."""
+        self._replaced.append((old, new, users))
 
     def erase(self, nodes: Sequence[fx.Node]) -> None:
         """Remove those of ``nodes`` that nothing uses any more, on commit."""
@@ -119,11 +139,15 @@ class Editor:
 
     def commit(self) -> None:
         """Make the replacements, check the graph, and make the erasures."""
-        for old, new in self._replaced:
-            self._moved_users.append((old, new, old.replace_all_uses_with(new)))
+        for old, new, named in self._replaced:
+            users = old.replace_all_uses_with(new, None if named is None else frozenset(named).__contains__)
+            self._moved_users.append((old, new, users))
         self._graph.lint()
+        self._successors.update((old, new) for old, new, _ in self._replaced)
         positions = {node: index for index, node in enumerate(self._graph.nodes)}
-        for node in sorted({*self._dead, *(old for old, _ in self._replaced)}, key=positions.__getitem__, reverse=True):
+        for node in sorted(
+            {*self._dead, *(old for old, _, _ in self._replaced)}, key=positions.__getitem__, reverse=True
+        ):
             if not node.users:
                 self._graph.erase_node(node)
 

@@ -90,6 +90,7 @@ class _Run:
         self.gm, self.rules, self.config, self.profiles = gm, rules, config, profiles
         self.outcome = Outcome(gm)
         self.lines: list[tuple[tuple[int, int], SiteReport]] = []
+        self.successors: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> Outcome:
         start = time.perf_counter()
@@ -129,7 +130,7 @@ class _Run:
                         reason = "another rule takes part of what would be rewritten"
                         self._missed(Miss(rule.name, result.node, reason, 0, result.node, result.name), place)
                 elif not self.config.for_site(result.name).rule_enabled(rule.name):
-                    reason = f"the rule {rule.name} is switched off here by the configuration"
+                    reason = f"the rule {rule.name} is switched off here; rules.{rule.name} = true switches it on"
                     self._say(result, place, "kept", reason)
                 else:
                     found.append(_Found(rule, result, region, place))
@@ -186,7 +187,8 @@ class _Run:
     def _apply(self, item: _Found, choice: Choice | LayerChoice) -> None:
         site, place = item.site, item.place
         if choice.candidate.rewrites:
-            editor = Editor(item.region.graph, site.node, allow_inputs=item.region.owner is self.gm)
+            own = item.region.owner is self.gm
+            editor = Editor(item.region.graph, site.node, allow_inputs=own, successors=self.successors)
             try:
                 item.rule.rewrite(site, choice.candidate, editor)
                 editor.commit()
@@ -253,7 +255,7 @@ def _with_costs(line: SiteReport, choice: Choice | LayerChoice) -> SiteReport:
 
 def _checked(result: Site | Miss, region: Region) -> Site | Miss:
     """The find, or the miss it becomes where nothing may be rewritten or its nodes cannot be computed together."""
-    closed = region.why_closed(result.node)
+    closed = region.why_closed(result.node, values_only=isinstance(result, Site) and result.values_only)
     if isinstance(result, Miss):
         return replace(result, reason=closed or result.reason)
     pinned = [(result.node, closed)] if closed else [why_pinned(region, group) for group in result.groups]

@@ -1,7 +1,8 @@
 """Regions: the graphs inside a compiled graph, and what every rule asks of their nodes.
 
-The main graph and the bodies of checkpoint and invoke_subgraph nodes are open to rewrites.  Bodies of custom autograd
-functions, of control flow and of transforms are closed: a rule's finds there become misses that say so.
+The main graph and the bodies of checkpoint and invoke_subgraph nodes are open to rewrites.  Bodies of control flow and
+of transforms are closed: a rule's finds there become misses that say so.  Those of custom autograd functions are open
+to rewrites that make the same values and do nothing else.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ class Region:
         checkpointed: True inside an activation-checkpoint body, whose forward runs twice.
         body: True inside any body, whose inputs its caller fixes.
         closed: why nothing may be rewritten here, or "".
+        custom: True inside a body of a custom autograd function: its forward or its backward, neither of which is
+            differentiated.
     """
 
     owner: fx.GraphModule
     checkpointed: bool = False
     body: bool = False
     closed: str = ""
+    custom: bool = False
 
     @property
     def graph(self) -> fx.Graph:
@@ -91,11 +95,11 @@ class Region:
         off = self.modes[node][0]
         return off if isinstance(off, fx.Node) else node
 
-    def why_closed(self, node: fx.Node) -> str:
-        """Why ``node`` may not be rewritten, or ""."""
+    def why_closed(self, node: fx.Node, *, values_only: bool = False) -> str:
+        """Why ``node`` may not be rewritten, or ""; ``values_only``: as in :class:`~structfly.records.Site`."""
         if node in self._transformed:
             return "inside a torch.func transform, under which structfly's ops are not shown to work"
-        return self.closed
+        return self.closed or (_CUSTOM if self.custom and not values_only else "")
 
 
 def regions_of(gm: fx.GraphModule) -> list[Region]:
@@ -103,9 +107,7 @@ def regions_of(gm: fx.GraphModule) -> list[Region]:
     return list(_walk(Region(gm), set()))
 
 
-_CLOSED = {
-    "autograd_function_apply": "inside a custom autograd function, whose own backward would no longer match",
-}
+_CUSTOM = "inside a custom autograd function, whose own backward would no longer match"
 
 
 def _walk(region: Region, seen: set[int]) -> Iterator[Region]:
@@ -116,10 +118,10 @@ def _walk(region: Region, seen: set[int]) -> Iterator[Region]:
         for body in bodies(region.owner, node):
             if id(body) in seen:
                 continue
-            closed = region.closed
-            if kind not in ("checkpoint", "plain"):
-                closed = closed or _CLOSED.get(kind, f"inside the body of {kind}, which structfly does not enter")
-            yield from _walk(Region(body, region.checkpointed or kind == "checkpoint", True, closed), seen)
+            closed, custom = region.closed, region.custom or kind == "autograd_function_apply"
+            if kind not in ("checkpoint", "plain", "autograd_function_apply"):
+                closed = closed or f"inside the body of {kind}, which structfly does not enter"
+            yield from _walk(Region(body, region.checkpointed or kind == "checkpoint", True, closed, custom), seen)
 
 
 def bodies(owner: fx.GraphModule, node: fx.Node) -> Iterator[fx.GraphModule]:

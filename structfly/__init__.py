@@ -4,7 +4,7 @@
 >>> print(structfly.explain(step)(*batch))            # what was rewritten, what was not, and why
 """
 
-from structfly import ops
+from structfly import nn, ops
 from structfly.calibration import TuningReport, tune
 from structfly.config import Config
 from structfly.config.budget import Budget
@@ -48,6 +48,7 @@ __all__ = [
     "apply_",
     "explain",
     "from_pretrained",
+    "nn",
     "ops",
     "refresh",
     "restructure_",

@@ -78,7 +78,8 @@ def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
     # Not at the top: they import triton.
     import structfly.lowering.layer_flops
     import structfly.lowering.linear_cross_entropy.flops
-    import structfly.lowering.linear_divergence.flops  # noqa: F401
+    import structfly.lowering.linear_divergence.flops
+    import structfly.lowering.linear_recurrence.flops  # noqa: F401
 
     planned = config.plan.layers if isinstance(config.plan, LayerPlan) else None
     if planned is not None or not config.budget.counts_time:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.errors import StructflyError, UnsupportedError
+from structfly.errors import StructflyError
+from structfly.lowering.second_derivative import refuse_second_derivative
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class HeadAutograd:
             sources = tuple(tensor for tensor in self._in_order(call) if tensor is not None)
         kept = [gradient if want else None for gradient, want in zip(made, ctx.gradients, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: a second differentiation must fail, not find zeros
-            kept = self._refuse_second_derivative(kept, sources)
+            kept = refuse_second_derivative(kept, sources, self._refusal)
         return self._by_argument(ctx, kept)
 
     def _restored(self, ctx: Any, saved: Sequence[Tensor]) -> Any:
@@ -128,29 +129,15 @@ class HeadAutograd:
         """Gradients as an op returns them, without the list."""
         return [*made[:-1], *made[-1]] if self.listed else list(made)
 
-    def _refuse_second_derivative(
-        self, gradients: list[Tensor | None], sources: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        apply: Any = _SecondDerivative.apply
-        return [None if gradient is None else apply(self.rule, gradient, *sources) for gradient in gradients]
+    @property
+    def _refusal(self) -> str:
+        """What differentiating twice is answered with."""
+        return (
+            f"structfly's {self.rule} was differentiated twice, which it does not support; compute this loss "
+            f"outside torch.compile, or switch the rule off with options={{'rules': {{{self.rule!r}: False}}}}"
+        )
 
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     """``scale * gradient`` rounded once; a 0-d factor alone would be rounded to the gradient's dtype first."""
     return gradient if dtype is None else (gradient.to(scale.dtype) * scale).to(dtype)
-
-
-class _SecondDerivative(torch.autograd.Function):
-    """Identity whose backward raises."""
-
-    @staticmethod
-    def forward(ctx: Any, rule: str, gradient: Tensor, *sources: Tensor) -> Tensor:
-        ctx.rule = rule
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(
-            f"structfly's {ctx.rule} was differentiated twice, which it does not support; compute this loss "
-            f"outside torch.compile, or switch the rule off with options={{'rules': {{{ctx.rule!r}: False}}}}"
-        )

@@ -26,6 +26,9 @@ from structfly.config.fields import (
     read_only,
 )
 
+OFF_UNLESS_NAMED = ("cumulative_recurrence",)
+"""Rules whose rewrites may have other values than eager where those are inf or nan."""
+
 
 @dataclass(frozen=True)
 class SiteSettings:
@@ -116,7 +119,7 @@ class Config(_Table):
     """How long layers may be timed on their device, for each graph, where a budget counts time."""
 
     rules: RuleSwitches = Field(default_factory=lambda: read_only({}))
-    """Switches rules on or off by name; a rule that is not named is on."""
+    """Switches rules on or off by name; a rule that is not named is on, but for those in ``OFF_UNLESS_NAMED``."""
 
     rewrite: Rewrite = "auto"
     """Where a rewrite is predicted to be slower, "auto" leaves the site as it is, "always" rewrites."""
@@ -140,7 +143,7 @@ class Config(_Table):
             "loss_memory": self.budget.loss_memory,
             "structures": self.structures,
         }
-        rules, overridden = dict(self.rules), set()
+        rules, overridden = {**dict.fromkeys(OFF_UNLESS_NAMED, False), **self.rules}, set()
         for pattern, override in self.overrides:
             if fnmatchcase(name, pattern):
                 here = settings.keys() & override.model_fields_set

@@ -30,7 +30,7 @@ def check_place(function: str, tensors: Mapping[str, Tensor | None]) -> None:
             continue
         wrapper = compat.wrapper_subclass(tensor)
         if wrapper:
-            raise UnsupportedError(f"{name} is a {wrapper}, for which the fused head has no rule; pass a plain tensor")
+            raise UnsupportedError(f"{name} is a {wrapper}, for which the fused op has no rule; pass a plain tensor")
         if tensor.device != leader.device:
             raise ArgumentError(f"{name} is on {tensor.device} and {first} on {leader.device}; move one of them")
 
@@ -53,6 +53,22 @@ def products_dtype(tensors: Mapping[str, Tensor | None]) -> torch.dtype:
                 "single float64; cast one of them"
             )
     return torch.get_autocast_dtype(kind) if cast and leader.dtype != torch.float64 else leader.dtype
+
+
+def check_mixed_dtypes(tensors: Mapping[str, Tensor | None]) -> None:
+    """Floating-point dtypes may differ, but float64 all have, or none."""
+    (first, leader), *_ = tensors.items()
+    assert leader is not None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise ArgumentError(f"{name} is {tensor.dtype}; allowed: {', '.join(map(str, DTYPES))}; cast it")
+        if (tensor.dtype == torch.float64) != (leader.dtype == torch.float64):
+            raise ArgumentError(
+                f"{name} is {tensor.dtype} and {first} {leader.dtype}; allowed: float64 for all or for none; cast one "
+                "of them"
+            )
 
 
 def check_shape(name: str, tensor: Tensor | None, shape: Sequence[int], meaning: str) -> None:

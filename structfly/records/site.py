@@ -49,6 +49,12 @@ class Site:
         return False
 
     @property
+    def values_only(self) -> bool:
+        """Whether a rewrite makes the same values of the same tensors and does nothing else, so that it may be made in
+        the forward and in the backward of a custom autograd function, each by itself."""
+        return False
+
+    @property
     def replaces(self) -> tuple[str, ...]:
         """Their names."""
         return tuple(sorted(node.name for node in self.dead_nodes))
@@ -135,6 +141,7 @@ class Menu:
         own_bytes: saved bytes that are this site's own in any case (the gradients of its activations).
         shared_bytes: saved bytes that are needed once however many sites share them (a tied weight's gradient), by key.
         reason: why nothing but leaving it alone is offered, where that is so.
+        settled: why one of the rewrites is taken whatever it costs, or "".
     """
 
     candidates: tuple[Candidate, ...]
@@ -142,6 +149,7 @@ class Menu:
     own_bytes: int = 0
     shared_bytes: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
+    settled: str = ""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ def test_every_template_is_found() -> None:
         "linear_cross_entropy_sum",
         "linear_cross_entropy_targets",
         "linear_divergence_rows",
+        "linear_recurrence",
+        "linear_recurrence_adjoint",
         "matrix_gradients",
         "matrix_products",
         "range_sums",

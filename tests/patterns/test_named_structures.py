@@ -56,6 +56,7 @@ def test_as_accurate_as_the_dense_weight_on_cuda(name: str, dtype: torch.dtype) 
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores.*:UserWarning")  # Inductor's, of float32 products
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_compiled_on_cuda(name: str) -> None:
     torch._dynamo.reset()

@@ -1,0 +1,113 @@
+"""The op's arguments and outputs, once: the schema and the tuples that every part of the op reads them through."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The ABI version goes up with any change of the schema, of the fakes or of the autograd formula, so that a compile
+# cache filled by another version is never served.
+NAME = "structfly::linear_recurrence_v1"
+BACKWARD_NAME = "structfly::linear_recurrence_backward_v1"
+
+ARGUMENTS = (
+    "Tensor gate, Tensor input, Tensor? input_gate, Tensor? output_gate, Tensor? initial, Tensor? reset, "
+    "Tensor? offsets, bool complement, bool sigmoid, bool tanh, bool reverse, bool keep"
+)
+RESULTS = "Tensor output, Tensor final, Tensor kept"
+DIFFERENTIABLE = ("gate", "input", "input_gate", "output_gate", "initial")
+"""The arguments that have gradients, in the order of the backward's ``wanted``."""
+GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in DIFFERENTIABLE)
+UPSTREAM = "Tensor? grad_output, Tensor? grad_final, Tensor states"
+"""What the backward takes before the op's arguments; ``states`` are those of :func:`states_for_backward`."""
+
+STEPS_KEPT = {"aten": 1024, "triton": 256}
+"""A state is kept for the backward every so many steps, in each lowering: those of a block in ATen, of a chunk in
+Triton, where 4 bytes in 256 steps are 1/128 of the states in bfloat16.
+"""
+
+
+class Outputs(NamedTuple):
+    """What the op returns.
+
+    ``output`` (B, T, D) in the dtype and layout of ``input``; ``final`` (B, D), or (N, D) of N packed sequences, the
+    states after the last steps, and ``kept`` (rows, D), states of which the backward makes the others again, empty
+    without ``keep``: both float32, float64 for float64 inputs.
+    """
+
+    output: Tensor
+    final: Tensor
+    kept: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients in the order of :data:`DIFFERENTIABLE`, None where not wanted."""
+
+    gate: Tensor | None
+    input: Tensor | None
+    input_gate: Tensor | None
+    output_gate: Tensor | None
+    initial: Tensor | None
+
+
+class Arguments(NamedTuple):
+    """The op's arguments, in the schema's order; meanings as in
+    :func:`~structfly.lowering.linear_recurrence.reference.linear_recurrence_reference`, and ``keep``: whether states
+    are kept for a backward, which otherwise makes them first."""
+
+    gate: Tensor
+    input: Tensor
+    input_gate: Tensor | None
+    output_gate: Tensor | None
+    initial: Tensor | None
+    reset: Tensor | None
+    offsets: Tensor | None
+    complement: bool
+    sigmoid: bool
+    tanh: bool
+    reverse: bool
+    keep: bool
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of the states, whatever the inputs have."""
+        return torch.float64 if self.input.dtype == torch.float64 else torch.float32
+
+    @property
+    def sequences(self) -> int:
+        """How many there are, each with a state of its own."""
+        return self.input.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The arguments in the order of :data:`DIFFERENTIABLE`."""
+        return self.gate, self.input, self.input_gate, self.output_gate, self.initial
+
+
+def lowering_of(input: Tensor) -> str:
+    """Which lowering a call takes."""
+    return "triton" if input.is_cuda and input.dtype != torch.float64 else "aten"
+
+
+def states_are_output(call: Arguments) -> bool:
+    """Whether the backward reads the states from the output, and none are kept."""
+    return call.keep and lowering_of(call.input) == "triton" and call.output_gate is None
+
+
+def states_for_backward(call: Arguments, made: Outputs) -> Tensor:
+    """The states that the backward reads, or of which it makes the others again."""
+    return made.output if states_are_output(call) else made.kept
+
+
+def kept_rows(call: Arguments) -> int:
+    """Rows of ``kept``."""
+    batch, length, _ = call.input.shape
+    lowering = lowering_of(call.input)
+    if not call.keep or states_are_output(call):
+        return 0
+    steps = STEPS_KEPT[lowering]
+    if call.offsets is not None and lowering == "triton":
+        return length // steps + call.sequences  # chunks end where sequences do: there are no more than these
+    return batch * (-(-length // steps))

@@ -1,0 +1,39 @@
+"""FLOP formulas for :class:`torch.utils.flop_counter.FlopCounterMode`.
+
+A module of its own, imported when something is compiled: torch's flop counter imports triton, which importing
+structfly must not do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from structfly.lowering.linear_recurrence import op as _op  # noqa: F401  defines the ops
+from structfly.lowering.linear_recurrence.arguments import UPSTREAM, Arguments
+
+_BESIDE = UPSTREAM.count(",") + 1  # what the backward takes before the op's arguments
+
+
+@register_flop_formula(torch.ops.structfly.linear_recurrence_v1, get_raw=True)
+def _forward_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+    call = Arguments(*arguments)
+    return call.input.numel() * (_states(call) + (call.output_gate is not None))
+
+
+@register_flop_formula(torch.ops.structfly.linear_recurrence_backward_v1, get_raw=True)
+def _backward_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+    """The states again, the adjoint, and a product for each gradient."""
+    *values, wanted = arguments[_BESIDE:]
+    call = Arguments(*values)
+    adjoint = 2 + (call.output_gate is not None)
+    weighted = call.complement or call.input_gate is not None
+    products = sum(map(bool, (wanted[0], wanted[1] and weighted, wanted[2], wanted[3])))
+    return call.input.numel() * (_states(call) + adjoint + products)
+
+
+def _states(call: Arguments) -> int:
+    """Multiplications and additions of a step; activations and 1 - f count nothing."""
+    return 2 + (call.complement or call.input_gate is not None)

@@ -1,0 +1,66 @@
+"""Writing the op in the place of one of torch's scans, and what goes to the users of what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from structfly.patterns.linear_recurrence.expressions import ZERO
+from structfly.patterns.linear_recurrence.folding import Folded
+from structfly.patterns.linear_recurrence.lifting import Lifted, Lifting
+from structfly.patterns.linear_recurrence.recurrence import last_state, write
+from structfly.patterns.linear_recurrence.rewrite import laid_out
+from structfly.patterns.linear_recurrence.scans import ScanSite, turned_round
+from structfly.rewriter.editor import Editor
+
+
+def rewrite_scan(site: ScanSite, editor: Editor) -> None:
+    """Write the op where the scan stands."""
+    recurrence = site.recurrence
+
+    def part(number: int) -> fx.Node:
+        return editor.current(site.parts[number])
+
+    written = write(recurrence, Lifting(editor, part), editor)
+    lift = Lifting(editor, part, written.states)
+    for user in [each for each in site.node.users if each not in site.unseen]:
+        place: Any = user.args[1]
+        if place == site.final:
+            editor.replace(user, last_state(recurrence, written, editor))
+            continue
+        if place == site.product:
+            step = Folded(recurrence.step.gate, ZERO)
+            whole = write(
+                replace(recurrence, step=step, initial=1.0, zeros=False), Lifting(editor, part), editor
+            ).states
+        else:
+            whole = _all_steps(lift(site.outputs[place]), part(0), editor)
+        _give(user, whole, recurrence.backward, editor)
+    editor.erase([site.node, *site.node.users, *site.unseen])
+
+
+def _all_steps(value: Lifted, like: fx.Node, editor: Editor) -> fx.Node:
+    """A lifted value; one that no step changes is repeated."""
+    if value.timed:
+        node: fx.Node = value.value
+        return node
+
+    def repeated(tensor: Tensor, like: Tensor) -> Tensor:
+        return tensor.expand(like.shape[0], *tensor.shape)
+
+    return editor.trace(repeated, value.value, like)
+
+
+def _give(old: fx.Node, whole: fx.Node, backward: bool, editor: Editor) -> None:
+    """All steps to the users of ``old``; those that would turn them round get them as they are."""
+    straight = [user for user in old.users if backward and turned_round(user) is old]
+    for user in straight:
+        editor.replace(user, laid_out(whole, user, editor))
+        editor.erase([user])
+    others = [user for user in old.users if user not in straight]
+    if others:
+        whole = editor.call(torch.flip, whole, (0,)) if backward else whole
+        editor.replace(old, laid_out(whole, old, editor), others)

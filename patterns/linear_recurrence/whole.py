@@ -1,0 +1,113 @@
+"""Recurrences that are written with whole tensors: gates and inputs of all steps, and states of all steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from structfly import compat
+from structfly.lowering.linear_recurrence.op import DEVICES
+from structfly.patterns.linear_recurrence.affine import Affine
+from structfly.patterns.linear_recurrence.expressions import Expression, Part
+from structfly.patterns.linear_recurrence.folding import fold, opened
+from structfly.patterns.linear_recurrence.lifting import Lifting, Steps
+from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence, write
+from structfly.patterns.linear_recurrence.rewrite import laid_out, parts_of
+from structfly.patterns.linear_recurrence.site import RecurrenceSite
+from structfly.patterns.linear_recurrence.slices import WHOLE, Sequence
+from structfly.patterns.linear_recurrence.steps import Run
+from structfly.records import Miss, Stage
+from structfly.rewriter.editor import Editor
+from structfly.rewriter.region import Region, example, needs_gradient, qualified_name
+
+
+@dataclass(frozen=True)
+class WholeSite(RecurrenceSite):
+    """States of all steps; ``runs`` are what the gate and the input are made of, and what these are activations of."""
+
+    runs: tuple[Run, ...]
+    dim: int
+    nodes: frozenset[fx.Node]
+
+    @property
+    def dead_nodes(self) -> tuple[fx.Node, ...]:
+        return tuple(self.nodes)
+
+
+def whole_site(
+    node: fx.Node,
+    gate: tuple[fx.Node, Callable[[Expression], Expression]],
+    input: tuple[fx.Node, Callable[[Expression], Expression]],
+    dim: int,
+    nodes: frozenset[fx.Node],
+    kept: Callable[[Recurrence, int], tuple[Stage, ...]],
+    region: Region,
+    rule: str,
+) -> WholeSite | Miss:
+    """The recurrence that makes the states ``node``, or why it is none that the op computes.
+
+    Args:
+        node: the states.
+        gate, input: a tensor, and what of it is the gate or the input.
+        dim: time.
+        nodes: what they are made by now.
+        kept: the kernels of that.
+        region: where they are.
+        rule: which finds them.
+    """
+    value = example(node)
+    assert value is not None
+
+    def miss(reason: str) -> Miss:
+        return Miss(rule, node, reason, 1, node, qualified_name(node))
+
+    length = value.shape[dim]
+    if value.dtype not in DTYPES or value.device.type not in DEVICES:
+        return miss(f"states of {value.dtype} on {value.device.type}; supported: {DTYPES} on {DEVICES}")
+    for name, (tensor, _) in {"gate": gate, "input": input}.items():
+        its = example(tensor)
+        if its is None or its.ndim != value.ndim or its.shape[dim] != length:
+            return miss(f"the {name} has fewer dimensions or steps than the states")
+    if value.ndim > 3 and not all(isinstance(size, int) for size in value.shape):
+        return miss("states of more than two dimensions, of which one is not constant")
+    if len({region.modes[each] for each in nodes}) > 1:
+        return miss("gradients or autocast are switched between the operations")
+    with compat.example_mode(compat.fake_mode_of([value])):
+        like = torch.select(value, dim, 0)
+    rest = (WHOLE,) * (value.ndim - 1)
+    runs = tuple(Run(Sequence(each, dim, None, rest), 0, 1) for each, _ in (gate, input))
+    step, runs = opened(Affine(gate[1](Part(0)), input[1](Part(1))), runs)
+    recurrence = Recurrence(
+        step=fold(step),
+        initial=0.0,
+        zeros=True,
+        like=like,
+        backward=False,
+        gradient=needs_gradient(node),
+        autocast=len(region.modes[node]) > 1,
+    )
+    return WholeSite(
+        rule=rule,
+        name=qualified_name(node),
+        node=node,
+        device=value.device,
+        sizes=compat.size_hints(value),
+        recurrence=recurrence,
+        kept=kept(recurrence, length),
+        steps=length,
+        runs=runs,
+        dim=dim,
+        nodes=nodes,
+    )
+
+
+def rewrite_whole(site: WholeSite, editor: Editor) -> None:
+    """Write the op where the states stand."""
+    steps = Steps(site.node.meta["example_value"].shape[site.dim], False)
+    states = write(site.recurrence, Lifting(editor, parts_of(site.runs, steps, editor)), editor).states
+    whole = editor.call(torch.movedim, states, 0, site.dim) if site.dim else states
+    editor.replace(site.node, laid_out(whole, site.node, editor))
+    editor.erase(site.dead_nodes)

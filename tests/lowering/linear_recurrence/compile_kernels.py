@@ -1,0 +1,112 @@
+"""Compile every kind of generated kernel for Hopper, without a GPU: run by test_kernels.py in a process of its own.
+
+The interpreter accepts code that the compiler refuses, and the compiler needs functions that are not interpreted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from structfly.lowering.linear_recurrence.recurrence_triton import Shape, kernels
+
+SEQUENCES = ("gate", "input", "input_gate", "output_gate")
+SHORT = Shape(4, 8, 32, 4)  # as many rows, channels and warps as the kernels that run, and fewer steps
+_WORDS = ("links", "table")
+_STATES = ("final", "kept", "grad_initial", "initial", "ending")
+_CONSTANTS = ("STEPS", "ROWS", "BLOCK", "GROUP")
+
+
+def compiled(function: Any, kind: str, shape: Shape) -> str:
+    """The PTX of a kernel whose tensors have rows of channels, begin at 16 bytes and are of ``kind``."""
+    values = dict(zip(_CONSTANTS, (shape.steps, shape.rows, shape.block, shape.group), strict=True))
+    types, constants, aligned = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        types[name] = "i32"
+        if name in values or name == "reset_t" or name.endswith("_d"):
+            types[name], constants[index,] = "constexpr", values.get(name, 1)
+        elif name in _WORDS or name in _STATES or name == "reset":
+            types[name] = "*i64" if name in _WORDS else "*fp32" if name in _STATES else "*u8"
+        elif not name.endswith(("_b", "_t")) and name not in ("chunks", "batch", "length", "width"):
+            types[name] = kind
+        if types[name] != "constexpr" and name not in ("chunks", "batch", "length"):
+            aligned[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(function, types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": shape.warps}
+    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+
+
+def both(shape: Shape, given: tuple[str, ...], kind: str, **options: bool) -> tuple[str, str]:
+    """The forward and the backward of a call that ``given`` tensors are of."""
+    common: dict[str, Any] = {
+        "rounded": (),
+        "interpreted": False,
+        "linked": True,
+        "prefetch": shape.prefetch,
+        **options,
+    }
+    forward = tuple(name for name in given if name not in ("upstream", "ending"))
+    own = {"keep": "output_gate" in given, "compensated": kind == "*fp32"}
+    run = kernels("linear_recurrence", given=forward, gradients=(), **own, **common).run
+    gradients = tuple(f"grad_{name}" for name in (*SEQUENCES, "initial") if name in given)
+    source = "kept" if "output_gate" in given else "output"
+    adjoint = kernels("linear_recurrence_adjoint", given=given, gradients=gradients, states=source, **common)
+    return compiled(run, kind, shape), compiled(adjoint.differentiate, kind, shape)
+
+
+def check_words(ptx: str) -> None:
+    """A word is written and read by one access, at the device's own coherence: no fence is needed."""
+    assert re.findall(r"atom\S*\.exch\S*", ptx) == ["atom.global.gpu.relaxed.exch.b64"] * 2, "words written otherwise"
+    loads = set(re.findall(r"ld\.volatile\S*", ptx))
+    assert loads <= {"ld.volatile.global.b64", "ld.volatile.global.v2.b64"}, f"words read by {loads}"
+    assert loads, "words read otherwise"
+    assert len(re.findall(r"ld\.relaxed\.gpu\.global\.b64", ptx)) >= 2, "a wait for words that does not read them again"
+
+
+def check_quotients(ptx: str) -> None:
+    """Of sigmoids none is a GPU's quotient, which is off to one side: the loop over time would add that up."""
+    assert "rcp.approx.ftz.f32" in ptx, "sigmoids made otherwise"
+    assert not re.findall(r"div\.(?:full|approx)", ptx), "a quotient"
+
+
+def check_halves(ptx: str, kind: str) -> None:
+    """Numbers of 16 bits are split by an instruction that stays at each use, not when they arrive."""
+    assert ("and.b32" in ptx and "0xffff0000" in ptx) == (kind == "*bf16"), "bfloat16 widened otherwise"
+    assert ("{low, high}" in ptx) == (kind == "*fp16"), "float16 widened otherwise"
+
+
+def barriers(ptx: str) -> int:
+    return ptx.count("bar.sync")
+
+
+def main() -> None:
+    for number, (sigmoid, tanh) in enumerate(itertools.product((False, True), repeat=2)):
+        kind = ("*fp32", "*bf16", "*fp16", "*bf16")[number]
+        for weight, more in (("none", False), ("complement", True), ("gate", True)):
+            given = ["gate", "input"]
+            given += ["input_gate"] if weight == "gate" else []
+            given += ["output_gate"] if more else []
+            given += ["upstream"] if not (sigmoid and not more) else []
+            given += ["reset", "initial", "ending"] if more == tanh else []
+            options = {"complement": weight == "complement", "sigmoid": sigmoid, "tanh": tanh, "reverse": tanh}
+            for ptx in both(SHORT, tuple(given), kind, packed=more, ragged=more or tanh, **options):
+                check_words(ptx)
+                check_halves(ptx, kind)
+                if sigmoid and not tanh:  # that has quotients of its own
+                    check_quotients(ptx)
+    plain = {"complement": False, "sigmoid": False, "tanh": False, "reverse": False, "packed": False, "ragged": False}
+    for some in (("gate", "input", "upstream"), ("gate", "input", "upstream", "reset", "initial", "ending")):
+        few, many = (
+            [barriers(ptx) for ptx in both(SHORT._replace(steps=steps), some, "*bf16", **plain)] for steps in (4, 8)
+        )
+        assert few == many, f"barriers with 4 and with 8 steps: {few}, {many}: a step is exchanged between threads"
+    print("compiled")
+
+
+if __name__ == "__main__":
+    main()
