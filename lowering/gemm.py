@@ -240,7 +240,13 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
 
 
 def launch_of(
-    template: str, parameters: Mapping[str, Parameter], tiles: Tiles, count: int, split: int, device: torch.device
+    template: str,
+    parameters: Mapping[str, Parameter],
+    tiles: Tiles,
+    count: int,
+    split: int,
+    device: torch.device,
+    **options: int,
 ) -> Launch:
     """A product's kernel with as many programs as run at once, and no more than it has tiles.
 
@@ -250,6 +256,7 @@ def launch_of(
         tiles: how it is cut up.
         count: tiles of the result.
         split: programs that share the inner dimension of a tile.
+        options: Triton's, beside those that ``tiles`` says.
     """
     programs = min(programs_on(device, tiles), count * split)
     constants = {
@@ -262,7 +269,7 @@ def launch_of(
     }
     shared: dict[str, Parameter] = {"name": template, "split": split > 1, "parts": tiles.parts}
     kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
-    return Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
+    return Launch(kernel, (programs,), constants, (), num_warps=tiles.warps, num_stages=tiles.stages, **options)
 
 
 @lru_cache(maxsize=256)

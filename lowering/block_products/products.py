@@ -11,7 +11,7 @@ from structfly.errors import UnsupportedError
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.support import ALIGNED
 from structfly.lowering.gemm import Tiles, launch_of, programs_on
-from structfly.lowering.launch import on_device
+from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.template import Parameter
 
 
@@ -169,10 +169,23 @@ def launch_product(
         parameters: the template's own.
         split: programs that share the inner dimension of a tile.
     """
+    launch = product_launch(template, count, parameters, tiles, like, split)
+    with on_device(like.device):
+        launch(*operands, *arguments, *sizes)
+
+
+def product_launch(
+    template: str,
+    count: int,
+    parameters: dict[str, Parameter],
+    tiles: Tiles,
+    like: Tensor,
+    split: int = 1,
+    **options: int,
+) -> Launch:
+    """The launch of a template, with options of Triton's; other arguments as in :func:`launch_product`."""
     shared: dict[str, Parameter] = {
         "interpreted": not like.is_cuda,
         "bfloat16": like.dtype == torch.bfloat16 and split == 1,
     }
-    launch = launch_of(template, {**shared, **parameters}, tiles, count, split, like.device)
-    with on_device(like.device):
-        launch(*operands, *arguments, *sizes)
+    return launch_of(template, {**shared, **parameters}, tiles, count, split, like.device, **options)
