@@ -11,6 +11,9 @@ Nothing has the size row_blocks x column_blocks x N x rank.  With g_i (N, out_bl
     dU_i = g_i^T h_i^T,    dh_i = U_i^T g_i^T,
     ds_p = dh_p z_p^T,     dz_p = s_p^T dh_p,
     dV_j = dz_j x_j,       dx_j = dz_j^T V_j.
+
+On GPUs, where nothing is kept and :func:`~structfly.lowering.blast.generated.why_not` has nothing against it, all of
+this is made in chunks of tokens by generated products.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from structfly.lowering.layer_op import Applied, LayerOp
+from structfly.lowering.blast import generated
+from structfly.lowering.layer_op import Applied, InChunks, LayerOp
 
 
 def _blocks(rows: Tensor, blocks: int, width: int) -> Tensor:
@@ -44,7 +48,8 @@ def _between(call: Applied) -> list[Tensor]:
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    return _rows(between[1].permute(1, 2, 0) @ call.factors[2].mT, call.static[0]).contiguous()
+    y = _rows(between[1].permute(1, 2, 0) @ call.factors[2].mT, call.static[0]).contiguous()
+    return y if call.bias is None else y.add_(call.bias)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -86,6 +91,8 @@ BLAST = LayerOp(
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
+    adds_bias=True,
+    in_chunks=InChunks(generated.why_not, generated.forward, generated.backward),
 )
 """Takes ``right`` (column_blocks, rank, in_block), ``scale`` (rank, row_blocks, column_blocks) and ``left``
 (row_blocks, out_block, rank); static: out_features."""

@@ -46,8 +46,11 @@ def test_every_template_is_found() -> None:
     assert templates() == [
         "axis_gradients",
         "axis_products",
+        "blast_mixing",
         "block_gradients",
         "block_sums",
+        "chunk_gradients",
+        "chunk_products",
         "linear_cross_entropy_block",
         "linear_cross_entropy_block_rows",
         "linear_cross_entropy_exponential_rows",

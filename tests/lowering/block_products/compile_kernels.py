@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 
+from structfly.lowering.blast import mixing
 from structfly.lowering.block_products.matrices import Cut as MatrixCut
 from structfly.lowering.block_products.matrix_tiles import (
     AXIS,
@@ -103,6 +104,36 @@ def matrix_gradients(kind: str, m_side: tuple[int, int], tiles: Tiles = TILES) -
     compile_template("matrix_gradients", types, kind, tiles, m_side=m.side, m_box=m.box, m_tiles=m.tiles)
 
 
+def chunk_products(kind: str, rows: str, a_turned: bool, b_turned: bool, bias: bool, tiles: Tiles) -> None:
+    a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
+    b = (1, tiles.k, tiles.n) if b_turned else (1, tiles.n, tiles.k)
+    types = {"a": box(kind, *a), "b": box(kind, *b)}
+    types |= {"bias": f"*{kind}"} if bias else {}
+    types |= {"c": box(kind, 1, tiles.m, tiles.part), "start": "i32", "matrices": "i32"}
+    options: dict[str, Parameter] = {"rows": rows, "a_turned": a_turned, "b_turned": b_turned, "bias": bias}
+    compile_template("chunk_products", types, kind, tiles, following=True, **options)
+
+
+def chunk_gradients(kind: str, rows: str, tiles: Tiles) -> None:
+    a = (1, tiles.k, tiles.m) if rows == "a" else (1, tiles.m, tiles.k)
+    b = (1, tiles.k, tiles.n) if rows == "b" else (1, tiles.n, tiles.k)
+    types = {"a": box(kind, *a), "b": box(kind, *b), "c": box("fp32", 1, tiles.m, tiles.part)}
+    types |= {"start": "i32", "matrices": "i32"}
+    compile_template("chunk_gradients", types, kind, tiles, following=True, rows=rows)
+
+
+def blast_mixing(kind: str, blocks: tuple[int, int], gradients: bool) -> None:
+    rows, columns = blocks
+    types = {"held": f"*{kind}"}
+    types |= {"above": f"*{kind}", "sums": "*fp32"} if gradients else {}
+    types |= {"scale": f"*{kind}", "width": "i32", "components": "i32"}
+    options: dict[str, Parameter] = {"rows": rows, "columns": columns, "gradients": gradients, "following": True}
+    sides: dict[str, Parameter] = {"side_rows": mixing.side(rows), "side_columns": mixing.side(columns)}
+    source = render("blast_mixing", **options, **sides, bfloat16=KINDS[kind], interpreted=False)
+    constants = {"BT": mixing.TILE, "TILES": 8, "RANGES": 1}
+    compile_one(load(source).blast_mixing, types, constants, mixing.WARPS, mixing.STAGES)
+
+
 def axis_products(kind: str, inner: bool, turned: bool, bias: bool) -> None:
     tiles, batch = AXIS, BATCH
     b = (tiles.k, tiles.n) if turned else (tiles.n, tiles.k)
@@ -151,4 +182,16 @@ if __name__ == "__main__":
         matrix_products("bf16", (1, 1024), (16, 16), turned=True, bias=False, tiles=few)
     for choice in GRADIENTS:
         matrix_gradients("bf16", (16, 16), choice)
+    for number, (rows, few) in enumerate(itertools.product("bc", (PRODUCTS, FEW_TOKENS))):
+        for turned in (False, True):
+            a_turned, b_turned = (turned, False) if rows == "b" else (True, turned)
+            bias = rows == "c" and not turned
+            chunk_products(list(KINDS)[number % 2], rows, a_turned, b_turned, bias, few)
+    for number, choice in enumerate(GRADIENTS):
+        for rows in "ab":
+            chunk_gradients(list(KINDS)[number % 2], rows, choice)
+    for number, (counts, with_gradients) in enumerate(
+        itertools.product(((16, 16), (3, 40), (mixing.MOST_BLOCKS, mixing.MOST_BLOCKS)), (False, True))
+    ):
+        blast_mixing(list(KINDS)[number % 2], counts, with_gradients)
     print("compiled")
