@@ -37,8 +37,9 @@ class Blast(Structure):
     column_blocks: int = Field(ge=1)
     """Blocks that the inputs are cut into; the last may be smaller."""
 
-    rematerialise: bool = False
-    """Whether backward makes the components of every block again rather than keep them."""
+    rematerialise: bool = True
+    """Whether backward makes the components of every block again rather than keep them, which are often more numbers
+    than the layer's inputs and outputs; where they are kept, GPUs make them by torch rather than in chunks."""
 
     iterations: int = Field(default=8, ge=1)
     """Rounds of alternating least squares in a projection."""
