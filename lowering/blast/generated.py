@@ -4,6 +4,12 @@ What stands between the products, z and h of :mod:`structfly.lowering.blast.op`,
 each block of a side: with 16 blocks and a rank of 512 of 4096 features, twice as many as x.  So neither is ever whole:
 a chunk's z and, in its place, h stay in the second-level cache, and memory moves x and y.  Nothing is kept: backward
 makes z again, and sums the factors' gradients over the chunks in float32, in order.
+
+N tokens of n features each way take 4 N n r operations in the two products, and z and h, written and read in 16 bits,
+8 N r blocks bytes.  With N = 16384, n = 4096, r = 512 and 16 blocks that is .18 ms at 750 TFLOP/s and, from memory,
+.36 ms at 3 TB/s, four times as long as x and y.  A product that mixed what it makes at once would sum for every row of
+blocks: in 128 KiB of registers for 64 tokens by 32 components, for which x and V are read 3.2e9 bytes from the cache,
+where tiles of 128 by 256 read .8e9.  So z, h and y have a launch each.
 """
 
 from __future__ import annotations
