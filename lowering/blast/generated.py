@@ -14,7 +14,9 @@ where tiles of 128 by 256 read .8e9.  So z, h and y have a launch each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from structfly.lowering.block_products.chunks import Step, chunk_gradients, chun
 from structfly.lowering.block_products.matrix_tiles import gradient_tiles, product_tiles
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.layer_op import Applied
+
+_LEAST_PART = 4  # of a chunk's tokens at most: chunks smaller than one of so many parts take too many launches
 
 
 def why_not(factors: Sequence[Tensor]) -> str:
@@ -43,13 +47,13 @@ def forward(call: Applied) -> Tensor:
         return call.x.new_empty(0, out_features)
     y = call.x.new_empty(len(call.x), rows, outer)
     bias = None if call.bias is None else padded(call.bias[None], rows * outer).view(rows, outer)
-    (held,) = _held(call, 1)
+    (held,) = call.x.new_empty(_held_shape(call, 1))
     steps = [
         _components(right, _in_blocks(call.x, right), held),
         mixing(held, scale),
         _features(held, left, y, bias=bias),
     ]
-    _run(steps, held, len(y))
+    _run(steps, held, 0, len(y))
     return y.flatten(1)[:, :out_features].contiguous()
 
 
@@ -68,44 +72,72 @@ def _gradients(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tens
     for_x, for_right, for_scale, for_left = wanted
     z_taken, dh_taken = for_scale or for_left, for_x or for_right or for_scale
     x, above = _in_blocks(call.x, right), _in_blocks(grad, left.mT)
-    held = _held(call, z_taken + dh_taken)
-    z, dh, width = held[0], held[-1], held.shape[3]
-    made: list[Tensor | None] = [None] * 4
-    steps: list[Step] = []
-    if z_taken:
-        steps.append(_components(right, x, z))
-    if dh_taken:
-        steps.append(_components(left, above, dh, turned=True))
-    if z_taken and dh_taken:
-        sums = scale.new_zeros(ranges(rank, width, scale.device), *scale.shape, dtype=torch.float32)
-        steps.append(mixing_with_gradients(z, dh, scale, sums))
-    else:
-        steps.append(mixing(z, scale if z_taken else scale.mT))
-    if for_x:
-        dx = torch.empty_like(x)
-        steps.append(_features(dh, right, dx, turned=True))
-        made[0] = dx.flatten(1)[:, : call.x.shape[1]]
-    if for_right:
-        tiles = gradient_tiles(right, width, len(right), (1, rank), right.shape[2])
-        made[1] = of_right = right.new_zeros(right.shape, dtype=torch.float32)
-        steps.append(chunk_gradients(dh[: len(right)], x.transpose(0, 1), of_right, rows="b", tiles=tiles))
-    if for_left:
-        tiles = gradient_tiles(left, width, len(left), (1, left.shape[1]), rank)
-        made[3] = of_left = left.new_zeros(left.shape, dtype=torch.float32)
-        steps.append(chunk_gradients(above.transpose(0, 1), z[: len(left)], of_left, rows="a", tiles=tiles))
-    _run(steps, held[0], len(grad))
-    if for_scale:
-        made[2] = sums.sum(0)
-    return made
+    dx = x.new_empty(x.shape if for_x else 0)
+    of_right, of_left = (
+        factor.new_zeros(factor.shape if want else 0, dtype=torch.float32)
+        for factor, want in ((right, for_right), (left, for_left))
+    )
+    places = _places(call, dx, z_taken + dh_taken)
+    parts = ranges(rank, places[0].held.shape[3], right.device) if z_taken and dh_taken else 0
+    of_scale = scale.new_zeros(parts, *scale.shape, dtype=torch.float32)
+    for first, last, held in places:
+        z, dh, width = held[0], held[-1], held.shape[3]
+        steps: list[Step] = []
+        if z_taken:
+            steps.append(_components(right, x, z))
+        if dh_taken:
+            steps.append(_components(left, above, dh, turned=True))
+        if z_taken and dh_taken:
+            steps.append(mixing_with_gradients(z, dh, scale, of_scale))
+        else:
+            steps.append(mixing(z, scale if z_taken else scale.mT))
+        if for_x:
+            steps.append(_features(dh, right, dx, turned=True))
+        if for_right:
+            tiles = gradient_tiles(right, width, len(right), (1, rank), right.shape[2])
+            steps.append(chunk_gradients(dh[: len(right)], x.transpose(0, 1), of_right, rows="b", tiles=tiles))
+        if for_left:
+            tiles = gradient_tiles(left, width, len(left), (1, left.shape[1]), rank)
+            steps.append(chunk_gradients(above.transpose(0, 1), z[: len(left)], of_left, rows="a", tiles=tiles))
+        _run(steps, held, first, last)
+    made = (dx.flatten(1)[:, : call.x.shape[1]] if for_x else dx, of_right, of_scale.sum(0), of_left)
+    return [each if want else None for each, want in zip(made, wanted, strict=True)]
 
 
-def _held(call: Applied, buffers: int) -> Tensor:
+class _Place(NamedTuple):
+    """Tokens from the ``first`` to the ``last``, not among them, whose chunks are held in the same place."""
+
+    first: int
+    last: int
+    held: Tensor
+
+
+def _places(call: Applied, dx: Tensor, buffers: int) -> list[_Place]:
+    """Where backward holds its chunks, so that it takes no more than the dense weight's gradient, if that can be.
+
+    Where a chunk and the sums are more, chunks are held in the last rows of ``dx`` (N, blocks, side) until those are
+    made, and those of the last tokens are of so many fewer as fit; not where they would be of less than a quarter, or
+    where ``dx`` is (0,), not to be made.
+    """
+    tokens, size = len(call.x), call.x.element_size()
+    *planes, width = shape = _held_shape(call, buffers)
+    of_sums = torch.float32.itemsize * sum(factor.numel() for factor in call.factors)
+    room = size * call.x.shape[1] * call.static[0] - of_sums
+    fewer = room // (size * math.prod(planes)) // TILE * TILE
+    before = (dx.numel() - math.prod(shape)) // max(1, dx[:1].numel()) // width * width
+    if before <= 0 or not width <= _LEAST_PART * fewer < _LEAST_PART * width:
+        return [_Place(0, tokens, call.x.new_empty(shape))]
+    shared = dx.view(-1)[dx.numel() - math.prod(shape) :].view(shape)
+    return [_Place(0, before, shared), _Place(before, tokens, call.x.new_empty(*planes, fewer))]
+
+
+def _held_shape(call: Applied, buffers: int) -> tuple[int, int, int, int]:
     """(buffers, planes, rank, tokens of a chunk): each holds components of the inputs' or of the outputs' blocks."""
     right, _, left = call.factors
     rank = right.shape[1]
     planes = max(len(right), len(left))
     row_bytes = buffers * planes * rank * right.element_size()
-    return right.new_empty(buffers, planes, rank, rows_of_chunk(len(call.x), row_bytes, TILE, right.device))
+    return buffers, planes, rank, rows_of_chunk(len(call.x), row_bytes, TILE, right.device)
 
 
 def _in_blocks(rows: Tensor, factor: Tensor) -> Tensor:
@@ -130,7 +162,7 @@ def _features(held: Tensor, factor: Tensor, made: Tensor, *, turned: bool = Fals
     return chunk_products(taken, factor, by_matrix, rows="c", a_turned=True, b_turned=turned, bias=bias, tiles=tiles)
 
 
-def _run(steps: Sequence[Step], held: Tensor, tokens: int) -> None:
-    for start in range(0, tokens, held.shape[-1]):
+def _run(steps: Sequence[Step], held: Tensor, first: int, last: int) -> None:
+    for start in range(first, last, held.shape[-1]):
         for step in steps:
             step(start)

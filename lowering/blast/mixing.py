@@ -50,7 +50,7 @@ def mixing_with_gradients(held: Tensor, above: Tensor, scale: Tensor, sums: Tens
         held, scale: as in :func:`mixing`.
         above: as ``held``; first its first ``row_blocks`` planes are dw, then its first ``column_blocks`` what comes of
             it.
-        sums: (ranges, components, row_blocks, column_blocks) float32, added to.
+        sums: (ranges, components, row_blocks, column_blocks) float32, added to; a program has one range of the tokens.
     """
     return _step(held, [above, sums], scale)
 
@@ -74,7 +74,7 @@ def _step(held: Tensor, with_gradients: list[Tensor], scale: Tensor) -> Step:
         )
     ).blast_mixing
     tokens = tile(width)
-    parts = ranges(components, width, held.device)
+    parts = len(with_gradients[1]) if with_gradients else ranges(components, width, held.device)
     constants = {"BT": tokens, "TILES": -(-width // tokens // parts), "RANGES": parts}
     arguments = [held, *with_gradients, scale, width, components]
     options = {"num_warps": WARPS, "num_stages": STAGES, **following.options}

@@ -15,6 +15,7 @@ from structfly.lowering.blast import generated
 from structfly.lowering.blast.mixing import MOST_BLOCKS
 from structfly.lowering.blast.op import BLAST
 from structfly.lowering.blast.reference import blast_reference
+from structfly.lowering.block_products import chunks
 from structfly.lowering.block_products.chunks import Step
 from structfly.lowering.layer_op import Applied
 from tests.oracle import assert_as_accurate, assert_like_eager
@@ -105,6 +106,38 @@ def test_sums_over_chunks_have_the_same_bits_every_time() -> None:
         assert one is not None
         assert other is not None
         assert torch.equal(one, other)
+
+
+def test_chunks_are_held_in_rows_of_dx_that_are_not_made_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = layer((2, 2), (64, 64), 8, (0, 1), torch.bfloat16, 700)
+    row_bytes = 2 * 2 * 2 * 8
+    monkeypatch.setattr(chunks, "_cache_bytes", lambda _: 512 * row_bytes * 3 / 2)
+    dx = call.x.new_empty(700, 2, 64)
+    one, two = generated._places(call, dx, 2)
+    start = (one.held.data_ptr() - dx.data_ptr()) // dx.element_size()
+    assert (one.first, one.last, two.first, two.last) == (0, 384, 384, 700)
+    assert (one.held.shape[3], two.held.shape[3]) == (384, 256)
+    assert start >= one.last * 2 * 64
+    assert start + one.held.numel() == dx.numel()
+    check(call)
+
+
+@pytest.mark.parametrize(
+    ("out_features", "tokens_of_chunks"),
+    [(4096, [1024, 384]), (16384, [1024]), (1024, [1024])],
+    ids=["held in dx", "all fits", "nothing fits"],
+)
+def test_backward_takes_less_than_the_gradient_of_the_dense_weight_where_it_can(
+    out_features: int, tokens_of_chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_cache_bytes", lambda _: 50 * 2**20)  # an H100's
+    factors = _factors(16, 16, 512, 256, out_features // 16)
+    call = Applied(factors[0].new_empty(16384, 4096), factors, [out_features])
+    places = generated._places(call, call.x.view(-1, 16, 256), 2)
+    assert [place.held.shape[3] for place in places] == tokens_of_chunks
+    assert [place.last for place in places] == [place.first for place in places[1:]] + [16384]
+    taken = 2 * places[-1].held.numel() + 4 * sum(factor.numel() for factor in factors)
+    assert (taken < 2 * 4096 * out_features) == (out_features >= 4096)
 
 
 def test_without_tokens_there_is_nothing_to_make() -> None:
