@@ -25,7 +25,7 @@ from structfly import measure
 IGNORED = -100
 REFERENCE_ROWS = 2048
 PROVIDERS = ("eager", "eager-float", "inductor", "structfly")
-Logits = Callable[[Tensor, Tensor], Tensor]
+Logits = Callable[..., Tensor]
 
 
 def _distilled(head: Logits, x: Tensor, w: Tensor, t: Tensor) -> Tensor:
@@ -48,11 +48,13 @@ def _preferences(rows: Tensor) -> Tensor:
 
 # What is made of the rows' losses (N,), by name.
 ROW_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"preferences": _preferences}
-# What is made of x, w and targets, by name; ``head`` makes logits.
-LOSSES: dict[str, Callable[[Logits, Tensor, Tensor, Tensor], Tensor]] = {
+# What is made of x, w, targets and what LEARNED names, by name; ``head`` makes logits, with a bias if it is given one.
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "plain": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED),
     "capped": lambda head, x, w, t: F.cross_entropy(torch.tanh(head(x, w) / 30.0) * 30.0, t, ignore_index=IGNORED),
     "smoothed": lambda head, x, w, t: F.cross_entropy(head(x, w), t, ignore_index=IGNORED, label_smoothing=0.1),
+    "biased": lambda head, x, w, t, bias: F.cross_entropy(head(x, w, bias), t, ignore_index=IGNORED),
+    "scaled": lambda head, x, w, t, bias, scale: F.cross_entropy(head(x, w, bias) * scale, t, ignore_index=IGNORED),
     "gathered": lambda head, x, w, t: -F.log_softmax(head(x, w), 1).gather(1, t[:, None]).mean(),
     "distilled": _distilled,
     "preferences": lambda head, x, w, t: _preferences(
@@ -60,6 +62,10 @@ LOSSES: dict[str, Callable[[Logits, Tensor, Tensor, Tensor], Tensor]] = {
     ),
 }
 
+# What some of them learn beside x and w: a bias [V], a temperature's inverse [].
+LEARNED: dict[str, tuple[str, ...]] = {"biased": ("bias",), "scaled": ("bias", "scale")}
+# The gradients' names, of as many as there are.
+GRADIENTS = ("dx", "dw", "dbias", "dscale")
 # Those that leave no row out.
 EVERY_ROW = ("gathered", "distilled")
 
@@ -116,8 +122,10 @@ class Case:
 
     @property
     def gradient_bytes(self) -> int:
-        """Size of dx and dw, 0 where there are none."""
-        return self.training * (self.rows + self.classes) * self.features * self.torch_dtype.itemsize
+        """Size of the gradients, 0 where there are none."""
+        numbers = (self.rows + self.classes) * self.features
+        numbers += sum({"bias": self.classes, "scale": 1}[name] for name in LEARNED.get(self.loss, ()))
+        return self.training * numbers * self.torch_dtype.itemsize
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -132,19 +140,24 @@ def precision(*, tf32: bool) -> Literal["high", "highest"]:
 
 
 class Inputs(NamedTuple):
-    """x [N, H] and w [V, H], which want gradients, and int64 targets t [N]."""
+    """x [N, H] and w [V, H], which want gradients, int64 targets t [N], and what ``LEARNED`` names, which does, too."""
 
     x: Tensor
     w: Tensor
     t: Tensor
+    learned: tuple[Tensor, ...] = ()
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """All that want gradients."""
+        return (self.x, self.w, *self.learned)
 
 
 class Truth(NamedTuple):
-    """The loss and its gradients dx [N, H] and dw [V, H]."""
+    """The loss and its gradients, of ``Inputs.leaves``."""
 
     loss: Tensor
-    dx: Tensor
-    dw: Tensor
+    gradients: tuple[Tensor, ...]
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -163,22 +176,30 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     t[torch.rand(n, device=case.device, generator=generator) < case.ignored] = IGNORED
     x, w = x.to(case.torch_dtype), w.to(case.torch_dtype)
     w = w.t().contiguous().t() if case.transposed else w
-    return Inputs(x.requires_grad_(), w.requires_grad_(), t)
+    learned = {
+        "bias": torch.randn(v, device=case.device, generator=generator) / 4,
+        "scale": torch.tensor(0.75).to(w.device),
+    }
+    names = LEARNED.get(case.loss, ())
+    return Inputs(
+        x.requires_grad_(),
+        w.requires_grad_(),
+        t,
+        tuple(learned[name].to(case.torch_dtype).requires_grad_() for name in names),
+    )
 
 
 def truth(inputs: Inputs, loss: str = "plain") -> Truth:
     """The exact answer, rows in chunks: in float64 for float32 inputs, else in float32 without TF32."""
     dtype = torch.float64 if inputs.x.dtype == torch.float32 else torch.float32
-    x, w = (tensor.detach().to(dtype).requires_grad_() for tensor in (inputs.x, inputs.w))
+    x, w, *learned = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs.leaves)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision(tf32=False))
     try:
-        total = _of_rows(x, w, inputs.t, loss) if loss in ROW_LOSSES else _mean(x, w, inputs.t, loss)
+        total = _of_rows(x, w, inputs.t, loss) if loss in ROW_LOSSES else _mean(x, w, inputs.t, loss, *learned)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert x.grad is not None
-    assert w.grad is not None
-    return Truth(total, x.grad, w.grad)
+    return Truth(total, tuple(map(_gradient, (x, w, *learned))))
 
 
 def _of_rows(x: Tensor, w: Tensor, t: Tensor, loss: str) -> Tensor:
@@ -198,7 +219,7 @@ def _of_rows(x: Tensor, w: Tensor, t: Tensor, loss: str) -> Tensor:
     return value.detach()
 
 
-def _mean(x: Tensor, w: Tensor, t: Tensor, loss: str) -> Tensor:
+def _mean(x: Tensor, w: Tensor, t: Tensor, loss: str, *learned: Tensor) -> Tensor:
     """A loss that is a mean over rows, and its gradients in the leaves."""
     count = (t != IGNORED).sum()
     total = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -206,7 +227,7 @@ def _mean(x: Tensor, w: Tensor, t: Tensor, loss: str) -> Tensor:
         part = t[start : start + REFERENCE_ROWS]
         counted = (part != IGNORED).sum()
         if counted:
-            mean = LOSSES[loss](F.linear, x[start : start + REFERENCE_ROWS], w, part)
+            mean = LOSSES[loss](F.linear, x[start : start + REFERENCE_ROWS], w, part, *learned)
             (mean * (counted.double() / count).to(x.dtype)).backward()
             total += mean.detach().double() * counted
     return total / count
@@ -214,10 +235,11 @@ def _mean(x: Tensor, w: Tensor, t: Tensor, loss: str) -> Tensor:
 
 def errors(loss: Tensor, inputs: Inputs, exact: Truth) -> dict[str, float]:
     """Relative Frobenius errors of the loss and, of a training step, of the gradients that it left, by name."""
-    made = {"loss": loss}
+    found = {"loss": relative_error(loss, exact.loss)}
     if loss.requires_grad:
-        made |= {"dx": _gradient(inputs.x), "dw": _gradient(inputs.w)}
-    return {name: relative_error(value, getattr(exact, name)) for name, value in made.items()}
+        pairs = zip(GRADIENTS, inputs.leaves, exact.gradients, strict=False)
+        found |= {name: relative_error(_gradient(leaf), gradient) for name, leaf, gradient in pairs}
+    return found
 
 
 def _gradient(tensor: Tensor) -> Tensor:
@@ -235,11 +257,11 @@ def make_loss(provider: str, options: Mapping[str, Any], loss: str = "plain") ->
     """
     made = LOSSES[loss]
 
-    def definition(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return made(F.linear, x, w, t)
+    def definition(x: Tensor, w: Tensor, t: Tensor, *learned: Tensor) -> Tensor:
+        return made(F.linear, x, w, t, *learned)
 
-    def as_models_write_it(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
-        return made(lambda x, w: F.linear(x, w).float(), x, w, t)
+    def as_models_write_it(x: Tensor, w: Tensor, t: Tensor, *learned: Tensor) -> Tensor:
+        return made(lambda x, w, bias=None: F.linear(x, w, bias).float(), x, w, t, *learned)
 
     if provider == "eager":
         return definition
@@ -260,14 +282,15 @@ def make_step(loss: Loss, inputs: Inputs, *, training: bool = True) -> Callable[
     """Forward and backward into fresh gradients, or forward alone; returns the loss."""
 
     def train() -> Tensor:
-        inputs.x.grad = inputs.w.grad = None
-        result = loss(*inputs)
+        for leaf in inputs.leaves:
+            leaf.grad = None
+        result = loss(inputs.x, inputs.w, inputs.t, *inputs.learned)
         result.backward()
         return result
 
     def evaluate() -> Tensor:
         with torch.no_grad():
-            return loss(*inputs)
+            return loss(inputs.x, inputs.w, inputs.t, *inputs.learned)
 
     return train if training else evaluate
 
@@ -283,7 +306,8 @@ def peak_memory(case: Case, provider: str, options: Mapping[str, Any]) -> int:
 
     step()
     step()
-    inputs.x.grad = inputs.w.grad = None
+    for leaf in inputs.leaves:
+        leaf.grad = None
     return measure.peak_extra_memory(step_from_nothing, case.device, warmups=0)
 
 

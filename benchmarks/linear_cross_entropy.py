@@ -22,9 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import head, recording
+from benchmarks import busy, head, recording
 from benchmarks.head import LOSSES, PROVIDERS, Case, Inputs
-from benchmarks.matmul import matmul_rate, other_work
+from benchmarks.matmul import matmul_rate
 from benchmarks.peers import PEERS
 from benchmarks.recording import Row
 from benchmarks.sizes import sizes
@@ -71,9 +71,10 @@ def measure_case(
     providers: Sequence[str],
     options: dict[str, Any],
     repeats: int,
-    before: Callable[[], object] | None = None,
+    *,
+    behind_work: bool = False,
 ) -> list[Row]:
-    """All rows of one case; with ``before``, also the times behind that work."""
+    """All rows of one case; with ``behind_work``, also the times of steps that a GPU comes to from other work."""
     mode = case.mode
     inputs = head.make_inputs(case)
     exact = head.truth(inputs, case.loss)
@@ -90,7 +91,10 @@ def measure_case(
     steps[FLOORS[case.training]] = make_products(inputs, training=case.training)
     timings = measure.times_in_rotation(steps, case.device, repeats=repeats)
     rows += [Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode) for name, timing in timings.items()]
-    if before is not None:
+    if behind_work:
+        host = busy.host_times(steps, repeats)
+        rows += busy.host_rows(KERNEL, mode, host)
+        before = busy.other_work(host.values())
         behind = measure.times_in_rotation(steps, case.device, repeats=repeats, before=before)
         rows += [
             Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode, metric="time_behind_work_s")
@@ -126,6 +130,7 @@ def case_table(mode: str, rows: Sequence[Row]) -> Table:
         "x eager",
         "x inductor",
         "x floor",
+        "host ms",
         "ms behind work",
         "x inductor",
         "extra MiB",
@@ -133,19 +138,21 @@ def case_table(mode: str, rows: Sequence[Row]) -> Table:
         "x eager",
     ):
         table.add_column(heading, justify="right")
-    table.add_column("error: loss, dx, dw", justify="right")
+    gradients = [name for name in head.GRADIENTS if any(row.metric == f"relative_error_{name}" for row in rows)]
+    table.add_column(f"error: {', '.join(('loss', *gradients))}", justify="right")
     for provider in dict.fromkeys(row.provider for row in rows):
         time = values[provider, "time_s"]
         table.add_row(
             provider,
             f"{time.p50 * 1e3:.2f} ({time.p20 * 1e3:.2f} to {time.p80 * 1e3:.2f})",
             *(ratio(provider, "time_s", base) for base in ("eager", "inductor", floor)),
+            show(provider, "host_s", ".2f", 1e-3),
             show(provider, "time_behind_work_s", ".2f", 1e-3),
             ratio(provider, "time_behind_work_s", "inductor"),
             show(provider, "peak_extra_bytes", ".0f", 2**20),
             show(provider, "peak_extra_above_gradients_bytes", ".0f", 2**20),
             ratio(provider, "peak_extra_bytes", "eager"),
-            " ".join(show(provider, f"relative_error_{name}", ".1e") for name in ("loss", "dx", "dw")).strip(),
+            " ".join(show(provider, f"relative_error_{name}", ".1e") for name in ("loss", *gradients)).strip(),
         )
     return table
 
@@ -211,7 +218,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision(head.precision(tf32=chosen.tf32))
     rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
     console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
-    before = other_work(chosen.matmul) if chosen.behind_work else None
     rows = []
     for n, h, v in chosen.shapes:
         for logits, loss, passes in itertools.product(chosen.logits, chosen.loss, chosen.passes):
@@ -229,7 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 tf32=chosen.tf32,
             )
             with torch._dynamo.config.patch(recompile_limit=64):  # the providers compile one function
-                measured = measure_case(case, chosen.providers, chosen.options, chosen.repeats, before)
+                measured = measure_case(
+                    case, chosen.providers, chosen.options, chosen.repeats, behind_work=chosen.behind_work
+                )
             console.print(case_table(measured[0].mode, measured))
             rows += measured
     if chosen.device == "cpu":

@@ -1,8 +1,6 @@
-"""Plain square products: the rate of an idle device, and work that keeps one busy."""
+"""Plain square products: the rate of an idle device."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -25,9 +23,3 @@ def matmul_rate(device: str, dtype: str, size: int, repeats: int) -> Row:
         p80=rates.p80,
         samples=rates.samples,
     )
-
-
-def other_work(size: int) -> Callable[[], object]:
-    """Keeps a GPU busy for some milliseconds: what a training step does before it comes to what is measured."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return lambda: a @ b

@@ -2,9 +2,10 @@
 
 Every layer is the module that a user has, without bias, compiled as a user compiles it; peers are compiled by Inductor
 or, where their packages say nothing of that, eager.  Times are taken in one process, the providers in rotation; those
-of a GPU behind a product that keeps it busy, as the layers before it do within a model: what the host takes to launch
-is no part of them (benchmarks.structured_model measures that).  "x dense" is the median over rounds of the dense
-layer's time over the provider's.  Errors are relative Frobenius errors against the layer's own dense weight in float64.
+of a GPU behind products that keep it busy, as the layers before it do within a model: what the host takes to launch is
+no part of them.  It stands beside them; benchmarks.structured_model has whole models, where it counts.  "x dense" is
+the median over rounds of the dense layer's time over the provider's.  Errors are relative Frobenius errors against the
+layer's own dense weight in float64.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import recording, structured_layers
-from benchmarks.matmul import matmul_rate, other_work
+from benchmarks import busy, recording, structured_layers
+from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
 from benchmarks.sizes import sizes
 from benchmarks.structured_case import PASSES, Case, Layer, clear, errors, make_inputs, make_layer, peak_memory, step
@@ -93,13 +94,17 @@ def measure_case(
     providers: Mapping[str, Provider],
     repeats: int,
     say: Callable[[str], object],
-    before: Callable[[], object] | None = None,
 ) -> list[Row]:
     """All rows of one case; providers that cannot be had are left out, which is said with the reason."""
     x, upstream = make_inputs(case)
     torch.compiler.reset()
     layers, rows = layers_of(case, providers, x, upstream, say)
     calls = {name: partial(step, layer, x, upstream, training=case.training) for name, layer in layers.items()}
+    before = None
+    if case.device == "cuda":
+        host = busy.host_times(calls, repeats)
+        rows += busy.host_rows(KERNEL, case.mode, host)
+        before = busy.other_work(host.values())
     timings = measure.times_in_rotation(calls, case.device, repeats=repeats, before=before)
     ratios = {
         name: measure.summarize([d / t for d, t in zip(timings[DENSE].samples, timing.samples, strict=True)])
@@ -129,7 +134,7 @@ def case_table(rows: Sequence[Row]) -> Table:
 
     table = Table(title=rows[0].mode, title_justify="left")
     table.add_column("provider")
-    for heading in ("parameters", "ms (p20 to p80)", "x dense", "wanted", "reached", "extra MiB", "x dense"):
+    for heading in ("parameters", "ms (p20 to p80)", "x dense", "wanted", "reached", "host ms", "extra MiB", "x dense"):
         table.add_column(heading, justify="right")
     table.add_column("error: y, dx, factors", justify="right")
     for provider in dict.fromkeys(row.provider for row in rows):
@@ -142,6 +147,7 @@ def case_table(rows: Sequence[Row]) -> Table:
             show(provider, "x_dense", ".2f"),
             show(provider, "x_dense_wanted", ".2f"),
             _reached(values, provider),
+            show(provider, "host_s", ".2f", 1e-3),
             show(provider, "peak_extra_bytes", ".0f", 2**20),
             f"{memory.p50 / values[DENSE, 'peak_extra_bytes'].p50:.3f}" if memory else "",
             " ".join(show(provider, f"relative_error_{name}", ".1e") for name in ("y", "dx", "dfactors")).strip(),
@@ -209,11 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with precise(), torch._dynamo.config.patch(recompile_limit=64):  # layers share the code of one module
         rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
         console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
-        before = other_work(chosen.matmul) if chosen.device == "cuda" else None
         for tokens, *of_layer in chosen.shapes:
             for passes in chosen.passes:
                 case = Case(tokens, LayerSizes(*of_layer), chosen.dtype, chosen.device, passes == PASSES[True])
-                measured = measure_case(case, providers, chosen.repeats, console.print, before)
+                measured = measure_case(case, providers, chosen.repeats, console.print)
                 console.print(case_table(measured))
                 rows += measured
                 if chosen.output:  # after each, so that a run that is stopped leaves what it found

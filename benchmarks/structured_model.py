@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import recording, structured_layers
+from benchmarks.busy import host_seconds
 from benchmarks.device_trace import profiled
 from benchmarks.recording import Row
 from benchmarks.structured_layers import DENSE, SETTINGS, Place, Provider
@@ -137,16 +138,6 @@ class Model:
         with torch.cuda.graph(graph):
             self.step()
         return graph.replay
-
-
-def host_seconds(step: Callable[[], object]) -> float:
-    """What the host takes to launch a step from an idle GPU, with what it waits where the queue of launches is full."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    seconds = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return seconds
 
 
 def measure_model(

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 
-from structfly.errors import UnsupportedError
+from structfly.lowering.descriptor import descriptor, has_descriptor
 from structfly.lowering.launch import Launch
 from structfly.lowering.template import Parameter, load, render
 
@@ -138,11 +138,11 @@ class Product:
             "interpreted": not a.is_cuda,
         }
         self._operands = (
-            _descriptor(a_stored, *((tiles.k, tiles.m) if a_transposed else (tiles.m, tiles.k))),
-            _descriptor(b_stored, *((tiles.n, tiles.k) if b_transposed else (tiles.k, tiles.n))),
+            descriptor(a_stored, *((tiles.k, tiles.m) if a_transposed else (tiles.m, tiles.k))),
+            descriptor(b_stored, *((tiles.n, tiles.k) if b_transposed else (tiles.k, tiles.n))),
         )
         self._arguments = [
-            _descriptor(each.tensor, tiles.m, tiles.part if each.cut else tiles.n) if isinstance(each, Blocks) else each
+            descriptor(each.tensor, tiles.m, tiles.part if each.cut else tiles.n) if isinstance(each, Blocks) else each
             for each in arguments
         ]
         self._sizes = (rows, columns, inner)
@@ -217,26 +217,14 @@ def programs_on(device: torch.device, tiles: Tiles) -> int:
     return processors_of(device) * tiles.resident
 
 
-def has_descriptor(matrix: Tensor) -> bool:
+def is_operand(matrix: Tensor) -> bool:
     """Whether rows or columns are contiguous and begin at multiples of 16 bytes, as tensor descriptors need it."""
-    stored, _ = _stored(matrix)
-    return stored.stride(1) == 1 and stored.stride(0) * stored.element_size() % 16 == 0 and stored.data_ptr() % 16 == 0
+    return has_descriptor(_stored(matrix)[0])
 
 
 def _stored(matrix: Tensor) -> tuple[Tensor, bool]:
     """The matrix as it lies in memory, rows contiguous, and whether that is its transpose."""
     return (matrix.t(), True) if matrix.stride(1) != 1 and matrix.stride(0) == 1 else (matrix, False)
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    if not has_descriptor(matrix):
-        raise UnsupportedError(
-            f"a {tuple(matrix.shape)} {matrix.dtype} matrix of strides {matrix.stride()} in a generated product; "
-            "its rows must be contiguous and begin at multiples of 16 bytes"
-        )
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
 def launch_of(

@@ -39,6 +39,8 @@ Finish = Callable[[Applied, Sequence[Tensor]], Tensor]
 # (gradient (N, out), applied to, made between, wanted: of x and each factor) -> gradients, None where not wanted
 Backward = Callable[[Tensor, Applied, Sequence[Tensor], Sequence[bool]], list[Tensor | None]]
 Shapes = Sequence[Sequence[int]]
+# (x (*rows, in), factors, bias, static) -> y (*rows, out), in torch's own operations
+Plain = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[int]], Tensor]
 
 
 class InChunks(NamedTuple):
@@ -63,7 +65,6 @@ class LayerOp:
         name: with an ABI version, which goes up with any change of the schema, the fake or the autograd formula.
         between, finish: the forward in two steps, on matrices; backward makes the first again where nothing was kept.
         backward: the gradients, on matrices.
-        adds_bias: whether ``finish`` adds the bias, so that y need not be read again for it.
         out_features: of the factors' shapes and the static numbers.
         kept_shapes: of N rows, the factors' shapes and the static numbers: the shapes of what is made between.
         multiply_adds: of the same: those of each of the two steps; the backward has as many as both for x, and again
@@ -71,6 +72,7 @@ class LayerOp:
         adds_bias: whether ``finish``, and the forward in chunks, add the bias within their products; else it is added
             to what they give.
         in_chunks: takes the place of all three where nothing is kept and it has nothing against the factors, or None.
+        plain: the layer in torch's own operations, where the op adds nothing to them: a compiler is given those.
     """
 
     def __init__(
@@ -85,10 +87,11 @@ class LayerOp:
         multiply_adds: Callable[[int, Shapes, Sequence[int]], tuple[int, int]],
         adds_bias: bool = False,
         in_chunks: InChunks | None = None,
+        plain: Plain | None = None,
     ) -> None:
         self.name, self.between, self.finish, self.backward = name, between, finish, backward
         self.out_features, self.kept_shapes, self.multiply_adds = out_features, kept_shapes, multiply_adds
-        self.adds_bias, self._in_chunks = adds_bias, in_chunks
+        self.adds_bias, self.plain, self._in_chunks = adds_bias, plain, in_chunks
         forward_name, backward_name = f"structfly::{name}", f"structfly::{name}_backward"
         torch.library.define(
             forward_name,

@@ -18,6 +18,7 @@ from structfly.layer_times.rates import profile_on
 from structfly.layer_times.store import keep_times, known_times, origin_on, read_user_times
 from structfly.lowering.device_profile import device_profile
 from structfly.patterns import RULE_NAMES, rules_under
+from structfly.patterns.plain_layers import write_out_plain_layers
 from structfly.patterns.structures import STRUCTURES
 from structfly.restructure.plan import Plan
 from structfly.rewriter.engine import Outcome, rewrite_graph
@@ -48,6 +49,7 @@ def structfly(
     """
     config = read_config(options, mode)
     outcome = rewrite(gm, config)
+    write_out_plain_layers(outcome.module)
     examples = [*example_inputs, *outcome.examples]
     return with_inputs(compat.compile_with_inductor(outcome.module, examples, config.inductor_options()), outcome)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structfly.lowering.block_products.products import descriptor, launch_product
+from structfly.lowering.block_products.products import launch_product
+from structfly.lowering.descriptor import descriptor
 from structfly.lowering.gemm import Tiles, programs_on
 from structfly.lowering.template import Parameter
 

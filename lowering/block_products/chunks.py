@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from structfly.lowering.block_products.products import descriptor, product_launch
+from structfly.lowering.block_products.products import product_launch
+from structfly.lowering.descriptor import descriptor
 from structfly.lowering.device_profile import device_model
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.launch import on_device

@@ -10,7 +10,8 @@ from typing import NamedTuple, Self
 
 from torch import Tensor
 
-from structfly.lowering.block_products.products import descriptor, launch_product
+from structfly.lowering.block_products.products import launch_product
+from structfly.lowering.descriptor import descriptor
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.template import Parameter
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.device_profile import device_model
@@ -11,6 +13,7 @@ from structfly.lowering.gemm import Tiles, programs_on
 from structfly.lowering.tuning.choice import INTERPRETED, SAFE
 
 _HOPPER = (9, 0)
+_SHAPES = 1024  # whose tiles are remembered: every call asks for some
 PRODUCTS = Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4)
 FEW_TOKENS = Tiles(m=64, n=64, k=128, group=8, parts=1, warps=4, stages=4)
 # The largest first; the next where a larger leaves processors without a tile.
@@ -34,7 +37,12 @@ Axes = tuple[int, int]
 
 def product_tiles(like: Tensor, tokens: int, n: Axes, k: Axes) -> Tiles:
     """Of products of ``tokens`` rows with matrices that have sides of such axes."""
-    capability = device_model(like.device).capability
+    return _product_tiles(like.device, tokens, n, k)
+
+
+@lru_cache(maxsize=_SHAPES)
+def _product_tiles(device: torch.device, tokens: int, n: Axes, k: Axes) -> Tiles:
+    capability = device_model(device).capability
     if capability is None:
         tiles = INTERPRETED
     elif tokens <= FEW_TOKENS.m:
@@ -46,7 +54,12 @@ def product_tiles(like: Tensor, tokens: int, n: Axes, k: Axes) -> Tiles:
 
 def gradient_tiles(like: Tensor, tokens: int, matrices: int, m: Axes, n: int) -> Tiles:
     """Of the gradients of so many matrices, with rows of such axes and ``n`` columns, summed over ``tokens``."""
-    model = device_model(like.device)
+    return _gradient_tiles(like.device, tokens, matrices, m, n)
+
+
+@lru_cache(maxsize=_SHAPES)
+def _gradient_tiles(device: torch.device, tokens: int, matrices: int, m: Axes, n: int) -> Tiles:
+    model = device_model(device)
     if model.capability is None:
         choices: tuple[Tiles, ...] = (INTERPRETED,)
     else:
@@ -56,22 +69,23 @@ def gradient_tiles(like: Tensor, tokens: int, matrices: int, m: Axes, n: int) ->
         for tiles in choices
     ]
     rows = m[0] * m[1]
-    full = (t for t in cut if 10 * matrices * -(-rows // t.m) * -(-n // t.n) >= 9 * programs_on(like.device, t))
+    full = (t for t in cut if 10 * matrices * -(-rows // t.m) * -(-n // t.n) >= 9 * programs_on(device, t))
     return next(full, cut[-1])
 
 
 def axis_tiles(like: Tensor, tokens: int, matrices: int, n: int, k: int) -> tuple[Tiles, int]:
     """Of products along an axis of a lattice with so many matrices (n, k), and how many of those a tile is of."""
-    return _several(like, AXIS, _AXIS_SAFE, matrices, m=tokens, n=n, k=k)
+    return _several(like.device, AXIS, _AXIS_SAFE, matrices, m=tokens, n=n, k=k)
 
 
 def axis_gradient_tiles(like: Tensor, tokens: int, matrices: int, m: int, n: int) -> tuple[Tiles, int]:
     """Of the gradients of so many matrices (m, n) along an axis, and how many of those a tile is of."""
-    return _several(like, AXIS_GRADIENTS, _AXIS_GRADIENTS_SAFE, matrices, m=m, n=n, k=tokens)
+    return _several(like.device, AXIS_GRADIENTS, _AXIS_GRADIENTS_SAFE, matrices, m=m, n=n, k=tokens)
 
 
-def _several(like: Tensor, best: Tiles, safe: Tiles, matrices: int, **sides: int) -> tuple[Tiles, int]:
-    capability = device_model(like.device).capability
+@lru_cache(maxsize=_SHAPES)
+def _several(device: torch.device, best: Tiles, safe: Tiles, matrices: int, **sides: int) -> tuple[Tiles, int]:
+    capability = device_model(device).capability
     tiles, batch = (best, BATCH) if capability == _HOPPER else (safe, _BATCH_SAFE)
     least = {name: min(getattr(tiles, name), _enough(side)) for name, side in sides.items()}
     return replace(tiles, **least), min(batch, max(8, _enough(matrices)))

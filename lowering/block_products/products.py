@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.errors import UnsupportedError
 from structfly.lowering.block_products.listing import Listing
-from structfly.lowering.block_products.support import ALIGNED
+from structfly.lowering.descriptor import descriptor
 from structfly.lowering.gemm import Tiles, launch_of, programs_on
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.template import Parameter
@@ -127,25 +126,6 @@ def ranges(tiles: int, steps: int, programs: int) -> int:
     """In how many ranges ``tiles`` sums of ``steps`` steps are cut, so that few of the programs wait for the others."""
     most = min(_MOST_RANGES, steps) if tiles < programs else 1
     return min(range(1, most + 1), key=lambda split: -(-tiles * split // programs) / split + _COST_OF_A_RANGE * split)
-
-
-def descriptor(tensor: Tensor, *box: int) -> Any:
-    """A tensor descriptor that moves so many entries along each dimension at a time.
-
-    A box that is one part of several has that dimension first: only then does a product take it from where it was put.
-
-    Raises:
-        UnsupportedError: the last dimension is not contiguous, or another does not step by multiples of 16 bytes.
-    """
-    steps = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in tensor.stride()[:-1])]
-    if tensor.stride(-1) != 1 or any(step % ALIGNED for step in steps):
-        raise UnsupportedError(
-            f"a {tuple(tensor.shape)} {tensor.dtype} operand of strides {tensor.stride()} in a generated product; its "
-            "last dimension must be contiguous, and the others begin at multiples of 16 bytes"
-        )
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(tensor, list(box))
 
 
 def launch_product(

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-ALIGNED = 16  # bytes: what tensor descriptors begin at and step by
+from structfly.lowering.descriptor import ALIGNED
+
 _DTYPES = (torch.bfloat16, torch.float16)
 
 

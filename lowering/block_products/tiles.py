@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ def gradient_tiles(like: Tensor, blocks: int, side_m: int, side_n: int) -> Tiles
     return _best(like.device, (blocks, side_m), (1, side_n), _WHOLE_STEP)
 
 
+@lru_cache(maxsize=1024)  # every call asks for some
 def _best(device: torch.device, rows: tuple[int, int], columns: tuple[int, int], inner: int) -> Tiles:
     """What takes the busiest multiprocessor least; ``rows`` and ``columns`` are so many sides of such a length."""
     capability = device_model(device).capability

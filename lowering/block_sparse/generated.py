@@ -8,7 +8,7 @@ from structfly.lowering.block_products.products import block_gradients, block_su
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
-from structfly.lowering.block_sparse.listing import by_columns, by_rows
+from structfly.lowering.block_sparse.listing import by_columns, by_rows, row_of_each
 
 
 def why_not(values: Tensor, *ranks: int) -> str:
@@ -56,7 +56,7 @@ def gradient_of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLay
         grad.unflatten(1, (-1, block_out)),
         x.unflatten(1, (-1, block_in)),
         made,
-        layout.rows(),
+        row_of_each(layout),
         layout.columns.flatten(),
         tiles=gradient_tiles(values, count, block_out, block_in),
     )

@@ -23,8 +23,17 @@ def by_columns(layout: BlockLayout, columns: int) -> Listing:
     return remembered(_columns, *layout, columns)
 
 
+def row_of_each(layout: BlockLayout) -> Tensor:
+    """As :meth:`BlockLayout.rows`."""
+    return remembered(_rows, *layout)
+
+
 def _columns(columns: Tensor, starts: Tensor | None, count: int) -> Listing:
     return listed(columns.flatten(), BlockLayout(columns, starts).rows(), count)
+
+
+def _rows(columns: Tensor, starts: Tensor | None) -> Tensor:
+    return BlockLayout(columns, starts).rows()
 
 
 def _equal_starts(columns: Tensor) -> Tensor:

@@ -94,6 +94,21 @@ class Epilogue:
         """Which of ``operands`` are conditions; all others are numbers."""
         return frozenset(o.index for step in self.steps for o, gradient in step.tensors() if gradient is None)
 
+    @cached_property
+    def leading(self) -> int:
+        """How many steps at the beginning have one slope for all classes of a row."""
+        return next((i for i, step in enumerate(self.steps) if not step.one_slope_a_row), len(self.steps))
+
+    @property
+    def slopes_vary(self) -> bool:
+        """True if the chain's slope is not the same for all classes of a row."""
+        return self.leading < len(self.steps)
+
+    def of_classes_after_leading(self, wanted: Sequence[bool]) -> list[Operand]:
+        """The wanted operands with one number a class that steps after the leading ones read."""
+        late = [operand for step in self.steps[self.leading :] for operand, _ in step.tensors()]
+        return [operand for operand in late if operand.kind == "class" and wanted and wanted[operand.index]]
+
     @property
     def linear(self) -> bool:
         """True if the chain only multiplies by numbers."""

@@ -31,7 +31,7 @@ from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
 from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass, power_of_two, tiles_of
-from structfly.lowering.linear_cross_entropy.schedule import BlockSizes, block_sizes, low_stride
+from structfly.lowering.linear_cross_entropy.schedule import BlockSizes, bias_sum_bytes, block_sizes, low_stride
 from structfly.lowering.linear_cross_entropy.sums import new_plane, sum_product
 from structfly.lowering.side_stream import SideStream
 from structfly.lowering.template import load, render
@@ -49,14 +49,16 @@ def run_blocks(
         return head.x.new_zeros(0, dtype=torch.float32), None if wanted is None else _zeros(head, wanted)
     device = head.x.device
     tiles = tiles_of(head)
-    sizes = block_sizes(rows, hidden, head.num_classes, workspace, processors=processors_of(device), tiles=tiles)
+    limit = workspace - bias_sum_bytes(head.num_classes, bias=wanted is not None and wanted.bias)
+    sizes = block_sizes(rows, hidden, head.num_classes, limit, processors=processors_of(device), tiles=tiles)
     with on_device(device):
-        each = RowPass(head, coefficients, sizes.rows, "" if wanted is None else "rows", tiles)
+        each = RowPass(head, coefficients, sizes.rows, "" if wanted is None else "rows", tiles, wanted=wanted)
         each.do_all()
         gradients = None
         if wanted is not None:
             gradients = _zeros(head, wanted)
             BlockRun(each, wanted, gradients, sizes).run()
+            each.operands.finish(gradients, None)
         each.check_targets()
     return each.losses, gradients
 
@@ -65,6 +67,7 @@ def _zeros(head: Head, wanted: Wanted) -> Gradients:
     """Gradients that are zero, but for the weight's where there are blocks."""
     gradients = allocate_gradients(head, wanted)
     gradients.x.zero_()
+    gradients.bias.zero_()
     gradients.weight[head.num_classes if len(head.x) else 0 :].zero_()
     return gradients
 
@@ -143,6 +146,7 @@ class BlockRun:
             block = self.block_product(part, x, dz)
             add_hidden = self.hidden_sum(part, dz) if self.wanted.x else None
             add_weight = self.weight_sums(part, x, dz, plane, add_hidden) if self.wanted.weight else None
+            add_bias = self.bias_sum(part, dz) if self.wanted.bias else None
             for start in range(0, len(self.each.x), length):
                 if take is not None:
                     take(live, start)
@@ -154,6 +158,8 @@ class BlockRun:
                 if add_weight is not None:
                     with beside:
                         add_weight[start > 0](live, start, x_start)
+                if add_bias is not None:
+                    add_bias(live, start)
                 beside.join()
 
     def _spread(self) -> None:
@@ -207,6 +213,9 @@ class BlockRun:
             sum_product(dz.t(), x, self.dw[part], plane, tiles, rows="K", begins=each, ends="rows", beside=rounds)
             for each in begins
         ]
+
+    def bias_sum(self, part: slice, dz: Tensor) -> Launch:
+        return self.each.operands.block_sums(dz, part.start, self.of_rows.label, self.of_rows.entry)
 
     @cached_property
     def dx_plane(self) -> Tensor:

@@ -14,7 +14,7 @@ from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.head.linear import DIFFERENTIABLE
 from structfly.lowering.linear_cross_entropy.arguments import STATISTICS, Arguments
 from structfly.lowering.linear_cross_entropy.row_program import parse_row_program
-from structfly.lowering.linear_cross_entropy.schedule import why_no_exponentials
+from structfly.lowering.linear_cross_entropy.schedule import why_no_blocks, why_no_exponentials
 
 
 def check(call: Arguments) -> None:
@@ -31,12 +31,12 @@ def check(call: Arguments) -> None:
     if call.scheme not in ("logits", "exponentials", "blocks"):
         raise StructflyError(f"scheme is {call.scheme!r}; allowed: 'logits', 'exponentials', 'blocks'")
     _check_statistics(call)
-    unserved = "" if call.scheme == "logits" else _why_no_exponentials(call)
+    _check_operands(call)
+    unserved = "" if call.scheme == "logits" else _why_unserved(call)
     if unserved:
         raise StructflyError(f"the scheme {call.scheme!r} does not serve this head: {unserved}; use 'logits'")
     if call.schedule == "forward" and call.reduction == "none" and call.wanted.any:
         raise StructflyError("reduction='none' has no scalar upstream gradient; use schedule='backward'")
-    _check_operands(call)
     if call.row_weight is not None and call.reduction != "sum":
         raise StructflyError(f"row_weight goes with reduction='sum', not {call.reduction!r}")
     for name, indices, ignored in (("target", call.target, call.ignore_index), ("choice", call.choices, None)):
@@ -126,13 +126,16 @@ def _check_group(call: Arguments, dimensions: int) -> None:
             )
 
 
-def _why_no_exponentials(call: Arguments) -> str:
-    return why_no_exponentials(
+def _why_unserved(call: Arguments) -> str:
+    """Why generated products do not serve the call, or ""."""
+    epilogue = parse_epilogue(call.epilogue)
+    reason = why_no_exponentials(
         call.x.dtype,
         call.x.shape[1],
-        parse_epilogue(call.epilogue),
+        epilogue,
         label_smoothing=call.label_smoothing,
         adapter=call.adapter_x is not None,
-        bias_gradient=call.wanted.bias,
+        wanted=call.wanted,
         statistics=call.target is None or bool(call.statistics or call.row_loss),
     )
+    return reason or (why_no_blocks(epilogue) if call.scheme == "blocks" else "")

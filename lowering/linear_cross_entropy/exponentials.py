@@ -7,7 +7,9 @@ and the target's entry put right, the gradients are plain products of e:
     E_nv = f'_nv (e_nv - [v = t_n] s_n),    factor_n = c_n / s_n
     dx = factor (E W),    dW = E^T (factor x)
 
-and nothing but the target's entries is ever read or written elementwise.
+and nothing but the target's entries is ever read or written elementwise.  What f' has in common for all classes of a
+row stands in the factor instead.  Gradients of the bias and of f's operands:
+:mod:`~structfly.lowering.linear_cross_entropy.chain_operands`.
 
 A target's entry can be far larger than the rest of its row.  What its rounding to bfloat16 leaves out is added to dx
 where the factor is multiplied in, as factor (entry - bfloat16(entry)) W_t, and to dW by
@@ -51,13 +53,14 @@ def run_exponentials(
     if not rows:
         gradients = None if wanted is None else allocate_gradients(head, wanted)
         if gradients is not None:
-            gradients.weight.zero_()
+            for gradient in gradients.each:
+                gradient.zero_()
         return head.x.new_zeros(0, dtype=torch.float32), gradients
     length = exponential_rows(rows, head.num_classes, workspace)
     with on_device(head.x.device):
         keeps: Literal["", "exponentials"] = "" if wanted is None else "exponentials"
         width = head.x.shape[1] if wanted is not None and wanted.x else 0
-        each = RowPass(head, coefficients, length, keeps, tiles_of(head), sums_width=width)
+        each = RowPass(head, coefficients, length, keeps, tiles_of(head), sums_width=width, wanted=wanted)
         gradients = None
         if wanted is None:
             each.do_all()
@@ -93,11 +96,14 @@ class ExponentialRun:
                 weight = self.weight_sum
                 with beside:
                     weight.add_product(start)
+            if each.operands.sums_over_rows:  # of what the products read, too: where they leave room, beside them
+                self.column_sums(live, start)
             beside.join()
             if self.wanted.weight and not number:
                 self.weight_sum.add_targets(start)
         if self.wanted.weight:
             self.weight_sum.close(len(each.starts))
+        each.operands.finish(self.made, self._smoothed_bias())
         return self.made
 
     @cached_property
@@ -149,17 +155,40 @@ class ExponentialRun:
         )
 
     @cached_property
+    def column_sums(self) -> Launch:
+        each = self.each
+        return each.operands.column_sums(each.chunk.exps, each.chunk.entry)
+
+    @cached_property
     def outer(self) -> tuple[Tensor, Tensor] | None:
         """What label smoothing takes off dW, as an outer product."""
-        each, head = self.each, self.each.head
+        each = self.each
         if not each.share or not self.wanted.weight:
             return None
-        counts = each.coefficient
-        if head.ignore_index is not None:
-            counts = counts * (head.target != head.ignore_index)
-        uniform = weighted_rows(each.x, counts) * (each.constant_slope * each.share)
-        weights = each.terms.weight
-        return (uniform.new_ones(head.num_classes) if weights is None else weights), uniform
+        return self._class_weights, weighted_rows(each.x, self._counts) * (each.constant_slope * each.share)
+
+    def _smoothed_bias(self) -> Tensor | None:
+        """What it takes off the bias's gradient."""
+        each = self.each
+        if not each.share or not self.wanted.bias:
+            return None
+        return (
+            self._class_weights * (self._counts.sum(dtype=torch.float64) * (each.constant_slope * each.share)).float()
+        )
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        """(N,) coefficients of the rows that count, else 0."""
+        each, head = self.each, self.each.head
+        if head.ignore_index is None:
+            return each.coefficient
+        return each.coefficient * (head.target != head.ignore_index)
+
+    @property
+    def _class_weights(self) -> Tensor:
+        """(C,) of ones where there are none."""
+        weights = self.each.terms.weight
+        return self._counts.new_ones(self.each.head.num_classes) if weights is None else weights
 
     @cached_property
     def weight_sum(self) -> WeightSum:

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from structfly.compat import assert_on_device
 from structfly.lowering.device_profile import device_model
-from structfly.lowering.gemm import Blocks, Product, Tiles, has_descriptor
+from structfly.lowering.gemm import Blocks, Product, Tiles, is_operand
 from structfly.lowering.head.chunks import row_stride
+from structfly.lowering.head.linear import Wanted
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.buffers import in_one_buffer
+from structfly.lowering.linear_cross_entropy.chain_operands import ChainOperands
 from structfly.lowering.linear_cross_entropy.chunked import Head, class_terms
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms
@@ -76,7 +78,7 @@ class KeptRows:
 
     Attributes:
         lse, factor, entry, uniform: (N,) float32; of classes v but the target, dz_v = factor f'_v exp(u_v - lse) -
-            uniform w_v with w the classes' weights; entry is the target's.
+            uniform w_v with w the classes' weights and f' without its leading steps; entry is the target's.
         label: (N,) int32 targets.
     """
 
@@ -96,8 +98,10 @@ class RowPass:
         keeps: "" for the losses alone, "exponentials" for :class:`ChunkRows`, "rows" for :class:`KeptRows`.
         tiles: of the head's products.
         sums_width: what ``sums`` has for each row of a chunk, at least.
+        wanted: which gradients will be.
 
     Attributes:
+        operands: of the pointwise chain.
         sums: float32 numbers for each row of a chunk, free from one chunk's losses to the next one's logits.
         rows: the rows that count.
         every_row: whether none can be left out.
@@ -112,17 +116,20 @@ class RowPass:
         keeps: Literal["", "exponentials", "rows"],
         tiles: HeadTiles,
         sums_width: int = 0,
+        wanted: Wanted | None = None,
     ) -> None:
         self.head, self.length, self.keeps, self.tiles = head, length, keeps, tiles
         self._coefficients = coefficients
         self.every_row = head.ignore_index is None and coefficients.chosen is None
         self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
         self.weight = head.weight[: head.num_classes]
-        if not has_descriptor(self.weight):  # a view of a larger buffer that begins anywhere
+        if not is_operand(self.weight):  # a view of a larger buffer that begins anywhere
             self.weight = self.weight.clone(memory_format=torch.contiguous_format)
-        self.terms, live_classes = _apart(class_terms(head))
+        wanted = wanted or Wanted()
+        self.terms, live_classes = _apart(class_terms(head, wanted.operands))
         self.share = head.label_smoothing / head.num_classes
         self.starts = range(0, head.x.shape[0], length)
+        self.operands = ChainOperands(self.terms, bias_gradient=wanted.bias, classes=head.num_classes)
         self._make_buffers(live_classes, sums_width)
 
     def do_all(self) -> None:
@@ -155,15 +162,17 @@ class RowPass:
         classes, hidden, device = self.head.num_classes, self.x.shape[1], self.x.device
         self.rows = LiveRows(self.head, self._coefficients.chosen, self.length, apart=self.keeps == "exponentials")
         self.across = -(-classes // self.logits_tiles.n)
+        tiles = self.across * (1 + len(self.operands.by_row))
         stored = (self.length, row_stride(classes)) if self.keeps == "exponentials" else (1, 16)
         exps, factor_x, self.sums = in_one_buffer(
             device,
             (stored, torch.bfloat16),
             ((self.length, hidden), torch.bfloat16),
-            ((self.length * max(self.across, sums_width),), torch.float32),
+            ((self.length * max(tiles, sums_width),), torch.float32),
         )
-        vectors = torch.empty(6, self.length, device=device)  # apart, for they live longer
-        self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors.unbind()
+        vectors = torch.empty(6 + self.operands.vectors, self.length, device=device)  # apart, for they live longer
+        self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors[:6].unbind()
+        self.operands.allocate(vectors[6:], self.rows)
         self.chunk = ChunkRows(exps[:, :classes], factor_x, factor, entry)
         self.unused = factor
         self.weighted_classes = self.weighted_bias = self.class_weight_sum = self.unused
@@ -175,8 +184,7 @@ class RowPass:
         self.bias = self.given(self.terms.bias)
         self.mask = self.unused if live_classes is None else live_classes.contiguous().view(torch.uint8)
         self.chain: dict[str, Parameter] = {
-            "steps": self.terms.epilogue.source(),
-            "nonlinear": not self.terms.epilogue.linear,
+            **self.operands.parameters,
             "has_bias": self.terms.bias is not None,
             "has_mask": live_classes is not None,
         }
@@ -185,6 +193,11 @@ class RowPass:
     def given(self, tensor: Tensor | None) -> Tensor:
         """The tensor, or for None one that the kernel does not read."""
         return self.unused if tensor is None else tensor.contiguous()
+
+    @property
+    def tile_moments(self) -> Tensor:
+        """Of each row and tile, what stands behind the sums of exponentials."""
+        return self.sums[self.length * self.across :]
 
     @cached_property
     def coefficient(self) -> Tensor:
@@ -208,7 +221,7 @@ class RowPass:
 
     @property
     def constant_slope(self) -> float:
-        """f' where it is a number; where it is not, it stands beside the exponentials."""
+        """f' where it is a number, as it is with label smoothing; else 1."""
         return self.terms.epilogue.scale if self.terms.epilogue.linear else 1.0
 
     # --------------------------------------------------------------------------------------------------- kernels
@@ -216,6 +229,7 @@ class RowPass:
     @cached_property
     def row_kernels(self) -> Any:
         rows: dict[str, Parameter] = {
+            **self.operands.row_parameters,
             "keeps": self.keeps,
             "constant_slope": self.constant_slope,
             "class_weight": self.terms.weight is not None,
@@ -238,7 +252,9 @@ class RowPass:
             [
                 *(self.rows.index, self.head.target, self.x, self.x.stride(0), self.weight, *self.weight.stride()),
                 *(sampled, sampled.stride(0), self.bias, self.mask, self.weighted_classes, self.weighted_bias),
+                *self.operands.pointers,
                 *(self.chunk.factor_x, self.u_target, self.slope_target, self.u_sum, self.reference),
+                *(self.operands.row_values, self.operands.at_target, self.operands.label),
             ],
         )
 
@@ -251,14 +267,20 @@ class RowPass:
         return self._logits_product(largest=True)
 
     def _logits_product(self, *, largest: bool) -> Product:
-        stored = self.keeps == "exponentials"
+        stored, operands = self.keeps == "exponentials", self.operands
         exps = Blocks(self.chunk.exps, cut=False) if stored else self.unused
+        of_moments = (operands.label, operands.at_target, self.tile_moments, self.length)
+        # The slopes of rows that are not there: of hidden states 0, and of any operands.
+        guarded = bool(operands.pointers) or not self.terms.epilogue.has_steepest
         return Product(
             "linear_cross_entropy_exponentials",
             self.chunk.factor_x,
             self.weight.t(),
-            [self.reference, self.sums, self.across, exps, self.bias, self.mask],
-            {**self.chain, "stored": stored, "largest": largest},
+            [
+                *(self.reference, self.sums, self.across, exps, self.bias, self.mask, *operands.chunk_pointers),
+                *(of_moments if operands.by_row else ()),
+            ],
+            {**self.chain, "guarded": guarded, "stored": stored, "largest": largest},
             tiles=self.logits_tiles,
         )
 
@@ -266,6 +288,7 @@ class RowPass:
     def finish(self) -> Launch:
         chunk, kept = self.chunk, self.statistics if self.keeps == "rows" else None
         factor, entry = (chunk.factor, chunk.entry) if kept is None else (kept.factor, kept.entry)
+        operands = self.operands
         others = (self.unused, self.unused, self.rows.index) if kept is None else (kept.lse, kept.uniform, kept.label)
         return Launch(
             self.row_kernels.finish,
@@ -274,8 +297,9 @@ class RowPass:
             [
                 *(self.rows.index, self.head.target, self.coefficient, self.given(self.terms.weight)),
                 *(self.class_weight_sum, self.sums, self.reference),
-                *(self.u_target, self.slope_target, self.u_sum, self.losses),
-                *(chunk.exps, chunk.exps.stride(0), chunk.factor_x, factor, entry, *others),
+                *(self.u_target, self.slope_target, self.u_sum, self.losses, *operands.pointers),
+                *(self.tile_moments, operands.row_sums, len(self.x)),
+                *(chunk.exps, chunk.exps.stride(0), chunk.factor_x, factor, entry, operands.weights, *others),
             ],
         )
 
@@ -294,7 +318,7 @@ def _apart(terms: ClassTerms) -> tuple[ClassTerms, Tensor | None]:
         flags = terms.operands[condition.index]
         flags = ~flags if step.name == "masked_fill" else flags
         mask = flags if mask is None else mask & flags
-    return replace(terms, epilogue=epilogue, operands=(), operand_gradients=()), mask
+    return replace(terms, epilogue=epilogue), mask
 
 
 def tiles_of(head: Head) -> HeadTiles:
@@ -306,7 +330,7 @@ def tiles_of(head: Head) -> HeadTiles:
             hidden=hidden,
             classes=head.num_classes,
             weight_row=hidden if head.weight.stride(1) == 1 else classes,
-            nonlinear=not head.epilogue.without_dead_classes()[0].linear,
+            nonlinear=head.epilogue.without_dead_classes()[0].slopes_vary,
         )
     )
 

@@ -10,6 +10,7 @@ import torch
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.head.chunks import TILE_ROWS, row_stride
 from structfly.lowering.head.epilogue import Epilogue
+from structfly.lowering.head.linear import Wanted
 from structfly.lowering.linear_cross_entropy.tiles import HeadTiles
 from structfly.lowering.tuning.choice import INTERPRETED
 
@@ -27,7 +28,7 @@ def why_no_exponentials(
     *,
     label_smoothing: float,
     adapter: bool,
-    bias_gradient: bool,
+    wanted: Wanted,
     statistics: bool,
 ) -> str:
     """Why the scheme "exponentials" does not serve a head, or ""; ``statistics``: something else than a loss is wanted
@@ -36,31 +37,59 @@ def why_no_exponentials(
         return f"its logits are {dtype}; only bfloat16 has the range for exponentials"
     if hidden % 8:
         return f"its {hidden} hidden units are no multiple of 8, which tensor descriptors need"
-    if epilogue.without_dead_classes()[0].operands:
-        return "its pointwise chain takes a tensor, other than masks of classes at its end"
     if label_smoothing and not epilogue.linear:
         return "label smoothing of logits that are capped or masked"
     if statistics:
         return "statistics of the rows are wanted beside their loss, or instead of it"
     if adapter:
         return "the logits are a sum of two products"
-    return "the bias needs a gradient" if bias_gradient else ""
+    late = epilogue.of_classes_after_leading(wanted.operands)
+    return (
+        f"its {late[0]} needs a gradient, and is more than added before slopes differ from class to class"
+        if late
+        else ""
+    )
+
+
+def why_no_blocks(epilogue: Epilogue) -> str:
+    """Why the scheme "blocks" does not serve a head that "exponentials" does, or ""."""
+    takes = epilogue.without_dead_classes()[0].operands
+    return "its pointwise chain takes a tensor, other than masks of classes at its end" if takes else ""
+
+
+def bias_sum_bytes(classes: int, *, bias: bool) -> int:
+    """Bytes of the sum that becomes the bias's gradient, if that is wanted."""
+    return 4 * classes * bias
 
 
 def exponentials_bytes(
-    rows: int, length: int, hidden: int, classes: int, tiles: HeadTiles, *, dx: bool, dw: bool
+    rows: int,
+    length: int,
+    hidden: int,
+    classes: int,
+    tiles: HeadTiles,
+    *,
+    wanted: Wanted,
+    epilogue: Epilogue,
 ) -> int:
     """Bytes that the scheme "exponentials" takes besides inputs and gradients of ``rows``, ``length`` at a time.
 
     The exponentials themselves are stored only where a gradient is wanted.  Where none is, the planner keeps chunks
     within a few MiB by what this says of them alone.
     """
-    exps = row_stride(classes) * torch.bfloat16.itemsize * (dx or dw)
-    across = tiles.exponentials.n if dx or dw else tiles.losses.n
-    row = exps + hidden * 2 + 4 * (max(-(-classes // across), hidden * dx) + 6)
+    stores = wanted.any
+    exps = row_stride(classes) * torch.bfloat16.itemsize * stores
+    across = -(-classes // (tiles.exponentials.n if stores else tiles.losses.n))
+    kinds = [o.kind for o, want in zip(epilogue.operands, wanted.operands, strict=False) if want]
+    over_rows = wanted.bias + kinds.count("class")
+    by_row = len(kinds) - kinds.count("class")
+    of_rows = sum(operand.kind == "row" for operand in epilogue.operands)
+    vectors = 6 + of_rows + by_row + over_rows + (by_row + over_rows > 0)
+    row = exps + hidden * 2 + 4 * (max(across * (1 + by_row), hidden * wanted.x) + vectors)
     stored = (hidden, classes) if tiles.transposed else (classes, hidden)
-    fixed = rows * _ROW_BYTES + (0 if tiles.losses == INTERPRETED else _SPARE) if dx or dw else 0
-    return fixed + length * row + (stored[0] * low_stride(stored[1], tiles.weight_sum) if dw else 0)
+    fixed = rows * (_ROW_BYTES + 4 * by_row) + 4 * classes * over_rows if stores else 0
+    fixed += _SPARE if stores and tiles.losses != INTERPRETED else 0
+    return fixed + length * row + (stored[0] * low_stride(stored[1], tiles.weight_sum) if wanted.weight else 0)
 
 
 def low_stride(columns: int, tiles: Tiles) -> int:

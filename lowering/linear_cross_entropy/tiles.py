@@ -24,7 +24,8 @@ class HeadClass:
     Attributes:
         hidden, classes: rounded up to powers of two.
         transposed: whether the weight's columns are contiguous, classes along rows of hidden units.
-        nonlinear: whether the pointwise chain, but for masks of classes at its end, is more than a factor.
+        nonlinear: whether the slope of the pointwise chain, but for masks of classes at its end, differs from class to
+            class.
     """
 
     device: DeviceModel

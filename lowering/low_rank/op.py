@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from structfly.lowering.layer_op import Applied, LayerOp
@@ -35,6 +36,11 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
     ]
 
 
+def _plain(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, _: Sequence[int]) -> Tensor:
+    right, left = factors
+    return F.linear(F.linear(x, right), left, bias)
+
+
 def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
     (rank, in_features), (out_features, _) = shapes
     return rows * int(rank) * int(in_features), rows * int(rank) * int(out_features)
@@ -49,5 +55,6 @@ LOW_RANK = LayerOp(
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    plain=_plain,
 )
 """Takes ``right`` (rank, in) and ``left`` (out, rank)."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from structfly.lowering.layer_op import Applied, LayerOp
@@ -37,6 +38,13 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
     ]
 
 
+def _plain(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, _: Sequence[int]) -> Tensor:
+    pivots, mixing, order = factors
+    z = F.linear(x, pivots)
+    y = torch.cat((z, F.linear(z, mixing)), -1).index_select(-1, order)
+    return y if bias is None else y + bias
+
+
 def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
     (rank, in_features), (others, _), _ = shapes
     return rows * int(rank) * int(in_features), rows * int(rank) * int(others)
@@ -50,5 +58,6 @@ PIVOTED_LOW_RANK = LayerOp(
     out_features=lambda shapes, _: shapes[2][0],
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[0][0])],
     multiply_adds=_multiply_adds,
+    plain=_plain,
 )
 """Takes ``pivots`` (rank, in), ``mixing`` (out - rank, rank) and ``order`` (out,) int32."""

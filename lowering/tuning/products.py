@@ -53,8 +53,9 @@ class ProductClass:
 
     Attributes:
         template: one of :data:`KINDS`.
-        hooks: those of its kind's that it has: "stored" keeps the exponentials, "nonlinear" has a pointwise chain that
-            is not a factor, "rows inside" sums along the rows, "every row" leaves none out.
+        hooks: those of its kind's that it has: "stored" keeps the exponentials, "nonlinear" has a pointwise chain
+            whose slope is not the same for all classes of a row, "rows inside" sums along the rows, "every row" leaves
+            none out.
         dtype: of the operands, as torch names it.
         layout: "n" or "t" for either operand: rows or columns contiguous.
         m, n, k: the sizes rounded up to powers of two; None along rows or classes of which the caller takes as many at

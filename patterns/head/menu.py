@@ -94,14 +94,21 @@ def menu_of(site: Head, sizes: HeadSizes, limit: int, candidates: Sequence[Candi
     )
 
 
-def peak_limit(schemes: Sequence[HeadSizes], profile: DeviceProfile, settings: SiteSettings) -> int:
+def peak_limit(
+    schemes: Sequence[HeadSizes], profile: DeviceProfile, settings: SiteSettings, group_rows: int = 1
+) -> int:
     """``budget.loss_memory`` where it is set.  Otherwise a quarter of the logits, at most the profile's cap, but always
-    what the profile's fast row count takes in the leanest of ``schemes`` and never less than 16 MiB."""
+    what the profile's fast row count takes in the leanest of ``schemes`` and never less than 16 MiB.
+
+    Where gradients take the coefficients of ``group_rows`` rows together, the fast row count is of whole groups: logits
+    of a group that no chunk holds are made twice, 8NHC operations where a dense head has 6NHC.
+    """
     if settings.loss_memory is not None:
         return settings.loss_memory
     head = schemes[0]
     quarter = min(head.rows * head.row_bytes // 4, profile.workspace_cap)
-    fast = min(head.rows, profile.fast_rows)
+    group = group_rows if head.site.gradients.any else 1
+    fast = min(head.rows, -(-profile.fast_rows // group) * group)
     return max(quarter, min(sizes.transient_bytes(fast) for sizes in schemes), _SMALL)
 
 

@@ -10,9 +10,11 @@ import sympy
 from structfly.config import SiteSettings
 from structfly.lowering.gemm import TORCH_MM, busy, full_row_counts
 from structfly.lowering.linear_cross_entropy.schedule import (
+    bias_sum_bytes,
     block_sizes,
     exponential_rows,
     exponentials_bytes,
+    why_no_blocks,
     why_no_exponentials,
 )
 from structfly.lowering.linear_cross_entropy.tiles import HeadTiles, head_class, head_tiles
@@ -91,9 +93,9 @@ class ExponentialSizes(HeadSizes):
 
     def transient_bytes(self, length: int) -> int:
         """Bytes beyond the gradients themselves."""
-        wanted = self.site.gradients
+        site = self.site
         return exponentials_bytes(
-            self.rows, length, self.hidden, self.classes, self.tiles, dx=wanted.x, dw=wanted.weight
+            self.rows, length, self.hidden, self.classes, self.tiles, wanted=site.gradients, epilogue=site.epilogue
         )
 
     def chunk_lengths(self, limit: int, profile: DeviceProfile) -> list[int]:
@@ -122,11 +124,11 @@ def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSett
     if profile.generated_products and not _why_no_exponentials(site):
         tiles = _tiles_of(site, schemes["logits"], profile)
         schemes["exponentials"] = ExponentialSizes(site, tiles)
-    limit = peak_limit(list(schemes.values()), profile, settings)
+    limit = peak_limit(list(schemes.values()), profile, settings, site.group_rows)
     # A program makes its coefficients, and with them the gradients, in the forward pass.
     schedules = ["forward"] if site.row_program else schedules_of(site.gradients, site.recompute)
     candidates: list[Candidate] = [_dense(site)]
-    if tiles is not None and site.gradients.any:
+    if tiles is not None and site.gradients.any and not why_no_blocks(site.epilogue):
         candidates += [_blocks(site, schemes["logits"], limit, schedule, profile, tiles) for schedule in schedules]
     for scheme, sizes in schemes.items():
         for length in sizes.chunk_lengths(limit, profile):
@@ -142,7 +144,7 @@ def _why_no_exponentials(site: CrossEntropyHead) -> str:
         site.epilogue,
         label_smoothing=site.label_smoothing,
         adapter=site.adapter,
-        bias_gradient=site.gradients.bias,
+        wanted=site.gradients,
         statistics=site.outputs != ("loss",) or bool(site.row_program),
     )
     row = site.weight_row
@@ -159,7 +161,7 @@ def _tiles_of(site: CrossEntropyHead, sizes: HeadSizes, profile: DeviceProfile) 
             hidden=sizes.hidden,
             classes=sizes.classes,
             weight_row=int(site.weight_row),
-            nonlinear=not site.epilogue.without_dead_classes()[0].linear,
+            nonlinear=site.epilogue.without_dead_classes()[0].slopes_vary,
         )
     )
 
@@ -171,6 +173,8 @@ def _dense(site: CrossEntropyHead) -> Candidate:
     if site.gradients.any:
         stages.append(Stage(0, 2 * logits, 1))
         stages.extend(dense_gradients(site))
+        if site.gradients.bias:
+            stages.append(Stage(0, logits, 1))
     return Candidate("dense", Cost(tuple(stages), transient_bytes=logits, saved_bytes=0), rewrites=False)
 
 
@@ -193,8 +197,11 @@ def _fused(
     calls = 1
     saved: Expression = 0
     if site.gradients.any:
-        if any(o.kind == "class" and wanted for o, wanted in zip(operands, site.gradients.operands, strict=True)):
+        by_class = any(o.kind == "class" and want for o, want in zip(operands, site.gradients.operands, strict=True))
+        if by_class and scheme == "logits":
             stages.append(Stage(0, chunk, launches))  # the row step's second sweep, in a kernel of its own
+        if site.gradients.bias or (by_class and scheme == "exponentials"):
+            stages.append(Stage(0, chunk, launches))  # sums over rows
         if schedule == "backward":
             stages.extend(logits)
             calls = 2
@@ -214,7 +221,11 @@ def _fused(
             else:
                 stages.append(weight_product(site, rows, launches, weight_sum_bytes(site, sizes, length)))
     cost = Cost(tuple(stages), sizes.transient_bytes(length), saved, opaque_calls=calls)
-    why = f", logits made twice: a group of {site.group_rows} rows is more than a chunk" if first else ""
+    why = ""
+    if site.group_rows > 1 and site.gradients.any:
+        why = f", whole groups of {site.group_rows} rows"
+    if first:
+        why = f", logits made twice: a group of {site.group_rows} rows is more than a chunk"
     return FusedCandidate(
         f"{scheme}, {length} rows a chunk, {passes(site, schedule)}{why}",
         cost,
@@ -234,7 +245,9 @@ def _blocks(
 ) -> FusedCandidate:
     """Blocks as large as the limit lets them be."""
     n, h, c, dtype, wanted = site.rows, site.hidden, site.classes, site.dtype, site.gradients
-    cut = block_sizes(sizes.rows, sizes.hidden, sizes.classes, limit, processors=profile.processors, tiles=tiles)
+    bias_bytes = bias_sum_bytes(sizes.classes, bias=wanted.bias)
+    rest = limit - bias_bytes
+    cut = block_sizes(sizes.rows, sizes.hidden, sizes.classes, rest, processors=profile.processors, tiles=tiles)
     rows, classes = sympy.Integer(min(cut.rows, sizes.rows)), sympy.Integer(min(cut.classes, sizes.classes))
     heights, widths = n / rows, c / classes
     losses = matmul(rows, h, c, heights, dtype)
@@ -244,13 +257,15 @@ def _blocks(
         stages += [matmul(rows, classes, h, heights * widths, dtype), Stage(0, n * h * sum_bytes * widths, 1)]
     if wanted.weight:
         stages += [matmul(classes, rows, h, heights * widths, dtype), Stage(0, c * h * sum_bytes * heights, 1)]
+    if wanted.bias:
+        stages.append(Stage(0, rows * classes * dtype.itemsize, heights * widths))
     calls, saved = 1, sum(sizes.gradient_bytes)
     if schedule == "backward":
         calls, saved = 2, 0
         stages.append(losses)
     return FusedCandidate(
         f"blocks of {rows} rows and {classes} classes, {passes(site, schedule)}",
-        Cost(tuple(stages), cut.bytes, saved, opaque_calls=calls),
+        Cost(tuple(stages), cut.bytes + bias_bytes, saved, opaque_calls=calls),
         schedule=schedule,
         scheme="blocks",
         workspace=limit,

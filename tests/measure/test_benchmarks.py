@@ -27,13 +27,11 @@ def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch:
     ignored = 0.0 if loss in head.EVERY_ROW else 0.2
     inputs = head.make_inputs(case(logits, ignored=ignored, loss=loss))
     assert bool((inputs.t == head.IGNORED).any()) == bool(ignored)
-    x, w = (tensor.detach().double().requires_grad_() for tensor in (inputs.x, inputs.w))
-    value = head.LOSSES[loss](F.linear, x, w, inputs.t)
-    value.backward()
-    assert x.grad is not None
-    assert w.grad is not None
+    leaves = [tensor.detach().double().requires_grad_() for tensor in inputs.leaves]
+    value = head.LOSSES[loss](F.linear, *leaves[:2], inputs.t, *leaves[2:])
+    gradients = torch.autograd.grad(value, leaves)
     exact = head.truth(inputs, loss)
-    for made, expected in zip(exact, (value.detach(), x.grad, w.grad), strict=True):
+    for made, expected in zip((exact.loss, *exact.gradients), (value.detach(), *gradients), strict=True):
         torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -42,7 +40,14 @@ def test_truth_is_the_definition_in_float64(logits: str, loss: str, monkeypatch:
 @pytest.mark.parametrize("provider", ["eager", "eager-float", "inductor", "structfly", "structfly@1MiB"])
 @pytest.mark.parametrize(
     ("loss", "training"),
-    [("capped", True), ("capped", False), ("gathered", True), ("distilled", True), ("preferences", True)],
+    [
+        ("capped", True),
+        ("capped", False),
+        ("gathered", True),
+        ("distilled", True),
+        ("preferences", True),
+        ("scaled", True),
+    ],
 )
 def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: str, training: bool) -> None:
     torch._dynamo.reset()
@@ -50,7 +55,8 @@ def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: s
     inputs = head.make_inputs(problem)
     made = head.make_loss(provider, {"rewrite": "always"}, loss)
     errors = head.errors(head.make_step(made, inputs, training=training)(), inputs, head.truth(inputs, loss))
-    assert errors.keys() == ({"loss", "dx", "dw"} if training else {"loss"})
+    gradients = head.GRADIENTS[: 2 + len(inputs.learned)] if training else ()
+    assert errors.keys() == {"loss", *gradients}
     assert all(error < 1e-5 for error in errors.values())
 
 

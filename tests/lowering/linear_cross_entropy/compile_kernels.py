@@ -8,12 +8,15 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
+from structfly.lowering.linear_cross_entropy.chain_operands import ChainOperands
+from structfly.lowering.linear_cross_entropy.rows import ClassTerms
 from structfly.lowering.linear_cross_entropy.tiles import PRODUCTS, HeadTiles, head_class, shipped_head_tiles
 from structfly.lowering.template import Parameter, load, render
 from structfly.lowering.tuning.choice import SAFE
@@ -30,7 +33,19 @@ LONG = parse_epilogue(
     "add:class0,sub:row1,rsub:0.5,mul:scalar2,div:scalar3,neg,exp,tanh,sigmoid,clamp_min:row4,clamp_max:class5,rdiv:1.5,"
     "where:class6:class7,masked_fill:row8:scalar9,where:scalar10:-inf"
 )
-STEPS = CAPPED.source()
+# Steps before which classes may have numbers with gradients, one whose slope differs between them, and some after.
+LEARNED = parse_epilogue(
+    "div:scalar0,add:class1,rsub:row2,where:class3:scalar4,mul:class5,tanh,mul:row6,masked_fill:row7:0.5"
+)
+
+
+def chain_of(epilogue: Epilogue) -> ChainOperands:
+    """The chain with all gradients of operands that exponentials make."""
+    operands = [torch.zeros(2, dtype=torch.bool if o.index in epilogue.conditions else None) for o in epilogue.operands]
+    late = epilogue.of_classes_after_leading([True] * len(operands))
+    wanted = tuple(not (o in late or o.index in epilogue.conditions) for o in epilogue.operands)
+    terms = ClassTerms(epilogue, tuple(operands), wanted, None, None, None, 0.0, None, 1.0)
+    return ChainOperands(terms, bias_gradient=bool(epilogue.steps), classes=50257)
 
 
 def compile_one(
@@ -153,13 +168,22 @@ def blocks(kind: str, rows: int, columns: int) -> str:
     return f"tensordesc<{kind}[{rows},{columns}]>"
 
 
+def operand_types(chain: ChainOperands) -> dict[str, str]:
+    """The types of a chain's operands as kernels of generated products have them."""
+    operands: Any = chain.parameters["operands"]
+    return {f"o{index}_ptr": "*u8" if condition else "*fp32" for index, _, condition in operands}
+
+
 def products(cut: HeadTiles, *, all_variants: bool) -> None:
     """Each product, where asked in each layout that a head can have and with all that it can be asked for."""
     both = (False, True) if all_variants else (True,)
     window = {"live": "*i32", "start": "i32"}
-    for b_transposed, stored, largest, steps in itertools.product(
-        both, both, (False, True)[: 1 + all_variants], ((), STEPS)[1 - all_variants :]
-    ):
+    chains = [chain_of(epilogue) for epilogue in (parse_epilogue(""), CAPPED)]
+    variants = list(itertools.product(both, both, (False, True)[: 1 + all_variants], chains[1 - all_variants :]))
+    learned = chain_of(LEARNED)
+    variants += [(True, True, False, learned), (True, False, False, learned), (True, False, True, learned)]
+    for b_transposed, stored, largest, operands in variants if all_variants else variants[:1]:
+        steps, by_row = operands.parameters["steps"], operands.by_row
         tiles = cut.exponentials if stored else cut.losses
         own = {
             **window,
@@ -170,16 +194,14 @@ def products(cut: HeadTiles, *, all_variants: bool) -> None:
             "exps": blocks("bf16", tiles.m, tiles.n) if stored else "*fp32",
             "bias": "*bf16",
             "mask": "*u8",
+            **operand_types(operands),
+            **({"label": "*i32", **floats("at_target", "tile_moments"), "length": "i32"} if by_row else {}),
         }
-        chain: dict[str, Any] = {
-            "steps": steps,
-            "nonlinear": bool(steps),
-            "has_bias": bool(steps),
-            "has_mask": not steps,
-        }
-        flags = {"largest": largest, "stored": stored}
+        chain: dict[str, Any] = {**operands.parameters, "has_bias": bool(steps), "has_mask": not steps}
+        flags = {"largest": largest, "stored": stored, "guarded": bool(by_row)}
         product("linear_cross_entropy_exponentials", False, b_transposed, own, tiles, **flags, **chain)
-    for b_transposed, full, steps in itertools.product(both, both, ((), STEPS)[1 - all_variants :]):
+    for b_transposed, full, operands in itertools.product(both, both, chains[1 - all_variants :]):
+        steps = operands.parameters["steps"]
         own = {
             **window,
             "x_start": "i32",
@@ -188,7 +210,7 @@ def products(cut: HeadTiles, *, all_variants: bool) -> None:
             **floats("lse", "factor", "entry", "uniform"),
         }
         own |= {"label": "*i32", "bias": "*bf16", "mask": "*u8", "class_weight": "*fp32", "first_class": "i32"}
-        chain = {"steps": steps, "nonlinear": bool(steps), "has_bias": full, "has_mask": full}
+        chain = {**operands.parameters, "has_bias": full, "has_mask": full}
         flags = {"smoothing": full and not steps, "class_weight": full}
         product("linear_cross_entropy_block", False, b_transposed, own, cut.block, **flags, **chain)
     for b_transposed, split in itertools.product(both, repeat=2):
@@ -223,16 +245,21 @@ def rows_of_exponentials() -> None:
     window = {"live": "*i32", "start": "i32", "index": "*i32", "target": "*i64"}
     hidden = {"HIDDEN": 2048, "BLOCK": 1024}
     weight = {"weight": "*bf16", "class_stride": "i32", "hidden_stride": "i32"}
-    for keeps, (capped, smoothed) in itertools.product(
-        ("", "exponentials", "rows"), ((False, False), (True, False), (False, True))
-    ):
-        options: dict[str, Parameter] = dict.fromkeys(("has_bias", "has_mask", "class_weight"), capped or smoothed)
+    plain, capped, learned = (chain_of(epilogue) for epilogue in (parse_epilogue(""), CAPPED, LEARNED))
+    kinds = [(keeps, chain) for keeps in ("", "exponentials", "rows") for chain in (plain, capped)]
+    for (keeps, chain), smoothed in [
+        *zip(kinds, itertools.repeat(False)),
+        *zip(kinds[::2], itertools.repeat(True)),
+        (("", learned), False),
+        (("exponentials", learned), False),
+    ]:
+        options: dict[str, Parameter] = dict.fromkeys(("has_bias", "has_mask", "class_weight"), chain is not plain)
         module = load(
             render(
                 "linear_cross_entropy_exponential_rows",
                 keeps=keeps,
-                steps=STEPS if capped else (),
-                nonlinear=capped,
+                **chain.parameters,
+                **chain.row_parameters,
                 constant_slope=1.0,
                 smoothing=0.1 * smoothed,
                 share=1e-6 * smoothed,
@@ -242,13 +269,20 @@ def rows_of_exponentials() -> None:
         )
         types = {**window, "x": "*bf16", "x_stride": "i32", **weight, "sampled": "*bf16"}
         types |= {"sampled_stride": "i32", "bias": "*bf16", "mask": "*u8"}
-        types |= {**floats("weighted_classes", "weighted_bias"), "x_chunk": "*bf16"}
-        types |= floats("u_target", "slope_target", "u_sum", "reference")
+        types |= {**floats("weighted_classes", "weighted_bias"), **operand_types(chain), "x_chunk": "*bf16"}
+        types |= floats("u_target", "slope_target", "u_sum", "reference", "row_values", "at_target")
+        types |= {"chunk_label": "*i32"}
         compile_one(module.gather, types, {"SAMPLES": 8, "APART": 6282, **hidden}, warps=4)
         types = {**window, **floats("coefficient", "class_weight", "weight_sum", "tile_sums", "reference")}
-        types |= {**floats("u_target", "slope_target", "u_sum", "losses"), "exps": "*bf16", "exps_stride": "i32"}
-        types |= {"x_chunk": "*bf16", **floats("factor", "entry", "lse_out", "uniform"), "label_out": "*i32"}
+        types |= {**floats("u_target", "slope_target", "u_sum", "losses"), **operand_types(chain)}
+        types |= {**floats("tile_moments", "row_sums"), "rows": "i32", "exps": "*bf16", "exps_stride": "i32"}
+        types |= {"x_chunk": "*bf16", **floats("factor", "entry", "weights", "lse_out", "uniform"), "label_out": "*i32"}
         compile_one(module.finish, types, {"TILES": 197, "TILE_BLOCK": 256, **hidden}, warps=4)
+    types = {"live": "*i32", "start": "i32", **dict.fromkeys(("length", "width", "first_class"), "i32")}
+    types |= {"terms": "*bf16", "stride": "i32", "label": "*i32", **floats("entry", "weights", "totals")}
+    for sums, weighted in ((1, False), (3, True)):
+        module = load(render("linear_cross_entropy_column_sums", sums=sums, weighted=weighted, all_rows=not weighted))
+        compile_one(module.column_sums, types, {"CLASSES": 50257, "ROWS": 32, "COLUMNS": 128}, warps=4)
     for uniform in (0.0, 1e-6):
         module = load(render("linear_cross_entropy_scatter", uniform=uniform, interpreted=False))
         types = {**window, **weight, **floats("coefficient", "weighted_classes", "factor", "entry", "c")}

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
-from tests.lowering.linear_cross_entropy.cases import EPILOGUES, leaves_of, make_call, run, run_reference
+from tests.lowering.linear_cross_entropy.cases import (
+    EPILOGUES,
+    epilogues,
+    leaves_of,
+    make_call,
+    run,
+    run_reference,
+)
 from tests.oracle import assert_like_eager, errors, in_float64, value_and_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,7 +47,8 @@ def check_rounding(call: Arguments) -> None:
     for made, wanted in zip(value_and_gradients(partial(run, call), leaves_of(call))[1], exact, strict=True):
         assert made is not None
         assert wanted is not None
-        assert errors(made, wanted)[0] <= 1.05 * errors(wanted.bfloat16(), wanted)[0]
+        rounding = errors(wanted.bfloat16(), wanted)[0] if wanted.ndim else 2.0**-8  # one number may have none by luck
+        assert errors(made, wanted)[0] <= 1.05 * rounding
 
 
 def check_overflow(call: Arguments, scale: float) -> None:
@@ -63,14 +71,17 @@ def check_same_bits(call: Arguments) -> None:
 
 @st.composite
 def calls(draw: st.DrawFn, scheme: str, workspaces: st.SearchStrategy[int], classes: int = 100) -> Arguments:
-    """Random shapes, options and workspaces, with up to so many classes."""
+    """Random shapes, options and workspaces, with up to so many classes; what blocks do not serve for exponentials."""
+    blocks = scheme == "blocks"
     reduction = draw(st.sampled_from(("mean", "sum", "none")))
     transposed = draw(st.booleans())
     count = draw(st.integers(1, classes // 8)) * 8 if transposed else draw(st.integers(2, classes))
     bias = draw(st.booleans())
-    frozen = draw(st.sets(st.sampled_from(("x", "weight")), max_size=1)) | {"bias"}
-    epilogue, mask = draw(st.sampled_from(EPILOGUES)), draw(st.booleans())
-    smoothing = draw(st.sampled_from((0.0, 0.1, 1.0))) if not mask and parse_epilogue(epilogue).linear else 0.0
+    epilogue = draw(st.sampled_from(EPILOGUES) if blocks else st.sampled_from(EPILOGUES) | epilogues(torch.bfloat16))
+    mask, chain = draw(st.booleans()), parse_epilogue(epilogue)
+    frozen = draw(st.sets(st.sampled_from(("x", "weight", "bias", "operands")), max_size=3))
+    frozen |= {"operands"} if chain.of_classes_after_leading([True] * len(chain.operands)) else set()
+    smoothing = draw(st.sampled_from((0.0, 0.1, 1.0))) if not mask and chain.linear else 0.0
     return served(
         scheme=scheme,
         rows=draw(st.integers(0, 60)),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structfly import measure
+from structfly.errors import StructflyError
 from structfly.lowering.linear_cross_entropy import blocks
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
@@ -47,7 +48,7 @@ def test_as_accurate_as_the_reference(call: Arguments) -> None:
     [
         {"classes": 500},
         {"classes": 700, "class_weight": True, "label_smoothing": 0.9},
-        {"classes": 700, "cut": 5, "ignored": 0.7},
+        {"classes": 700, "cut": 5, "ignored": 0.7, "bias": True},
         {"classes": 700, "epilogue": "div:3.0,tanh,mul:3.0", "class_mask": True},
     ],
 )
@@ -67,8 +68,14 @@ def test_while_the_last_classes_gradient_is_room(options: dict[str, Any], monkey
     assert len(kinds) == 4
 
 
-def test_gradients_are_little_more_than_rounded() -> None:
-    check_rounding(block_call(rows=120, hidden=32, classes=160, epilogue="mul:0.1", workspace=20000))
+@pytest.mark.parametrize("options", [{}, {"bias": True, "label_smoothing": 0.1}])
+def test_gradients_are_little_more_than_rounded(options: dict[str, Any]) -> None:
+    check_rounding(block_call(rows=120, hidden=32, classes=160, epilogue="mul:0.1", workspace=20000, **options))
+
+
+def test_a_chain_that_takes_a_tensor_is_refused() -> None:
+    with pytest.raises(StructflyError, match="its pointwise chain takes a tensor, other than masks"):
+        linear_cross_entropy(*block_call(epilogue="mul:scalar0"))
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3, 1e30])
@@ -124,6 +131,7 @@ def test_sizes_are_whole_tiles_within_the_limit(rows: int, hidden: int, classes:
         {"label_smoothing": 0.1, "class_weight": True},
         {"schedule": "backward", "transposed": True, "classes": 16384},
         {"ignored": 0.9},
+        {"bias": True, "cut": 3},
     ],
 )
 def test_all_kinds_of_blocks_on_cuda(options: dict[str, Any]) -> None:
@@ -131,9 +139,9 @@ def test_all_kinds_of_blocks_on_cuda(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mebibytes", [12, 24, 48])
-def test_memory_stays_within_the_limit_on_cuda(mebibytes: int) -> None:
-    call = block_call(rows=8192, hidden=512, classes=50257, workspace=mebibytes * 2**20)
+@pytest.mark.parametrize(("mebibytes", "bias"), [(12, False), (24, True), (48, False)])
+def test_memory_stays_within_the_limit_on_cuda(mebibytes: int, bias: bool) -> None:
+    call = block_call(rows=8192, hidden=512, classes=50257, workspace=mebibytes * 2**20, bias=bias)
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves_of(call))
     peak = measure.peak_extra_memory(lambda: linear_cross_entropy(*call), DEVICE)
     assert peak <= gradients + call.workspace

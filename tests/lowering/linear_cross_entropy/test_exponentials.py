@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,9 +28,10 @@ from tests.lowering.linear_cross_entropy.served import (
     check_transposed,
     served,
 )
+from tests.oracle import in_float64
 
 # numpy, which interprets the kernels, warns of the infinities and NaNs that are meant to be there.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|All-NaN).*:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(overflow|invalid value|divide by zero|All-NaN).*:RuntimeWarning")
 
 
 def exponentials(**options: Any) -> Arguments:
@@ -82,6 +84,10 @@ def test_torch_makes_products_of_all_rows_only(options: dict[str, Any], torch_ma
         {"workspace": 32 * 160 * 2, "class_weight": True},
         {"workspace": 32 * 160 * 2, "label_smoothing": 0.1},
         {"workspace": 32 * 160 * 2, "epilogue": "tanh"},
+        {"workspace": 32 * 160 * 2, "bias": True},
+        {"workspace": 32 * 160 * 2, "bias": True, "label_smoothing": 0.1, "class_weight": True},
+        {"workspace": 32 * 160 * 2, "bias": True, "epilogue": "mul:0.1,mul:scalar0,add:class1"},
+        {"workspace": 32 * 160 * 2, "bias": True, "epilogue": "mul:0.1,mul:row0,add:class1,tanh,mul:scalar2"},
     ],
 )
 def test_gradients_are_little_more_than_rounded(options: dict[str, Any]) -> None:
@@ -151,8 +157,9 @@ def test_a_weight_that_begins_anywhere_in_a_buffer() -> None:
         assert torch.equal(a, b)
 
 
-def test_same_bits_every_time() -> None:
-    check_same_bits(exponentials(rows=60, classes=70, workspace=16 * 80 * 2))
+@pytest.mark.parametrize("epilogue", ["", "mul:scalar0,add:class1,sub:row2"])
+def test_same_bits_every_time(epilogue: str) -> None:
+    check_same_bits(exponentials(rows=60, classes=70, workspace=16 * 80 * 2, bias=True, epilogue=epilogue))
 
 
 def test_without_gradients_no_exponentials_are_kept() -> None:
@@ -170,12 +177,13 @@ def test_without_gradients_no_exponentials_are_kept() -> None:
         ({"label_smoothing": 0.1, "epilogue": "tanh"}, "label smoothing of logits that are capped"),
         ({"label_smoothing": 0.1, "class_mask": True}, "label smoothing of logits that are capped or masked"),
         ({"rank": 2}, "sum of two products"),
-        ({"bias": True}, "bias needs a gradient"),
         ({"statistics": "lse"}, "statistics of the rows are wanted"),
         ({"statistics": "argmax", "epilogue": "mul:0.5"}, "statistics of the rows are wanted"),
         ({"target": None, "statistics": "lse", "reduction": "none"}, "statistics of the rows are wanted"),
         ({"row_loss": "square loss", "reduction": "sum"}, "statistics of the rows are wanted"),
-        ({"epilogue": "mul:scalar0"}, "takes a tensor"),
+        ({"epilogue": "mul:class0"}, "class0 needs a gradient, and is more than added"),
+        ({"epilogue": "tanh,add:class0"}, "class0 needs a gradient, and is more than added before slopes differ"),
+        ({"epilogue": "mul:scalar0", "label_smoothing": 0.1}, "label smoothing of logits that are capped"),
     ],
 )
 def test_heads_it_does_not_serve_are_refused(options: dict[str, Any], reason: str) -> None:
@@ -183,11 +191,39 @@ def test_heads_it_does_not_serve_are_refused(options: dict[str, Any], reason: st
         linear_cross_entropy(*exponentials(**options))
 
 
+def test_the_scale_of_rows_that_are_certain_of_their_target() -> None:
+    """Its gradient is what little probability the others have times their distances from the target: no difference."""
+    call = exponentials(rows=60, classes=40, ignored=0.0, epilogue="mul:scalar0", cut=0)
+    with torch.no_grad():
+        assert call.target is not None
+        call.weight.copy_(4 * F.normalize(call.weight))
+        call.x.copy_(4 * call.weight[call.target])
+        call.operands[0].fill_(1.0)
+    (scale,) = call.operands
+    (made,) = torch.autograd.grad(run(call, *leaves_of(call)), scale)
+    exact = [in_float64(leaf) for leaf in leaves_of(call)]
+    (wanted,) = torch.autograd.grad(run_reference(call, *exact), exact[-1])
+    assert 1e-9 < -wanted.item() < 1e-5
+    assert abs(made.item() / wanted.item() - 1) <= 2.0**-8
+
+
+@pytest.mark.parametrize("epilogue", ["rdiv:1.5", "div:row0,rdiv:scalar1"])
+def test_slopes_of_rows_that_are_not_there_are_not_read(epilogue: str) -> None:
+    call = exponentials(rows=50, classes=70, ignored=0.9, epilogue=epilogue, frozen={"operands"})
+    with torch.no_grad():
+        call.x.copy_(call.x.abs() + 1)
+        call.weight.copy_(call.weight.abs() + 1)
+    check(call)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"bias": True, "epilogue": "mul:scalar0"},
+        {"bias": True, "label_smoothing": 0.1, "cut": 3},
+        {"epilogue": "div:row0,add:class1,sub:row2,tanh,mul:scalar3", "class_mask": True},
         {"epilogue": "div:3.0,tanh,mul:3.0", "class_mask": True},
         {"class_weight": True, "reduction": "none"},
         {"row_weight": True, "cut": 3},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from structfly.lowering.gemm import Product, Tiles
+from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.head.linear import Wanted
 from structfly.lowering.linear_cross_entropy import blocks, exponentials, row_pass, tuning
 from structfly.lowering.linear_cross_entropy.exponentials import ExponentialRun
@@ -78,22 +80,30 @@ def test_any_tiles_are_as_accurate_as_the_reference(
     eights=st.tuples(st.integers(1, 12), st.integers(1, 20)),
     length=st.integers(1, 90),
     transposed=st.booleans(),
+    learned=st.booleans(),
     data=st.data(),
 )
 def test_exponentials_take_what_the_planner_says(
-    rows: int, eights: tuple[int, int], length: int, transposed: bool, data: st.DataObject
+    rows: int, eights: tuple[int, int], length: int, transposed: bool, learned: bool, data: st.DataObject
 ) -> None:
     hidden, classes = (8 * size for size in eights)
     tiles, length = data.draw(small_tiles(transposed=transposed)), min(length, rows)
     timer = HeadTimer(HeadShape(rows, hidden, classes, transposed), torch.device(DEVICE), 2**20, tiles)
-    each = RowPass(timer.head, timer._coefficients, length, "exponentials", tiles, sums_width=hidden)
-    run = ExponentialRun(each, Wanted(x=True, weight=True))
+    head, wanted = timer.head, Wanted(x=True, weight=True)
+    if learned:
+        chain = parse_epilogue("mul:scalar0,mul:row1,add:class2")
+        operands = tuple(torch.ones(shape, device=DEVICE) for shape in ((), (rows,), (classes,)))
+        head = replace(head, bias=head.weight[:, 0].contiguous(), epilogue=chain, operands=operands)
+        wanted = replace(wanted, bias=True, operands=(True,) * 3)
+    each = RowPass(head, timer._coefficients, length, "exponentials", tiles, sums_width=hidden, wanted=wanted)
+    run = ExponentialRun(each, wanted)
     kept = [each.chunk.exps, each.chunk.factor_x, each.sums, each.reference, run.hidden_sums, run.weight_sum._plane]
+    kept += [each.operands.row_sums, each.operands.label, each.operands._totals] if learned else []
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    assert len(storages) == 3
+    assert len(storages) == 3 + 3 * learned
     spare = 0 if tiles.losses == INTERPRETED else 2**21
     taken = sum(storages.values()) + rows * 52 + spare
-    promised = exponentials_bytes(rows, length, hidden, classes, tiles, dx=True, dw=True)
+    promised = exponentials_bytes(rows, length, hidden, classes, tiles, wanted=wanted, epilogue=head.epilogue)
     assert taken - 512 <= promised <= taken + 64 * length
 
 

@@ -63,6 +63,33 @@ def learned_shift(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w) * 0.5 + w[:, 0], t)
 
 
+def learned_bias(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w, w[:, 0]), t)
+
+
+def learned_scale_of_rows(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(torch.tanh(F.linear(x, w) * x[:, :1]) * 30.0, t)
+
+
+def learned_scale_of_classes(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w) * w[:, 0], t)
+
+
+def shifted_after_a_cap(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(torch.tanh(F.linear(x, w) / 30.0) * 30.0 + w[:, 0], t)
+
+
+def preferences(tokens: int) -> Callable[..., Tensor]:
+    """DPO without references, on pairs of sequences of so many tokens."""
+
+    def dpo(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        log_p = -F.cross_entropy(F.linear(x, w).float(), t, reduction="none").view(-1, tokens).sum(1)
+        better, worse = log_p.chunk(2)
+        return -F.logsigmoid(0.1 * (better - worse)).mean()
+
+    return dpo
+
+
 def stored_transposed(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy((x @ w).float(), t)
 
@@ -114,8 +141,8 @@ def test_exponentials_are_chosen_where_generated_products_run_well() -> None:
         (loss, torch.float16, SEED),
         (loss, torch.float32, SEED),
         (capped_and_smoothed, torch.bfloat16, SEED),
-        (learned_scale, torch.bfloat16, SEED),
-        (learned_shift, torch.bfloat16, SEED),
+        (learned_scale_of_classes, torch.bfloat16, SEED),
+        (shifted_after_a_cap, torch.bfloat16, SEED),
         (loss, torch.bfloat16, (16384, 770, 50257)),
         (stored_transposed, torch.bfloat16, ODD),
     ],
@@ -127,7 +154,13 @@ def test_heads_that_exponentials_do_not_serve_keep_the_logits(
     assert site.candidate.startswith(("logits, ", "dense"))
 
 
-@pytest.mark.parametrize("function", [smoothed, capped, sigmoid_capped, stored_transposed])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(smoothed, capped, sigmoid_capped, stored_transposed),
+        *(learned_scale, learned_shift, learned_bias, learned_scale_of_rows),
+    ],
+)
 def test_variants_that_exponentials_serve(function: Callable[..., Tensor]) -> None:
     assert choose(SEED, function=function).candidate.startswith("exponentials, ")
 
@@ -147,7 +180,11 @@ def test_further_consumers_keep_the_logits_and_one_pass(function: Callable[..., 
 
 @pytest.mark.parametrize("shape", [SEED, (8192, 4096, 128256), ODD])
 @pytest.mark.parametrize(
-    ("memory", "function"), [(600, loss), (800, loss), (1100, loss), (2000, loss), (2300, learned_shift)]
+    ("memory", "function"),
+    [
+        *((600, loss), (800, loss), (1100, loss), (2000, loss)),
+        *((800, learned_bias), (800, learned_scale_of_rows), (2300, shifted_after_a_cap)),
+    ],
 )
 def test_the_limit_is_kept_and_more_memory_is_never_slower(
     shape: tuple[int, int, int], memory: int, function: Callable[..., Tensor]
@@ -171,6 +208,42 @@ def test_an_evaluation_keeps_no_exponentials() -> None:
     assert "loss only" in site.candidate
     assert site.peak_bytes is not None
     assert site.peak_bytes <= 8 * MIB
+
+
+@pytest.mark.parametrize(("function", "little"), [(learned_bias, "blocks of "), (learned_scale, "exponentials, ")])
+def test_bias_and_operands_cost_little(function: Callable[..., Tensor], little: str) -> None:
+    plain, site = choose(SEED), choose(SEED, function=function)
+    assert plain.seconds is not None
+    assert site.seconds is not None
+    assert plain.seconds <= site.seconds <= 1.06 * plain.seconds
+    assert choose(SEED, function=function, memory="64MiB").candidate.startswith(little)
+
+
+@pytest.mark.parametrize("shape", [SEED, (32768, 4096, 128256), ODD])
+@pytest.mark.parametrize("tokens", [128, 1024, 2048, 4096, 8192])
+def test_without_a_limit_groups_are_made_in_one_pass_with_no_more_than_the_logits(
+    shape: tuple[int, int, int], tokens: int
+) -> None:
+    """From many groups a chunk to one of all rows."""
+    site, logits = choose(shape, function=preferences(tokens)), 2 * shape[0] * (shape[2] + 15)
+    assert "gradients in forward (class C)" in site.candidate
+    assert f", whole groups of {2 * tokens} rows" in site.candidate
+    assert site.peak_bytes is not None
+    assert site.peak_bytes <= logits
+    assert site.seconds is not None
+    assert site.seconds_kept is not None
+    assert site.seconds <= 1.03 * site.seconds_kept
+
+
+def test_without_gradients_groups_take_no_more_than_other_heads() -> None:
+    def evaluated(x: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        with torch.no_grad():
+            return preferences(8192)(x, w, t)
+
+    site = choose(SEED, function=evaluated)
+    assert site.peak_bytes is not None
+    assert site.peak_bytes <= 1024 * MIB
+    assert "groups" not in site.candidate
 
 
 def test_what_fits_nowhere_takes_the_least_and_says_so() -> None:
