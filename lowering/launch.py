@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -55,11 +56,21 @@ class Launch:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Launches in this context are on ``device``."""
+    """Launches in this context are on ``device``, which this thread has a context on."""
+    if device.type == "cuda" and not _THREAD.has_context:
+        torch.cuda.mem_get_info(device)  # any call of CUDA's runtime makes one; encoding a tensor descriptor does not
+        _THREAD.has_context = True
     elsewhere = device.type == "cuda" and device.index not in (None, _current_device())
     return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
+class _Thread(threading.local):
+    """Autograd's threads begin without a context, and torch makes one only where it calls CUDA's runtime itself."""
+
+    has_context = False
+
+
+_THREAD = _Thread()
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.products import launch_product
+from structfly.lowering.block_products.ranges import add_ranges, ranges
 from structfly.lowering.descriptor import descriptor
 from structfly.lowering.gemm import Tiles, programs_on
 from structfly.lowering.template import Parameter
@@ -68,7 +69,7 @@ def axis_products(
 def axis_gradients(a: Tensor, b: Tensor, *, tiles: Tiles, batch: int) -> Tensor:
     """(inner, outer, M, N) of a[:, o, :, i]^T b[:, o, :, i], summed over the tokens.
 
-    Ranges of the tokens are summed by programs of their own, so many that the processors have a tile each, in float32.
+    Where that takes less time, the tokens are cut in ranges whose sums are added in float32, in order.
 
     Args:
         a: (tokens, outer, M, inner).
@@ -93,7 +94,7 @@ def axis_gradients(a: Tensor, b: Tensor, *, tiles: Tiles, batch: int) -> Tensor:
     }
     tall = runs * (outer if inner > 1 else 1) * -(-side_m // tiles.m)
     total = tall * -(-side_n // tiles.n)
-    split = max(1, min(programs_on(a.device, tiles) // total, -(-tokens // tiles.k)))
+    split = ranges(total, tokens, tiles.k, programs_on(a.device, tiles))
     sums = a.new_empty(split, inner, outer, side_m, side_n, dtype=torch.float32)
     if inner > 1:
         operands = [descriptor(each, tiles.k, 1, wide, batch) for each, wide in ((a, tiles.m), (b, tiles.n))]
@@ -103,7 +104,9 @@ def axis_gradients(a: Tensor, b: Tensor, *, tiles: Tiles, batch: int) -> Tensor:
         written = descriptor(sums[:, 0], 1, batch, tiles.m, tiles.n)
     sizes = (tall * tiles.m, side_n, tokens)
     launch_product("axis_gradients", operands, [written], sizes, total, parameters, tiles, a, split)
-    return sums.sum(0).to(a.dtype) if split > 1 else sums[0].to(a.dtype)
+    made = a.new_empty(sums.shape[1:])
+    add_ranges(sums.flatten(1), [made])
+    return made
 
 
 def _matrices(outer: int, inner: int, batch: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Launches of the templates ``block_sums`` and ``block_gradients``."""
+"""Launches of the template ``block_sums``, and what launches of all products of blocks share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.descriptor import descriptor
-from structfly.lowering.gemm import Tiles, launch_of, programs_on
+from structfly.lowering.gemm import Tiles, launch_of
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.template import Parameter
 
@@ -73,59 +73,6 @@ def block_sums(
     written = [descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)] if rows is None else [rows, c.stride(0), c]
     count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
     launch_product("block_sums", operands, [*arguments, *written], (tokens, parts, 0), count, parameters, tiles, a)
-
-
-def block_gradients(
-    a: Tensor, b: Tensor, c: Tensor, rows: Tensor, columns: Tensor, *, tiles: Tiles, b_turned: bool = False
-) -> None:
-    """c[i] = a[:, rows[i]]^T b[:, columns[i]], summed over the tokens.
-
-    Where there are fewer tiles than programs that run at once, the tokens are cut in ranges whose sums are added in
-    float32, in order.
-
-    Args:
-        a: (tokens, rows, side_m).
-        b: (tokens, columns, side_n), or if ``b_turned`` (columns, side_n, tokens).
-        c: (blocks, side_m, side_n), written.
-        rows, columns: int32 (blocks,).
-        tiles: how the products are cut.
-
-    Raises:
-        UnsupportedError: an operand's layout has no tensor descriptor.
-    """
-    blocks, side_m, side_n = c.shape
-    if not c.numel():
-        return
-    if not len(a):
-        c.zero_()
-        return
-    tall = blocks * -(-side_m // tiles.m)
-    count = tall * -(-side_n // tiles.n)
-    split = ranges(count, -(-len(a) // tiles.k), programs_on(a.device, tiles))
-    sums = c
-    if split > 1:
-        sums = c.new_empty(split * blocks, side_m, side_n, dtype=torch.float32)
-        tiles = tiles.with_parts(2 * tiles.parts)  # for an epilogue of twice the bytes
-    parameters: dict[str, Parameter] = {"side_m": side_m, "side_n": side_n, "b_turned": b_turned}
-    operands = [
-        descriptor(a.transpose(0, 1), 1, tiles.k, tiles.m),
-        descriptor(b, 1, tiles.n, tiles.k) if b_turned else descriptor(b.transpose(0, 1), 1, tiles.k, tiles.n),
-    ]
-    arguments = [rows, columns, descriptor(sums, 1, tiles.m, tiles.part)]
-    sizes = (tall * tiles.m, side_n, len(a))
-    launch_product("block_gradients", operands, arguments, sizes, count, parameters, tiles, a, split)
-    if split > 1:
-        c.copy_(sums.view(split, *c.shape).sum(0))
-
-
-_MOST_RANGES = 8
-_COST_OF_A_RANGE = 0.02  # of the time of a round of whole sums: a range is written and read once more
-
-
-def ranges(tiles: int, steps: int, programs: int) -> int:
-    """In how many ranges ``tiles`` sums of ``steps`` steps are cut, so that few of the programs wait for the others."""
-    most = min(_MOST_RANGES, steps) if tiles < programs else 1
-    return min(range(1, most + 1), key=lambda split: -(-tiles * split // programs) / split + _COST_OF_A_RANGE * split)
 
 
 def launch_product(

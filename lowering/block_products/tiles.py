@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.gradient_places import Gradients, count_tiles
+from structfly.lowering.block_products.ranges import ranges, rounds
 from structfly.lowering.device_profile import device_model
-from structfly.lowering.gemm import Tiles, processors_of
+from structfly.lowering.gemm import Tiles, processors_of, programs_on
 from structfly.lowering.tuning.choice import INTERPRETED, SAFE
 
 _HOPPER = (9, 0)
-_WHOLE_STEP = 64  # of an inner side; a shorter step where it leaves less of the last one empty
+_WHOLE_STEP, _SHORT_STEP = 64, 32  # of an inner side
 
 
 class Cut(NamedTuple):
-    """Tiles, and how long a multiprocessor takes for an entry of them, against the first."""
+    """Tiles, and how long a multiprocessor takes for an entry of them, against the fastest.
+
+    ``abreast``: how many of them, side by side, a program makes of gradients, which share what they take of a.
+    """
 
     tiles: Tiles
     cost: float
+    abreast: int = 1
 
 
-# Means of benchmarks/results/block_products_h100.json over the products that fill all of these: 16384 tokens, sums of
-# blocks 256x256, 256x1024 and 64x256 and gradients of blocks 256x256.
-CUTS = (
+# Costs are means of benchmarks/results/block_products_h100.json, each over the products that leave none of its tiles
+# partly empty, at 16384 tokens or more.
+SUMS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
     Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.02),
     Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.07),
@@ -33,43 +40,66 @@ CUTS = (
     Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.57),
     Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.78),
 )
-_SHORT_STEP = 32
+# Where steps of 64 leave more of an inner side's last one empty than steps of 32.
+SHORT_SUMS = (
+    Cut(Tiles(m=128, n=128, k=32, group=8, parts=2, warps=4, stages=5, resident=2), 1.0),
+    Cut(Tiles(m=256, n=128, k=32, group=8, parts=2, warps=8, stages=6), 1.08),
+    Cut(Tiles(m=128, n=256, k=32, group=8, parts=2, warps=8, stages=6), 1.1),
+    Cut(Tiles(m=256, n=64, k=32, group=2, parts=1, warps=4, stages=6), 1.3),
+    Cut(Tiles(m=128, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.4),
+    Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.8),
+)
+GRADIENTS = (
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=4, warps=8, stages=3), 1.0, abreast=2),
+    Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.02),
+    Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.2, abreast=3),
+    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.21),
+    Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.5),
+    Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.7),
+)
 
 
 def sum_tiles(like: Tensor, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
     """Of sums (tokens, parts, side_n) of products with blocks ``side_k`` long."""
-    return _best(like.device, (1, tokens), (parts, side_n), side_k)
-
-
-def gradient_tiles(like: Tensor, blocks: int, side_m: int, side_n: int) -> Tiles:
-    """Of gradients of blocks (blocks, side_m, side_n)."""
-    return _best(like.device, (blocks, side_m), (1, side_n), _WHOLE_STEP)
+    return _sum_tiles(like.device, tokens, parts, side_n, side_k)
 
 
 @lru_cache(maxsize=1024)  # every call asks for some
-def _best(device: torch.device, rows: tuple[int, int], columns: tuple[int, int], inner: int) -> Tiles:
-    """What takes the busiest multiprocessor least; ``rows`` and ``columns`` are so many sides of such a length."""
-    capability = device_model(device).capability
-    if capability is None:
-        return INTERPRETED
-    if capability != _HOPPER:
-        return SAFE
-    processors = processors_of(device)
-
-    def time(cut: Cut) -> float:
+def _sum_tiles(device: torch.device, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
+    def time(cut: Cut, processors: int) -> float:
         tiles = cut.tiles
-        count = rows[0] * -(-rows[1] // tiles.m) * columns[0] * -(-columns[1] // tiles.n)
+        count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
         return -(-count // processors) * tiles.m * tiles.n * cut.cost
 
-    tiles = min(CUTS, key=time).tiles
-    return tiles if _padded(inner, _SHORT_STEP) == _padded(inner, _WHOLE_STEP) else _with_short_steps(tiles)
+    return _best(device, sum_cuts(side_k), time).tiles
+
+
+def sum_cuts(side_k: int) -> Sequence[Cut]:
+    """Those among which sums over inner sides so long choose."""
+    shorter = _padded(side_k, _SHORT_STEP) < _padded(side_k, _WHOLE_STEP)
+    return SHORT_SUMS if shorter else SUMS
+
+
+def gradient_cut(device: torch.device, tokens: int, members: Sequence[int], made: Gradients) -> Cut:
+    """Of gradients summed over ``tokens``, where each part of a is in so many blocks."""
+
+    def time(cut: Cut, processors: int) -> float:
+        count = count_tiles(members, made, cut.tiles, cut.abreast)
+        split = ranges(count, tokens, cut.tiles.k, programs_on(device, cut.tiles)) if count else 1
+        return rounds(split, count, tokens, processors) * cut.tiles.m * cut.tiles.n * cut.abreast * cut.cost
+
+    return _best(device, GRADIENTS, time)
+
+
+def _best(device: torch.device, cuts: Sequence[Cut], time: Callable[[Cut, int], float]) -> Cut:
+    """What takes the busiest of so many multiprocessors least."""
+    capability = device_model(device).capability
+    if capability != _HOPPER:
+        return Cut(INTERPRETED if capability is None else SAFE, 1.0)
+    processors = processors_of(device)
+    return min(cuts, key=lambda cut: time(cut, processors))
 
 
 def _padded(side: int, step: int) -> int:
     return -(-side // step) * step
-
-
-def _with_short_steps(tiles: Tiles) -> Tiles:
-    """As many bytes on their way, in more steps."""
-    stages = min(tiles.stages * tiles.k // _SHORT_STEP - 2, 6)
-    return Tiles(tiles.m, tiles.n, _SHORT_STEP, tiles.group, tiles.parts, tiles.warps, stages, tiles.resident)

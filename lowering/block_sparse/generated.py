@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from structfly.lowering.block_products.products import block_gradients, block_sums
+from structfly.lowering.block_products.gradient_places import Gradients
+from structfly.lowering.block_products.gradients import LowRankGradients, block_gradients
+from structfly.lowering.block_products.products import block_sums
 from structfly.lowering.block_products.support import padded, why_no_products
-from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
+from structfly.lowering.block_products.tiles import sum_tiles
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
-from structfly.lowering.block_sparse.listing import by_columns, by_rows, row_of_each
+from structfly.lowering.block_sparse.listing import by_columns, by_rows, of_gradients
 
 
 def why_not(values: Tensor, *ranks: int) -> str:
@@ -48,16 +50,14 @@ def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid,
     return dx.flatten(1)
 
 
-def gradient_of_values(grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout) -> Tensor:
-    """As :func:`structfly.lowering.block_sparse.aten.gradient_of_values`."""
-    count, block_out, block_in = values.shape
+def gradient_of_values(
+    grad: Tensor, x: Tensor, values: Tensor, layout: BlockLayout, beside: LowRankGradients | None = None
+) -> Tensor:
+    """As :func:`structfly.lowering.block_sparse.aten.gradient_of_values`; ``beside`` is made in the same product."""
+    _, block_out, block_in = values.shape
     made = values.new_empty(values.shape)
-    block_gradients(
-        grad.unflatten(1, (-1, block_out)),
-        x.unflatten(1, (-1, block_in)),
-        made,
-        row_of_each(layout),
-        layout.columns.flatten(),
-        tiles=gradient_tiles(values, count, block_out, block_in),
-    )
+    of_rows, of_columns = grad.unflatten(1, (-1, block_out)), x.unflatten(1, (-1, block_in))
+    rank = 0 if beside is None else beside.dz.shape[1]
+    shape = Gradients(of_rows.shape[1], of_columns.shape[1], block_out, block_in, rank)
+    block_gradients(of_rows, of_columns, made, of_gradients(layout, shape, len(x)), beside=beside)
     return made

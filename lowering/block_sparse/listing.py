@@ -1,10 +1,12 @@
-"""The blocks of a layout listed by row and by column: found once for each layout."""
+"""The blocks of a layout listed by row and by column, and the tiles of their gradients: found once for each layout."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.gradient_places import Gradients, Places
+from structfly.lowering.block_products.gradients import placed
 from structfly.lowering.block_products.listing import Listing, in_each, listed
 from structfly.lowering.block_sparse.layout import BlockLayout
 from structfly.lowering.remembered import remembered
@@ -23,17 +25,18 @@ def by_columns(layout: BlockLayout, columns: int) -> Listing:
     return remembered(_columns, *layout, columns)
 
 
-def row_of_each(layout: BlockLayout) -> Tensor:
-    """As :meth:`BlockLayout.rows`."""
-    return remembered(_rows, *layout)
+def of_gradients(layout: BlockLayout, made: Gradients, tokens: int) -> Places:
+    """For the gradients of the blocks and what ``made`` has beside them, summed over so many tokens."""
+    about = 1 << tokens.bit_length()  # so that few numbers of tokens are told apart
+    return remembered(_gradients, *layout, made, about)
+
+
+def _gradients(columns: Tensor, starts: Tensor | None, made: Gradients, tokens: int) -> Places:
+    return placed(BlockLayout(columns, starts).rows(), columns.flatten(), made, tokens)
 
 
 def _columns(columns: Tensor, starts: Tensor | None, count: int) -> Listing:
     return listed(columns.flatten(), BlockLayout(columns, starts).rows(), count)
-
-
-def _rows(columns: Tensor, starts: Tensor | None) -> Tensor:
-    return BlockLayout(columns, starts).rows()
 
 
 def _equal_starts(columns: Tensor) -> Tensor:

@@ -44,12 +44,13 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
     grad = padded(grad, grid.rows * grid.block_out)
     plain = bool(generated.why_not(values)) or torch.is_grad_enabled()  # with it on, this is differentiated
     made: list[Tensor | None] = [None] * (1 + len(call.factors))
-    if wanted[0]:
-        of_x = aten.gradient_of_x if plain else generated.gradient_of_x
-        made[0] = of_x(grad, values, layout, grid)[:, : call.x.shape[1]]
+    # The blocks' gradients come first: what is held for their sums is free again when that of x is made.
     if wanted[1]:
         of_values = aten.gradient_of_values if plain else generated.gradient_of_values
         made[1] = of_values(grad, padded(call.x, grid.columns * grid.block_in), values, layout)
+    if wanted[0]:
+        of_x = aten.gradient_of_x if plain else generated.gradient_of_x
+        made[0] = of_x(grad, values, layout, grid)[:, : call.x.shape[1]]
     return made
 
 

@@ -6,7 +6,7 @@ With z = V^T x and g the gradient with respect to y,
     dz = U^T g,    dU = g z^T,    dV^T = dz x^T,    dx = B^T g + V dz,
 
 and B's own gradients are those of :mod:`structfly.lowering.block_sparse.op`.  Where products are generated, y and dx
-are one each, to whose sums that of low rank is added before they are rounded.
+are one each, to whose sums that of low rank is added before they are rounded, and the gradients of all factors are one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.gradients import LowRankGradients
 from structfly.lowering.block_products.support import padded
 from structfly.lowering.block_sparse import aten, generated
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
@@ -43,18 +44,26 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
     dz = grad @ left if wanted[0] or wanted[2] else None
     spread = padded(grad, grid.rows * grid.block_out)
     plain = bool(generated.why_not(values, len(right))) or torch.is_grad_enabled()  # then this is differentiated
+    # The factors' gradients come first: what is held for their sums is free again when that of x is made.
+    x = padded(call.x, grid.columns * grid.block_in) if wanted[1] else call.x
+    if wanted[1] and plain:
+        made[1] = aten.gradient_of_values(spread, x, values, layout)
+    elif wanted[1]:
+        beside = None
+        if dz is not None and wanted[2] and wanted[3]:
+            of_left = grad.new_empty(grid.rows * grid.block_out, len(right))
+            beside = LowRankGradients(dz, z, of_left, grad.new_empty(len(right), grid.columns * grid.block_in))
+            made[2:4] = beside.right[:, : right.shape[1]], of_left[: len(left)]
+        made[1] = generated.gradient_of_values(spread, x, values, layout, beside)
+    if wanted[2] and made[2] is None and dz is not None:
+        made[2] = dz.t() @ call.x
+    if wanted[3] and made[3] is None:
+        made[3] = grad.t() @ z
     if wanted[0] and dz is not None:
         if plain or grid.columns * grid.block_in != right.shape[1]:
             made[0] = aten.gradient_of_x(spread, values, layout, grid)[:, : right.shape[1]].addmm(dz, right)
         else:
             made[0] = generated.gradient_of_x(spread, values, layout, grid, (dz, right))
-    if wanted[1]:
-        of_values = aten.gradient_of_values if plain else generated.gradient_of_values
-        made[1] = of_values(spread, padded(call.x, grid.columns * grid.block_in), values, layout)
-    if wanted[2] and dz is not None:
-        made[2] = dz.t() @ call.x
-    if wanted[3]:
-        made[3] = grad.t() @ z
     return made
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.gradient_places import Gradients, Places
+from structfly.lowering.block_products.gradients import block_gradients, placed
 from structfly.lowering.block_products.listing import Listing, listed
-from structfly.lowering.block_products.products import block_gradients, block_sums
+from structfly.lowering.block_products.products import block_sums
 from structfly.lowering.block_products.support import padded, why_no_products
-from structfly.lowering.block_products.tiles import gradient_tiles, sum_tiles
+from structfly.lowering.block_products.tiles import sum_tiles
 from structfly.lowering.gblr.tile_products import padded_rows
 from structfly.lowering.remembered import remembered
 
@@ -51,9 +53,10 @@ def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) ->
     """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0."""
     _, tile, group = tiles.shape
     made = torch.empty_like(tiles)
-    of_groups = components.unflatten(0, (-1, group))
-    cut = gradient_tiles(tiles, *tiles.shape)
-    block_gradients(_in_tiles(dense, tile), of_groups, made, index[1], index[0], b_turned=True, tiles=cut)
+    in_tiles, of_groups = _in_tiles(dense, tile), components.unflatten(0, (-1, group))
+    shape = Gradients(in_tiles.shape[1], len(of_groups), tile, group)
+    places = remembered(_placed, index, shape, 1 << len(dense).bit_length())  # few numbers of tokens are told apart
+    block_gradients(in_tiles, of_groups, made, places, b_turned=True)
     return made
 
 
@@ -69,3 +72,7 @@ def _by_group(index: Tensor, groups: int) -> Listing:
 
 def _by_place(index: Tensor, places: int) -> Listing:
     return listed(index[1], index[0], places)
+
+
+def _placed(index: Tensor, shape: Gradients, tokens: int) -> Places:
+    return placed(index[1], index[0], shape, tokens)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
-from structfly.lowering.launch import Launch
+from structfly.lowering.launch import Launch, on_device
 
 
 class Kernel:
@@ -72,3 +73,28 @@ def test_where_nothing_is_compiled_every_call_is_dispatched() -> None:
     launch(1)
     launch(2)
     assert [call[0] for call in kernel.calls] == ["dispatched"] * 2
+
+
+def test_a_thread_has_a_context_before_its_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one, tensor descriptors cannot be encoded; autograd's threads have none."""
+    seen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", seen.append)
+    device = torch.device("cuda", 0)
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as thread:
+            for _ in range(3):
+                thread.submit(on_device, device).result()
+    assert seen == [device] * 2
+
+
+@pytest.mark.gpu
+def test_products_are_launched_from_a_thread_that_has_not_used_the_device() -> None:
+    from structfly.lowering.block_products.matrices import matrix_products
+    from structfly.lowering.tuning.choice import SAFE
+
+    a, b = (torch.randn(64, 1, 1, 64, device="cuda").bfloat16() for _ in range(2))
+    b = b.view(1, 1, 64, 64)
+    c = torch.empty_like(a)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(matrix_products, a, b, c, tiles=SAFE).result()
+    torch.testing.assert_close(c.view(64, 64), (a.view(64, 64) @ b.view(64, 64).t()), rtol=0.05, atol=0.1)

@@ -64,6 +64,7 @@ def test_every_template_is_found() -> None:
         "linear_divergence_rows",
         "matrix_gradients",
         "matrix_products",
+        "range_sums",
     ]
 
 

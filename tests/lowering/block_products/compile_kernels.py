@@ -22,6 +22,7 @@ from structfly.lowering.template import Parameter, load, render
 from tests.lowering.linear_cross_entropy.compile_kernels import compile_one
 
 TILES = Tiles(m=128, n=128, k=64, group=4, parts=2, warps=4, stages=3)
+THREE_ABREAST = Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=3, resident=2)
 KINDS = {"bf16": True, "fp16": False}
 
 
@@ -37,16 +38,19 @@ def compile_template(template: str, types: dict[str, str], kind: str, tiles: Til
     constants = {"BM": tiles.m, "BN": tiles.n, "BK": tiles.k, "GROUP": 4, "SPLIT": 1 + 2 * split, "PROGRAMS": 132}
     made = compile_one(kernel, {**types, **dict.fromkeys("MNK", "i32")}, constants, tiles.warps, tiles.stages)
     if not template.startswith("axis"):
-        check_buffers(made.asm["ttgir"], tiles)
+        abreast = own.get("abreast", 1)
+        assert isinstance(abreast, int)
+        check_buffers(made.asm["ttgir"], tiles, abreast)
 
 
-def check_buffers(code: str, tiles: Tiles) -> None:
-    """Both operands have a buffer a stage, and products take them from there: no load within a step keeps them waiting,
-    and no reshaping takes them through registers."""
+def check_buffers(code: str, tiles: Tiles, abreast: int) -> None:
+    """All operands have a buffer a stage, and products take them from there: no load within a step keeps them waiting,
+    and no reshaping takes them through registers.  Of several products none waits until others' sums are cleared."""
     buffers = re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x([\dx]+)x[bf]", code)
     deep = [math.prod(map(int, sides.split("x"))) for count, sides in buffers if int(count) == tiles.stages]
-    assert sorted(deep) == sorted((tiles.m * tiles.k, tiles.n * tiles.k)), buffers
+    assert sorted(deep) == sorted((tiles.m * tiles.k, *[tiles.n * tiles.k] * abreast)), buffers
     assert "ttg.local_load" not in code
+    assert abreast == 1 or not re.search(r"arith.select .*tensor<\d+x\d+xf32", code)
 
 
 def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int = 0, components: str = "") -> None:
@@ -74,12 +78,15 @@ def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int
     compile_template("block_sums", types, kind, tiles, side_n=96, side_k=384, **options)
 
 
-def gradients(kind: str, split: bool, turned: bool) -> None:
-    tiles = replace(TILES, parts=4) if split else TILES
+def gradients(kind: str, split: bool, turned: bool, rank: int = 0, abreast: int = 1, tiles: Tiles = TILES) -> None:
+    tiles = replace(tiles, parts=4) if split else tiles
     b = (1, tiles.n, tiles.k) if turned else (1, tiles.k, tiles.n)
     types = {"a": box(kind, 1, tiles.k, tiles.m), "b": box(kind, *b)}
-    types |= {"rows": "*i32", "columns": "*i32", "c": box("fp32" if split else kind, 1, tiles.m, tiles.part)}
-    options: dict[str, Parameter] = {"split": split, "b_turned": turned}
+    types |= {"dz": types["a"], "z": types["b"]} if rank else {}
+    written = box("fp32" if split else kind, 1, 1, tiles.m, tiles.part)
+    types |= {"places": "*i32", "c": written}
+    types |= {"of_left": written, "of_right": written} if rank else {}
+    options: dict[str, Parameter] = {"split": split, "b_turned": turned, "rank": rank, "abreast": abreast}
     compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384, **options)
 
 
@@ -156,9 +163,22 @@ def axis_gradients(kind: str, inner: bool) -> None:
     compile_template("axis_gradients", types, kind, tiles, inner=inner, side_m=48, side_n=96, runs=2, batch=batch)
 
 
+def range_sums(kind: str, results: int) -> None:
+    types = {"sums": "*fp32"}
+    for i in range(results):
+        types |= {f"c_{i}": f"*{kind}", f"first_{i}": "i32", f"size_{i}": "i32"}
+    types |= {"ranges": "i32", "total": "i32"}
+    kernel = load(render("range_sums", results=results, interpreted=False, bfloat16=KINDS[kind])).range_sums
+    compile_one(kernel, types, {"BLOCK": 1024}, warps=4)
+
+
 if __name__ == "__main__":
-    for kind, split, turned in itertools.product(KINDS, (False, True), (False, True)):
+    for number, kind in enumerate(KINDS):
+        range_sums(kind, 1 + 2 * number)
+    for number, (kind, split, turned) in enumerate(itertools.product(KINDS, (False, True), (False, True))):
         gradients(kind, split, turned)
+        gradients(kind, split, turned, rank=72, abreast=1 + number % 2)
+    gradients("bf16", split=True, turned=False, rank=128, abreast=3, tiles=THREE_ABREAST)
     for kind in KINDS:
         sums(kind, turned=True, each=0, listed=True, bias=False, components="written")
         sums(kind, turned=False, each=0, listed=True, bias=False, components="read")

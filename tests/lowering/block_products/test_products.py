@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from structfly.errors import UnsupportedError
 from structfly.lowering.block_products.listing import Listing
-from structfly.lowering.block_products.products import block_gradients, block_sums
+from structfly.lowering.block_products.products import block_sums
 from structfly.lowering.gemm import Tiles
 from tests.oracle import assert_as_accurate
 
@@ -127,44 +127,6 @@ def test_sums_are_as_accurate_as_eager(
         c = c[rows.long(), :tokens].t().view(tokens, len(counts), side_n)
     exact = reference(torch.float64)
     assert_as_accurate(c, reference(torch.float32).to(dtype), exact, dtype, "sums")
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    tokens=st.integers(1, 70),
-    sides=st.tuples(SIDES, SIDES),
-    grid=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    blocks=st.integers(1, 5),
-    turned=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-    tiles=cuts(),
-    seed=st.integers(0, 100),
-)
-def test_gradients_of_blocks_are_as_accurate_as_eager(
-    tokens: int,
-    sides: tuple[int, int],
-    grid: tuple[int, int],
-    blocks: int,
-    turned: bool,
-    dtype: torch.dtype,
-    tiles: Tiles,
-    seed: int,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    rows, columns = (torch.randint(count, (blocks,), generator=generator) for count in grid)
-    a, b = random(dtype, 0, tokens, grid[0], sides[0]), random(dtype, 1, tokens, grid[1], sides[1])
-    c = torch.full((blocks, *sides), float("nan"), dtype=dtype, device=DEVICE)
-    seen = with_tokens_along(b) if turned else b
-    places = [each.to(DEVICE, torch.int32) for each in (rows, columns)]
-    block_gradients(a, seen, c, *places, b_turned=turned, tiles=tiles)
-
-    def reference(wide: torch.dtype) -> Tensor:
-        return torch.stack(
-            [a[:, row].to(wide).t() @ b[:, column].to(wide) for row, column in zip(rows, columns, strict=True)]
-        )
-
-    exact = reference(torch.float64)
-    assert_as_accurate(c, reference(torch.float32).to(dtype), exact, dtype, "gradients")
 
 
 def test_the_same_bits_every_time() -> None:

@@ -1,0 +1,111 @@
+"""Launches of the template ``block_gradients``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from structfly.lowering.block_products.gradient_places import Gradients, Places, gradient_places
+from structfly.lowering.block_products.products import launch_product
+from structfly.lowering.block_products.ranges import add_ranges, ranges
+from structfly.lowering.block_products.tiles import gradient_cut
+from structfly.lowering.descriptor import descriptor
+from structfly.lowering.gemm import programs_on
+from structfly.lowering.template import Parameter
+
+
+class LowRankGradients(NamedTuple):
+    """The gradients of a product of low rank, left right, made beside those of blocks.
+
+    Attributes:
+        dz: (tokens, rank), contiguous.
+        z: (tokens, rank), or if b is turned (rank, tokens).
+        left: (rows * side_m, rank), contiguous, written: a^T z.
+        right: (rank, columns * side_n), contiguous, written: dz^T b.
+    """
+
+    dz: Tensor
+    z: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def block_gradients(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    places: Places,
+    *,
+    b_turned: bool = False,
+    beside: LowRankGradients | None = None,
+) -> None:
+    """c[i] = a[:, row]^T b[:, column] of the part of each that ``places`` has for i, summed over the tokens.
+
+    Where that takes less time, the tokens are cut in ranges whose sums are added in float32, in order.
+
+    Args:
+        a: (tokens, rows, side_m).
+        b: (tokens, columns, side_n), or if ``b_turned`` (columns, side_n, tokens).
+        c: (blocks, side_m, side_n), contiguous, written.
+        places: which parts those are, and the tiles; with those of ``beside``.
+        beside: what else is made, or None.
+
+    Raises:
+        UnsupportedError: an operand's layout has no tensor descriptor.
+    """
+    results = [c] if beside is None else [c, beside.left, beside.right]
+    if not len(a):
+        for each in results:
+            each.zero_()
+    tiles, abreast, listed = places
+    if not len(a) or not len(listed):
+        return
+    side_m, side_n = c.shape[1:]
+    split = ranges(len(listed), len(a), tiles.k, programs_on(a.device, tiles))
+    sums = c.new_empty(split, sum(each.numel() for each in results), dtype=torch.float32) if split > 1 else None
+    if sums is not None:
+        tiles = tiles.with_parts(2 * tiles.parts)  # for an epilogue of twice the bytes
+    box_b = (1, tiles.n, tiles.k) if b_turned else (1, tiles.k, tiles.n)
+    operands = [
+        descriptor(a.transpose(0, 1), 1, tiles.k, tiles.m),
+        descriptor(b if b_turned else b.transpose(0, 1), *box_b),
+    ]
+    written = [each[None] for each in results] if sums is None else _of_ranges(sums, results)
+    if not len(c):  # of which there is no descriptor
+        written[0] = written[0].new_empty(1, 1, side_m, side_n)
+    if beside is not None:
+        operands += [descriptor(beside.dz[None], 1, tiles.k, tiles.m), descriptor(beside.z[None], *box_b)]
+        written[1] = written[1].unflatten(1, (-1, side_m))
+        written[2] = written[2].unflatten(2, (-1, side_n)).transpose(1, 2)
+    parameters: dict[str, Parameter] = {
+        "side_m": side_m,
+        "side_n": side_n,
+        "rank": 0 if beside is None else beside.dz.shape[1],
+        "abreast": abreast,
+        "b_turned": b_turned,
+    }
+    arguments = [listed, *(descriptor(each, 1, 1, tiles.m, tiles.part) for each in written)]
+    sizes = (len(listed) * tiles.m, side_n, len(a))
+    launch_product("block_gradients", operands, arguments, sizes, len(listed), parameters, tiles, a, split)
+    if sums is not None:
+        add_ranges(sums, results)
+
+
+def placed(rows: Tensor, columns: Tensor, made: Gradients, tokens: int) -> Places:
+    """The tiles of gradients summed over about so many tokens, cut for the device of ``rows``.
+
+    Args:
+        rows, columns: int32 (blocks,), the parts of a and b that each block's gradient takes; the host reads them.
+    """
+    members = torch.bincount(rows, minlength=made.rows).tolist()
+    cut = gradient_cut(rows.device, tokens, members, made)
+    return gradient_places(rows, columns, made, cut.tiles, cut.abreast)
+
+
+def _of_ranges(sums: Tensor, results: Sequence[Tensor]) -> list[Tensor]:
+    """(ranges, *shape) of each result, in ``sums`` (ranges, entries)."""
+    parts = sums.split([each.numel() for each in results], dim=1)
+    return [part.unflatten(1, each.shape) for part, each in zip(parts, results, strict=True)]
