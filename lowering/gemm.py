@@ -228,13 +228,7 @@ def _stored(matrix: Tensor) -> tuple[Tensor, bool]:
 
 
 def launch_of(
-    template: str,
-    parameters: Mapping[str, Parameter],
-    tiles: Tiles,
-    count: int,
-    split: int,
-    device: torch.device,
-    **options: int,
+    template: str, parameters: Mapping[str, Parameter], tiles: Tiles, count: int, split: int, device: torch.device
 ) -> Launch:
     """A product's kernel with as many programs as run at once, and no more than it has tiles.
 
@@ -244,7 +238,6 @@ def launch_of(
         tiles: how it is cut up.
         count: tiles of the result.
         split: programs that share the inner dimension of a tile.
-        options: Triton's, beside those that ``tiles`` says.
     """
     programs = min(programs_on(device, tiles), count * split)
     constants = {
@@ -257,7 +250,7 @@ def launch_of(
     }
     shared: dict[str, Parameter] = {"name": template, "split": split > 1, "parts": tiles.parts}
     kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
-    return Launch(kernel, (programs,), constants, (), num_warps=tiles.warps, num_stages=tiles.stages, **options)
+    return Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
 
 
 @lru_cache(maxsize=256)

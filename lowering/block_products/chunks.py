@@ -1,24 +1,22 @@
 """Launches of the templates ``chunk_products`` and ``chunk_gradients``: the same products of chunk after chunk of rows.
 
-What is made of a chunk is held with its rows last, (matrices, side, width), in the same place for each, so that it can
-stay in the cache between the product that makes it and that which takes it.  A product is made ready once: descriptors
-are those of all rows, and a launch says only where its chunk starts.  Rows beyond the last are read as zeros, and what
-is made of them is 0, or is not written.  Chunks follow each other in order: a tile that reaches beyond its chunk's rows
-writes what the next chunk's overwrites.
+What is made of a chunk is held with its rows last, (matrices, side, width), in the same place for each, so that it
+takes the memory of one.  One chunk may be of all rows.  A product is made ready once: descriptors are those of all
+rows, and a launch says only where its chunk starts.  Rows beyond the last are read as zeros, and what is made of them
+is 0, or is not written.  Chunks follow each other in order: a tile that reaches beyond its chunk's rows writes what
+the next chunk's overwrites.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.products import product_launch
+from structfly.lowering.block_products.support import padded_rows
 from structfly.lowering.descriptor import descriptor
-from structfly.lowering.device_profile import device_model
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.launch import on_device
 from structfly.lowering.template import Parameter
@@ -26,46 +24,27 @@ from structfly.lowering.template import Parameter
 Step: TypeAlias = Callable[[int], None]
 """What is done with the chunk that starts at such a row."""
 
-_HOPPER = (9, 0)
-_HELD_SHARE = 2 / 3  # of the second-level cache; the rest is for what streams through
+_WHOLE = 128  # rows that chunks are multiples of: the longest side of a tile that they fill
+_LEAST = 256  # rows of a chunk at least: with fewer, tiles of theirs are too few for the processors
 
 
-def rows_of_chunk(rows: int, row_bytes: int, whole: int, device: torch.device) -> int:
-    """Of how many rows equal chunks are, so that a cache holds what is made of one.
+def rows_of_chunk(rows: int, row_bytes: int, room: int) -> int:
+    """Of how many rows equal chunks are, as few as can be, so that what is held of one takes no more than ``room``.
 
     Args:
         rows: of all chunks.
         row_bytes: held for each.
-        whole: a power of two; of more rows than these, a chunk has a multiple.
+        room: bytes; where they are for a few rows only, chunks take more.
 
     Returns:
-        That multiple, or a power of two from 16 on.
+        All, padded as components are, or a multiple of the longest side of a tile.
     """
-    if rows <= whole:
-        return max(16, 1 << (rows - 1).bit_length())
-    most = max(1, int(_HELD_SHARE * _cache_bytes(device)) // (row_bytes * whole))
-    chunks = -(-rows // (most * whole))
-    return -(-rows // (chunks * whole)) * whole
-
-
-class Following(NamedTuple):
-    """Of a launch that is made ready while the one before it runs: its template's parameters, and Triton's options."""
-
-    parameters: dict[str, Parameter]
-    options: dict[str, int]
-
-
-def may_follow(device: torch.device) -> Following:
-    """Those of launches on ``device``, which only does so from Hopper on."""
-    capability = device_model(device).capability
-    follows = capability is not None and capability >= _HOPPER
-    return Following({"following": follows}, {"launch_pdl": True} if follows else {})
-
-
-@lru_cache(maxsize=16)
-def _cache_bytes(device: torch.device) -> int:
-    """Of the second-level cache; where the interpreter runs, so few that small problems have several chunks."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**10
+    every = padded_rows(rows)
+    if rows <= _LEAST or every * row_bytes <= room:
+        return every
+    most = max(_LEAST, room // row_bytes // _WHOLE * _WHOLE)
+    chunks = -(-rows // most)
+    return -(-rows // (chunks * _WHOLE)) * _WHOLE
 
 
 def chunk_products(
@@ -140,8 +119,7 @@ def _ready(
 ) -> Step:
     matrices = len(like)
     count = -(-sizes[0] // tiles.m) * matrices * -(-sizes[1] // tiles.n)
-    following = may_follow(like.device)
-    launch = product_launch(template, count, {**parameters, **following.parameters}, tiles, like, **following.options)
+    launch = product_launch(template, count, parameters, tiles, like)
 
     def step(start: int) -> None:
         with on_device(like.device):

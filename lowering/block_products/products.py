@@ -108,11 +108,10 @@ def product_launch(
     tiles: Tiles,
     like: Tensor,
     split: int = 1,
-    **options: int,
 ) -> Launch:
-    """The launch of a template, with options of Triton's; other arguments as in :func:`launch_product`."""
+    """The launch of a template; arguments as in :func:`launch_product`."""
     shared: dict[str, Parameter] = {
         "interpreted": not like.is_cuda,
         "bfloat16": like.dtype == torch.bfloat16 and split == 1,
     }
-    return launch_of(template, {**shared, **parameters}, tiles, count, split, like.device, **options)
+    return launch_of(template, {**shared, **parameters}, tiles, count, split, like.device)

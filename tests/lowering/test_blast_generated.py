@@ -49,7 +49,36 @@ def by_reference(call: Applied, upstream: Tensor, wide: torch.dtype) -> list[Ten
     assert call.bias is not None
     x, right, scale, left = leaves
     y = blast_reference(x, right, scale, left, call.bias.to(wide), call.static[0])
-    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(wide))]
+    with torch.autograd.set_multithreading_enabled(False):  # cuBLAS warns in a thread that it is first to use a GPU in
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(wide))]
+
+
+def upstream_of(call: Applied) -> Tensor:
+    return torch.randn(len(call.x), call.static[0], generator=torch.Generator().manual_seed(1)).to(call.x)
+
+
+def kept(call: Applied, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """y and the gradients, with z kept."""
+    z = generated.between(call)
+    before = z[0].clone()
+    made = [generated.finish(call, z), *generated.backward(upstream_of(call), call, z, wanted)]
+    assert torch.equal(z[0], before)
+    return made
+
+
+def in_chunks(call: Applied, wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [generated.forward_in_chunks(call), *generated.backward_in_chunks(upstream_of(call), call, wanted)]
+
+
+WAYS = (kept, in_chunks)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the interpreter has several in little time."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(chunks, "_WHOLE", 16)
+        monkeypatch.setattr(chunks, "_LEAST", 64)
 
 
 @settings(max_examples=8, deadline=None)
@@ -78,99 +107,111 @@ def test_more_blocks_than_tensor_cores_take_at_once(blocks: tuple[int, int]) -> 
 
 
 def check(call: Applied) -> None:
-    """Value and gradients are as accurate as eager."""
+    """Value and gradients are as accurate as eager, whether z is kept or not."""
     dtype = call.x.dtype
-    upstream = torch.randn(len(call.x), call.static[0], generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
-    made = [generated.forward(call), *generated.backward(upstream, call, [True] * 4)]
-    eager, exact = (by_reference(call, upstream, wide) for wide in (torch.float32, torch.float64))
-    for mine, single, reference, what in zip(made, eager, exact, ("y", *NAMES), strict=True):
-        assert mine is not None
-        assert_as_accurate(mine, single.to(dtype), reference, dtype, what)
+    eager, exact = (by_reference(call, upstream_of(call), wide) for wide in (torch.float32, torch.float64))
+    for way in WAYS:
+        made = way(call, [True] * 4)
+        for mine, single, reference, what in zip(made, eager, exact, ("y", *NAMES), strict=True):
+            assert mine is not None
+            assert_as_accurate(mine, single.to(dtype), reference, dtype, what)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("wanted", range(16))
-def test_what_is_not_asked_for_is_not_made(wanted: int) -> None:
+def test_what_is_not_asked_for_is_not_made(wanted: int, way: Callable[..., list[Tensor | None]]) -> None:
     call = layer((2, 3), (8, 16), 8, (1, 2), torch.bfloat16, 20)
-    upstream = torch.randn(20, call.static[0], generator=torch.Generator().manual_seed(1)).to(call.x)
     asked = [bool(wanted >> bit & 1) for bit in range(4)]
-    every = generated.backward(upstream, call, [True] * 4)
-    for made, full, ask in zip(generated.backward(upstream, call, asked), every, asked, strict=True):
+    _, *every = way(call, [True] * 4)
+    for made, full, ask in zip(way(call, asked)[1:], every, asked, strict=True):
         assert (made is not None) == ask
         assert made is None or (full is not None and torch.equal(made, full))
 
 
-def test_sums_over_chunks_have_the_same_bits_every_time() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits_every_time(way: Callable[..., list[Tensor | None]]) -> None:
     call = layer((2, 2), (8, 8), 8, (0, 0), torch.bfloat16, 300)
-    upstream = torch.randn(300, call.static[0], generator=torch.Generator().manual_seed(1)).to(call.x)
-    for one, other in zip(*(generated.backward(upstream, call, [True] * 4) for _ in range(2)), strict=True):
+    assert generated.backward_tokens(call) == 64
+    for one, other in zip(*(way(call, [True] * 4) for _ in range(2)), strict=True):
         assert one is not None
         assert other is not None
         assert torch.equal(one, other)
 
 
-def test_chunks_are_held_in_rows_of_dx_that_are_not_made_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = layer((2, 2), (64, 64), 8, (0, 1), torch.bfloat16, 700)
-    row_bytes = 2 * 2 * 2 * 8
-    monkeypatch.setattr(chunks, "_cache_bytes", lambda _: 512 * row_bytes * 3 / 2)
-    dx = call.x.new_empty(700, 2, 64)
-    one, two = generated._places(call, dx, 2)
-    start = (one.held.data_ptr() - dx.data_ptr()) // dx.element_size()
-    assert (one.first, one.last, two.first, two.last) == (0, 384, 384, 700)
-    assert (one.held.shape[3], two.held.shape[3]) == (384, 256)
-    assert start >= one.last * 2 * 64
-    assert start + one.held.numel() == dx.numel()
-    check(call)
-
-
-@pytest.mark.parametrize(
-    ("out_features", "tokens_of_chunks"),
-    [(4096, [1024, 384]), (16384, [1024]), (1024, [1024])],
-    ids=["held in dx", "all fits", "nothing fits"],
-)
-def test_backward_takes_less_than_the_gradient_of_the_dense_weight_where_it_can(
-    out_features: int, tokens_of_chunks: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunks, "_cache_bytes", lambda _: 50 * 2**20)  # an H100's
-    factors = _factors(16, 16, 512, 256, out_features // 16)
-    call = Applied(factors[0].new_empty(16384, 4096), factors, [out_features])
-    places = generated._places(call, call.x.view(-1, 16, 256), 2)
-    assert [place.held.shape[3] for place in places] == tokens_of_chunks
-    assert [place.last for place in places] == [place.first for place in places[1:]] + [16384]
-    taken = 2 * places[-1].held.numel() + 4 * sum(factor.numel() for factor in factors)
-    assert (taken < 2 * 4096 * out_features) == (out_features >= 4096)
-
-
-def test_without_tokens_there_is_nothing_to_make() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_without_tokens_there_is_nothing_to_make(way: Callable[..., list[Tensor | None]]) -> None:
     call = layer((2, 3), (8, 16), 8, (1, 2), torch.bfloat16, 0)
-    assert generated.forward(call).shape == (0, call.static[0])
-    made = generated.backward(call.x.new_zeros(0, call.static[0]), call, [True] * 4)
+    y, *made = way(call, [True] * 4)
+    assert y is not None
+    assert y.shape == (0, call.static[0])
     for each, like in zip(made, (call.x, *call.factors), strict=True):
         assert each is not None
         assert each.shape == like.shape
         assert not each.any()
 
 
+@pytest.mark.parametrize("rematerialise", [False, True])
 @pytest.mark.parametrize("tokens", [3, 150])
-def test_the_op_takes_them_where_nothing_is_kept(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op_takes_them(tokens: int, rematerialise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generated, "why_no_products", lambda *_: "")
     call = layer((2, 3), (8, 16), 8, (1, 2), torch.bfloat16, tokens)
     runs: list[str] = []
-    for name in ("_components", "_features"):
+    for name in ("_components", "_features", "mixing", "mixing_with_gradients", "_added"):
         monkeypatch.setattr(generated, name, _seen(getattr(generated, name), runs))
 
     def fast(x: Tensor, right: Tensor, scale: Tensor, left: Tensor, bias: Tensor) -> Tensor:
-        return BLAST(x, [right, scale, left], bias, call.static, rematerialise=True)
+        return BLAST(x, [right, scale, left], bias, call.static, rematerialise=rematerialise)
 
     def slow(x: Tensor, right: Tensor, scale: Tensor, left: Tensor, bias: Tensor) -> Tensor:
         return blast_reference(x, right, scale, left, bias, call.static[0])
 
     assert call.bias is not None
     leaves = [each.requires_grad_() for each in (call.x, *call.factors, call.bias)]
-    upstream = torch.randn(tokens, call.static[0], generator=torch.Generator().manual_seed(1)).to(call.x)
-    assert_like_eager(fast, slow, leaves, torch.bfloat16, upstream)
-    assert len(runs) == 5  # of two products forward, and two and one backward
-    BLAST(leaves[0], leaves[1:4], leaves[4], call.static).backward(upstream)
-    assert len(runs) == 5
+    assert_like_eager(fast, slow, leaves, torch.bfloat16, upstream_of(call))
+    forward = ["_components", "mixing", "_features"]
+    backward = ["_components", "mixing_with_gradients", "_features", "_added", "_added"]
+    assert runs == [*forward, *(["_components"] if rematerialise else []), *backward]
+
+
+@pytest.mark.parametrize("rematerialise", [False, True])
+def test_gradients_of_gradients_are_by_torch(rematerialise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generated, "why_no_products", lambda *_: "")
+    call = layer((2, 3), (8, 16), 8, (0, 0), torch.bfloat16, 5)
+    leaves = [each.requires_grad_() for each in (call.x, *call.factors)]
+
+    def twice(y: Tensor) -> tuple[Tensor, ...]:
+        (of_x,) = torch.autograd.grad((y * upstream_of(call)).sum(), leaves[:1], create_graph=True)
+        return torch.autograd.grad(of_x.float().square().sum(), leaves[1:])
+
+    def slow(x: Tensor, right: Tensor, scale: Tensor, left: Tensor) -> Tensor:
+        return blast_reference(x, right, scale, left, None, call.static[0])
+
+    mine = twice(BLAST(leaves[0], leaves[1:], None, call.static, rematerialise=rematerialise))
+    theirs = twice(slow(*leaves))
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
+
+
+def _sized(out_features: int, rank: int) -> Applied:
+    factors = _factors(16, 16, rank, 256, out_features // 16)
+    return Applied(factors[0].new_empty(16384, 4096), factors, [out_features])
+
+
+@pytest.mark.parametrize(
+    ("out_features", "rank", "forward", "backward"),
+    [(4096, 512, 8192, 384), (16384, 512, 16384, 2432), (4096, 1024, 4096, 256)],
+    ids=["square", "wide", "the sums alone are more"],
+)
+def test_chunks_take_no_more_than_the_gradients_of_the_dense_layer(
+    out_features: int, rank: int, forward: int, backward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # chunks as GPUs have them
+    call = _sized(out_features, rank)
+    assert (generated.forward_tokens(call), generated.backward_tokens(call)) == (forward, backward)
+    of_weight, of_x = 2 * 4096 * out_features, 2 * 4096 * 16384
+    assert 2 * 16 * rank * forward <= of_weight + of_x
+    sums = 4 * sum(factor.numel() for factor in call.factors)
+    assert (2 * 2 * 16 * rank * backward + sums <= of_weight) == (sums < of_weight)
 
 
 def _seen(function: Callable[..., Step], runs: list[str]) -> Callable[..., Step]:

@@ -109,15 +109,22 @@ def test_operands_without_descriptors_are_refused() -> None:
         chunk_products(a, b, c, rows="b", tiles=Tiles(16, 16, 16, 2, 1, 4, 1))
 
 
-@given(rows=st.integers(0, 5000), row_bytes=st.integers(1, 20))
-@settings(max_examples=50, deadline=None)
-def test_chunks_are_equal_and_as_large_as_the_cache_allows(rows: int, row_bytes: int) -> None:
-    made = rows_of_chunk(rows, row_bytes, 16, torch.device("cpu"))
-    chunks = -(-rows // made)
-    if rows <= 16:
-        assert made == 16
+@given(rows=st.integers(0, 5000), row_bytes=st.integers(1, 20), room=st.integers(-100, 10**5))
+@settings(max_examples=100, deadline=None)
+def test_chunks_are_equal_and_as_few_as_there_is_room_for(rows: int, row_bytes: int, room: int) -> None:
+    made = rows_of_chunk(rows, row_bytes, room)
+    if rows <= made:
+        assert made == -(-rows // 8) * 8
         return
-    allowed = 2 / 3 * 1024
-    assert made == -(-rows // (16 * chunks)) * 16
-    assert made == 16 or made * row_bytes <= allowed
-    assert chunks == 1 or -(-rows // (chunks - 1)) * row_bytes > allowed - 16 * row_bytes
+    count = -(-rows // made)
+    assert made % 128 == 0
+    assert made <= 256 or made * row_bytes <= room
+    assert made - rows / count < 128  # none is much smaller
+    fewer = -(-rows // ((count - 1) * 128)) * 128
+    assert fewer > 256
+    assert fewer * row_bytes > room
+
+
+def test_few_rows_are_one_chunk() -> None:
+    assert [rows_of_chunk(rows, 1000, 0) for rows in (0, 1, 250, 257)] == [0, 8, 256, 256]
+    assert rows_of_chunk(5000, 2, 10000) == 5000
