@@ -8,16 +8,25 @@ from typing import Any, Protocol
 import torch
 
 from structfly.config import Config
+from structfly.patterns.batched_chain import BatchedChain
+from structfly.patterns.factored_linear import FactoredLinear
 from structfly.patterns.linear import RestructuredLinear
 from structfly.patterns.linear.menu import Planned
 from structfly.patterns.linear.times import Times as LayerTimes
 from structfly.patterns.linear_cross_entropy import LinearCrossEntropy
 from structfly.patterns.linear_divergence import LinearDivergence
+from structfly.patterns.masked_linear import MaskedLinear
 from structfly.patterns.merged_linear import MergedLinear
 from structfly.patterns.merged_linear.rule import Times as OpTimes
 from structfly.rewriter.rule import Rule
 
-DEFAULT_RULES: tuple[Rule[Any], ...] = (LinearCrossEntropy(), LinearDivergence())
+DEFAULT_RULES: tuple[Rule[Any], ...] = (
+    LinearCrossEntropy(),
+    LinearDivergence(),
+    FactoredLinear(),
+    MaskedLinear(),
+    BatchedChain(),
+)
 RULE_NAMES = (*(rule.name for rule in DEFAULT_RULES), MergedLinear.name, RestructuredLinear.name)
 
 
@@ -48,8 +57,11 @@ def rules_under(
 __all__ = [
     "DEFAULT_RULES",
     "RULE_NAMES",
+    "BatchedChain",
+    "FactoredLinear",
     "LinearCrossEntropy",
     "LinearDivergence",
+    "MaskedLinear",
     "MergedLinear",
     "RestructuredLinear",
     "rules_under",

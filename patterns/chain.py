@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Self
 
@@ -41,20 +42,8 @@ class Chain(Structure):
         return {f"factor_{t}": Factor(tuple(shape)) for t, shape in enumerate(self.shapes(sizes), start=1)}
 
     def cost(self, sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
-        shapes = self.shapes(sizes)
-        parameters = sum(shape.parameters for shape in shapes)
-        between = sum(shape.features_out for shape in shapes[:-1])
-        given = shapes[-1].features_out
-        row = TOKENS * dtype.itemsize
-        products = (product(s.columns, s.rows, dtype, batch=s.matrices) for s in shapes)
-        return LayerCost(
-            parameters=parameters,
-            flops=2 * TOKENS * parameters,
-            weight_bytes=parameters * dtype.itemsize,
-            saved_bytes=0 if self.rematerialise else row * between,
-            transient_bytes=row * _numbers_at_once(shapes, sizes),
-            stages=(*products, Stage(0, row * (given + sizes.out_features))),  # the last puts the outputs in order
-        )
+        cost = cost_of_chain(self.shapes(sizes), sizes, dtype)
+        return replace(cost, saved_bytes=0) if self.rematerialise else cost
 
     def initial(self, sizes: LayerSizes, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         # Each factor keeps the variance that it is given; the last takes a third of it.  Inputs that stand for padding
@@ -86,6 +75,23 @@ class Chain(Structure):
     def apply(self, sizes: LayerSizes, factors: Factors, x: Tensor, bias: Tensor | None) -> Tensor:
         static = [sizes.out_features]
         return KRONECKER(x, list(factors.values()), bias, static, rematerialise=self.rematerialise)
+
+
+def cost_of_chain(shapes: tuple[FactorShape, ...], sizes: LayerSizes, dtype: torch.dtype) -> LayerCost:
+    """What a layer costs that these factors make, the first applied first, and that keeps what is between them."""
+    parameters = sum(shape.parameters for shape in shapes)
+    between = sum(shape.features_out for shape in shapes[:-1])
+    given = shapes[-1].features_out
+    row = TOKENS * dtype.itemsize
+    products = (product(s.columns, s.rows, dtype, batch=s.matrices) for s in shapes)
+    return LayerCost(
+        parameters=parameters,
+        flops=2 * TOKENS * parameters,
+        weight_bytes=parameters * dtype.itemsize,
+        saved_bytes=row * between,
+        transient_bytes=row * _numbers_at_once(shapes, sizes),
+        stages=(*products, Stage(0, row * (given + sizes.out_features))),  # the last puts the outputs in order
+    )
 
 
 def _numbers_at_once(shapes: tuple[FactorShape, ...], sizes: LayerSizes) -> int:

@@ -18,13 +18,11 @@ from torch.nn import functional as F
 from structfly.errors import ArgumentError
 from structfly.lowering.low_rank.op import LOW_RANK
 from structfly.patterns.gaussian_dirichlet import gaussian_dirichlet_masks
-from structfly.patterns.gblr_tiles import cut_to_tiles
+from structfly.patterns.gblr_tiles import GPU_TILES, USUAL_TILES, cut_to_tiles
 from structfly.patterns.low_rank import LowRank
 from structfly.patterns.structure import StructuredLinear
 from structfly.patterns.unfolded_conv import UnfoldedConv2d, unfolded_weight
 from structfly.records.layer import NO_STATISTICS, LayerSizes, LayerStatistics
-
-_TILES, _GPU_TILES = (32, 16), (128, 128)  # features, components
 
 
 class GaudiGBLR(nn.Module):
@@ -173,18 +171,18 @@ class GaudiGBLR(nn.Module):
         return self._linear(tile, group, threshold)
 
     def _linear(self, tile: int | None, group: int | None, threshold: float) -> StructuredLinear:
-        usual = _GPU_TILES if self.left.is_cuda else _TILES
+        usual = GPU_TILES if self.left.is_cuda else USUAL_TILES
         tile, group = tile or usual[0], group or usual[1]
         rows, columns = (mask * (mask.abs() >= threshold) for mask in self.masks())
         left = self.left * rows.t().to(self.left.dtype)
         right = self.right * columns.to(self.right.dtype)
-        structure, factors = cut_to_tiles(left, right, rows.t() != 0, columns != 0, tile, group)
+        cut = cut_to_tiles(rows.t() != 0, columns != 0, tile, group)
         like = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device=left.device, dtype=left.dtype
         )
         if self.bias is not None:
             like.bias.copy_(self.bias)
-        return StructuredLinear.of_factors(like, structure, factors).train(self.training)
+        return StructuredLinear.of_factors(like, cut.structure, cut.factors(left, right)).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, components={self.components}, bias={self.bias is not None}"

@@ -8,6 +8,7 @@ components of one group then reach as far and stand at the same place, which was
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +17,66 @@ from torch.nn import functional as F
 from structfly.errors import ArgumentError
 from structfly.patterns.gblr import GBLR, index_of
 
+GPU_TILES = (128, 128)
+"""Features and components of a tile on a GPU, where smaller ones take longer than what they leave out."""
 
-def cut_to_tiles(
-    left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, tile: int, group: int
-) -> tuple[GBLR, dict[str, Tensor]]:
-    """The structure and its factors, with ``left right`` as their weight.
+USUAL_TILES = (32, 16)
+"""The same elsewhere."""
+
+
+class Cut(NamedTuple):
+    """Which components form the groups of each side, and which tiles the groups have.
+
+    Attributes:
+        structure: with the numbers of groups and tiles.
+        right_members, left_members: int32 (groups * group,), the components of R's and of L's columns; after the last,
+            as many as there are, which stands for zeros.
+        right_index, left_index, order: as :class:`GBLR` has them.
+    """
+
+    structure: GBLR
+    right_members: Tensor
+    right_index: Tensor
+    left_members: Tensor
+    left_index: Tensor
+    order: Tensor
+
+    def factors(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        """Those of the structure, with ``left right`` as its weight.
+
+        Args:
+            left, right: (out, components) and (components, in), zero outside of what was cut.
+        """
+        return {
+            "right": self._tiles(right.t(), self.right_members, self.right_index),
+            "right_index": self.right_index,
+            "left": self._tiles(left, self.left_members, self.left_index),
+            "left_index": self.left_index,
+            "order": self.order,
+        }
+
+    def _tiles(self, columns: Tensor, members: Tensor, index: Tensor) -> Tensor:
+        """(tiles, tile, group) of ``columns`` (features, components)."""
+        tile, group = self.structure.tile, self.structure.group
+        padded = F.pad(columns, (0, 1, 0, -len(columns) % tile))
+        grouped = padded.index_select(1, members).unflatten(0, (-1, tile)).unflatten(2, (-1, group))
+        places = grouped.shape[0]
+        numbers = index[0] * places + index[1]
+        taken: Tensor = grouped.permute(2, 0, 1, 3).flatten(0, 1).index_select(0, numbers)
+        return taken
+
+
+def cut_to_tiles(rows: Tensor, columns: Tensor, tile: int, group: int) -> Cut:
+    """The groups and tiles of masked components.
 
     Args:
-        left, right: (out, components) and (components, in), zero outside of what follows.
-        rows, columns: bool, the same shapes: where each component stands.
+        rows, columns: bool (out, components) and (components, in): where each component stands.
         tile, group: see :class:`GBLR`.
 
     Raises:
         ArgumentError: no component has rows and columns.
     """
-    rows, columns = rows.t(), columns
+    rows, device = rows.t(), rows.device
     alive = (rows.any(1) & columns.any(1)).nonzero()[:, 0]
     if not len(alive):
         raise ArgumentError("every component is empty: no weight is left to cut; shrink the widths less")
@@ -47,13 +93,19 @@ def cut_to_tiles(
         right_tiles=sum(map(len, right_places)),
         left_tiles=sum(map(len, left_places)),
     )
-    return structure, {
-        "right": _tiles(right.t()[:, alive], right_groups, right_places, tile, group),
-        "right_index": index_of(right_places),
-        "left": _tiles(left[:, alive], left_groups, left_places, tile, group),
-        "left_index": index_of(left_places),
-        "order": _order(torch.cat(right_groups), torch.cat(left_groups), structure.components),
-    }
+    right_order, left_order = torch.cat(right_groups), torch.cat(left_groups)
+    found = (
+        _filled(alive.cpu()[right_order], structure.components, len(rows)),
+        index_of(right_places),
+        _filled(alive.cpu()[left_order], structure.components, len(rows)),
+        index_of(left_places),
+        _order(right_order, left_order, structure.components),
+    )
+    return Cut(structure, *(each.to(device) for each in found))
+
+
+def _filled(members: Tensor, count: int, filling: int) -> Tensor:
+    return F.pad(members.to(torch.int32), (0, count - len(members)), value=filling)
 
 
 def _order(right: Tensor, left: Tensor, components: int) -> Tensor:
@@ -112,13 +164,3 @@ def _greedy(touched: Tensor, group: int) -> list[Tensor]:
             waiting[following] = False
         groups.append(torch.stack(members))
     return groups
-
-
-def _tiles(columns: Tensor, groups: list[Tensor], places: list[list[int]], tile: int, group: int) -> Tensor:
-    """(tiles, tile, group) of ``columns`` (features, components)."""
-    padded = F.pad(columns, (0, 0, 0, -len(columns) % tile)).unflatten(0, (-1, tile))
-    parts = [
-        F.pad(padded[of_group][:, :, members], (0, group - len(members)))
-        for members, of_group in zip(groups, places, strict=True)
-    ]
-    return torch.cat(parts)

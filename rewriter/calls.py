@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from structfly import compat
+
 
 @dataclass(frozen=True)
 class Call:
@@ -41,6 +43,7 @@ _REDUCE = ("input", "dim", "keepdim")
 _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[str, ...]]] = {
     "linear": (("input", "weight", "bias"), (F.linear,), ()),
     "matmul": (_BINARY, (torch.matmul, operator.matmul, torch.mm), ("matmul", "mm", "__matmul__")),
+    "bmm": (("input", "mat2"), (torch.bmm,), ("bmm",)),
     "addmm": (("input", "mat1", "mat2"), (torch.addmm,), ("addmm",)),
     "einsum": (("equation", "*operands"), (torch.einsum, torch.functional.einsum), ()),
     "add": (_BINARY, (torch.add, operator.add, operator.iadd), ("add", "add_")),
@@ -99,6 +102,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "half": (("input",), (), ("half",)),
     "bfloat16": (("input",), (), ("bfloat16",)),
     "double": (("input",), (), ("double",)),
+    "bool": (("input",), (), ("bool",)),
     "log": (("input",), (torch.log,), ("log",)),
     "logaddexp": (_BINARY, (torch.logaddexp,), ("logaddexp",)),
     "contiguous": (("input",), (), ("contiguous",)),
@@ -129,10 +133,24 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "expand": (("input", "*sizes"), (), ("expand",)),
     "expand_as": (_BINARY, (), ("expand_as",)),
     "roll": (("input", "shifts", "dims"), (torch.roll,), ("roll",)),
-    "pad": (("input", "pad", "mode", "value"), (F.pad,), ()),
+    "repeat_interleave": (
+        ("input", "repeats", "dim"),
+        (torch.repeat_interleave,),
+        ("repeat_interleave",),
+    ),
+    "kron": (_BINARY, (torch.kron,), ("kron",)),
+    "round": (("input",), (torch.round,), ("round",)),
+    "hardshrink": (("input", "lambd"), (F.hardshrink,), ("hardshrink",)),
+    "sinc": (("input",), (torch.sinc, torch.special.sinc), ("sinc",)),
+    "irfft": (("input", "n", "dim", "norm"), (torch.fft.irfft,), ()),
+    "tril": (("input", "diagonal"), (torch.tril,), ("tril",)),
+    "triu": (("input", "diagonal"), (torch.triu,), ("triu",)),
+    "pad": (("input", "pad", "mode", "value"), (F.pad, compat.PAD), ()),
     "stack": (("tensors", "dim"), (torch.stack,), ()),
     "cat": (("tensors", "dim"), (torch.cat, torch.concat), ()),
     "full": (("size", "fill_value"), (torch.full,), ()),
+    "ones": (("*size",), (torch.ones,), ()),
+    "zeros": (("*size",), (torch.zeros,), ()),
     "arange": (("*bounds",), (torch.arange,), ()),
     "linspace": (("start", "end", "steps"), (torch.linspace,), ()),
     "zeros_like": (("input",), (torch.zeros_like,), ()),

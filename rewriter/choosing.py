@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,11 @@ def choose(orders: Sequence[Order]) -> list[Choice]:
     """
     costs = [[evaluate(c.cost, order.sizes, order.profile) for c in order.menu.candidates] for order in orders]
     eligible = [
-        [number for number, candidate in enumerate(order.menu.candidates) if candidate.rewrites or not order.always]
+        [
+            number
+            for number, candidate in enumerate(order.menu.candidates)
+            if candidate.rewrites or not order.always or len(order.menu.candidates) == 1
+        ]
         for order in orders
     ]
     options = [
@@ -71,11 +76,10 @@ def choose(orders: Sequence[Order]) -> list[Choice]:
     shared: dict[str, int] = {}
     for order in orders:
         shared.update(order.menu.shared_bytes)
-    allowance = sum(order.menu.own_bytes for order in orders) + sum(shared.values())
-    allowance += max((order.menu.peak_limit for order in orders), default=0)
-    solution = solve(
-        options, peaks=[order.menu.peak_limit for order in orders], limits={"saved bytes": float(allowance)}
-    )
+    limits = [order.menu.peak_limit for order in orders]
+    allowance = float(sum(order.menu.own_bytes for order in orders) + sum(shared.values()))
+    allowance += max((limit for limit in limits if limit < math.inf), default=0)
+    solution = solve(options, peaks=limits, limits={"saved bytes": allowance})
     return [
         _explained(order, values, numbers[picked], index in solution.relaxed)
         for index, (order, values, numbers, picked) in enumerate(
@@ -85,12 +89,16 @@ def choose(orders: Sequence[Order]) -> list[Choice]:
 
 
 def _explained(order: Order, costs: Sequence[CostValues], number: int, relaxed: bool) -> Choice:
-    candidates, limit = order.menu.candidates, format_bytes(order.menu.peak_limit)
+    candidates = order.menu.candidates
+    limit = "" if order.menu.peak_limit == math.inf else f" within the limit of {format_bytes(order.menu.peak_limit)}"
     kept = next(values for candidate, values in zip(candidates, costs, strict=True) if not candidate.rewrites)
     chosen, values = candidates[number], costs[number]
     fast = [v.seconds for c, v in zip(candidates, costs, strict=True) if c.rewrites]
     if relaxed:
-        reason = f"nothing fits the limit of {limit}; this takes the least, {format_bytes(values.transient_bytes)}"
+        least = format_bytes(values.transient_bytes)
+        reason = f"nothing fits the limit of {format_bytes(order.menu.peak_limit)}; this takes the least, {least}"
+    elif order.menu.reason:
+        reason = order.menu.reason
     elif not chosen.rewrites:
         best = min(fast, default=float("inf"))
         reason = (
@@ -98,7 +106,7 @@ def _explained(order: Order, costs: Sequence[CostValues], number: int, relaxed: 
             "rewrite='always' overrides this"
         )
     elif kept.transient_bytes > order.menu.peak_limit:
-        reason = f"fastest within the limit of {limit}; left alone it would take {format_bytes(kept.transient_bytes)}"
+        reason = f"fastest{limit}; left alone it would take {format_bytes(kept.transient_bytes)}"
     else:
-        reason = f"predicted to be fastest within the limit of {limit}"
+        reason = f"predicted to be fastest{limit}"
     return Choice(chosen, values, kept, reason)

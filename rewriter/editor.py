@@ -37,6 +37,11 @@ class Editor:
         places = {node: index for index, node in enumerate(self._graph.nodes)} if len(nodes) > 1 else {}
         self._anchor = max(nodes, key=lambda node: places.get(node, 0))
 
+    def before_all(self, *nodes: fx.Node) -> None:
+        """Put what follows before the first of ``nodes``."""
+        places = {node: index for index, node in enumerate(self._graph.nodes)}
+        self._anchor = min(nodes, key=places.__getitem__)
+
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new call_function node, with an example value."""
         return self._create("call_function", target, args, kwargs)

@@ -20,7 +20,7 @@ from structfly.errors import PlanError, RewriteError
 from structfly.records import DeviceProfile, LayerMenu, Miss, Site, SiteReport, Status
 from structfly.rewriter.choosing import Choice, Order, choose
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.inputs import ExtraInputs, with_placeholders
+from structfly.rewriter.inputs import ExtraInputs, copy_of, with_placeholders
 from structfly.rewriter.layer_choosing import LayerChoice, LayerOrder, choose_layers
 from structfly.rewriter.region import Region, qualified_name, regions_of, source_line
 from structfly.rewriter.rule import Rule
@@ -41,6 +41,7 @@ class Outcome:
         module: what to compile: the graph module given, or a copy that takes further inputs.
         sites: the report's lines, in graph order.
         inputs: graph inputs that rewrites added, after the graph's own.
+        original: the graph as it was, where some rewrite does not hold for all arguments, else None.
         changed: whether the graph was changed.
         seconds: time taken.
     """
@@ -48,6 +49,7 @@ class Outcome:
     module: fx.GraphModule
     sites: list[SiteReport] = field(default_factory=list)
     inputs: list[ExtraInputs] = field(default_factory=list)
+    original: fx.GraphModule | None = None
     changed: bool = False
     seconds: float = 0.0
 
@@ -93,7 +95,10 @@ class _Run:
         start = time.perf_counter()
         regions = regions_of(self.gm)
         found = [item for number, region in enumerate(regions) for item in self._find(number, region)]
-        for item, choice in self._choose(found):
+        choices = self._choose(found)
+        if any(item.site.conditional and choice.candidate.rewrites for item, choice in choices):
+            self.outcome.original = copy_of(self.gm)
+        for item, choice in choices:
             self._apply(item, choice)
         if self.outcome.inputs:
             self.outcome.module = with_placeholders(self.gm, self.outcome.inputs)
@@ -119,7 +124,7 @@ class _Run:
                 if isinstance(result, Miss):
                     if result.anchor not in taken:  # else it is part of what another attempt found
                         self._missed(result, place)
-                elif not of_earlier.isdisjoint(result.dead_nodes):
+                elif not of_earlier.isdisjoint((result.node, *result.dead_nodes)):
                     if not of_earlier.issuperset(result.dead_nodes):
                         reason = "another rule takes part of what would be rewritten"
                         self._missed(Miss(rule.name, result.node, reason, 0, result.node, result.name), place)

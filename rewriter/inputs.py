@@ -19,6 +19,10 @@ from structfly import compat
 Provide = Callable[[Sequence[Any]], Sequence[Tensor]]
 
 
+class UnfitError(Exception):
+    """What a rewrite wrote does not hold for the arguments of a call; the message says why."""
+
+
 class InputLike(NamedTuple):
     """What a contiguous input is like."""
 
@@ -34,6 +38,8 @@ class ExtraInputs:
     Attributes:
         nodes: the inputs.
         provide: asked for their values before every call, given the call's arguments: the graph's own inputs in order.
+            Where the site was ``conditional`` it may raise :class:`UnfitError`; the call is then run by the graph as it
+            was before any rewrite.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -43,6 +49,15 @@ class ExtraInputs:
 def stand_in(name: str) -> Tensor:
     """Target of the node that stands for the input ``name`` until the graph has been copied; never run."""
     raise AssertionError(f"the graph input {name} was not made a placeholder")
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as it stands, in a module of its own that takes the same arguments."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(gm, graph)
 
 
 def with_placeholders(gm: fx.GraphModule, inputs: Iterable[ExtraInputs]) -> fx.GraphModule:

@@ -97,11 +97,11 @@ def _product(node: fx.Node, x: object, matrix: object) -> LinearLike | None:
         return None
     if value.ndim != 2 or hidden.ndim < 1:
         return None
-    source = _untransposed(matrix)
+    source = untransposed(matrix)
     return LinearLike(node, (node,), x, matrix if source is None else source, source is None)
 
 
-def _untransposed(matrix: fx.Node) -> fx.Node | None:
+def untransposed(matrix: fx.Node) -> fx.Node | None:
     """W if ``matrix`` is written as W's transpose."""
     call = read(matrix)
     if call is None:

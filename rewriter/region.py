@@ -76,6 +76,12 @@ class Region:
         return modes
 
     @cached_property
+    def trains(self) -> bool:
+        """Whether anything that the graph gives needs a gradient."""
+        outputs = self.graph.find_nodes(op="output")
+        return any(needs_gradient(value) for output in outputs for value in output.all_input_nodes)
+
+    @cached_property
     def undifferentiated(self) -> frozenset[fx.Node]:
         """The nodes under a no_grad of this graph."""
         return frozenset(node for node, (off, *_) in self.modes.items() if off is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from structfly.patterns.plain_layers import write_out_plain_layers
 from structfly.patterns.structures import STRUCTURES
 from structfly.restructure.plan import Plan
 from structfly.rewriter.engine import Outcome, rewrite_graph
+from structfly.rewriter.inputs import UnfitError
 
 log = logging.getLogger("structfly")
 
@@ -51,7 +52,8 @@ def structfly(
     outcome = rewrite(gm, config)
     write_out_plain_layers(outcome.module)
     examples = [*example_inputs, *outcome.examples]
-    return with_inputs(compat.compile_with_inductor(outcome.module, examples, config.inductor_options()), outcome)
+    compiled = compat.compile_with_inductor(outcome.module, examples, config.inductor_options())
+    return with_inputs(compiled, outcome, partial(structfly, options=options, mode=mode))
 
 
 def read_config(options: Mapping[str, object] | None, mode: str | None = None) -> Config:
@@ -96,13 +98,39 @@ def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
         keep_times(entry for times in found for entry in times.entries())
 
 
-def with_inputs(function: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:
-    """``function`` with the inputs that rewrites added supplied before every call."""
+def with_inputs(
+    function: Callable[..., Any], outcome: Outcome, backend: Callable[..., Any] | str = "eager"
+) -> Callable[..., Any]:
+    """``function`` with the inputs that rewrites added supplied before every call.
+
+    Where they do not hold for a call's arguments, the graph as it was is compiled by ``backend``, a backend of
+    torch.compile, and run instead.
+    """
     if not outcome.inputs:
         return function
-    providers = [extra.provide for extra in outcome.inputs]
+    providers, otherwise = [extra.provide for extra in outcome.inputs], _Otherwise(outcome, backend)
 
     def call(*arguments: Any) -> Any:
-        return function(*arguments, *[each for provide in providers for each in provide(arguments)])
+        try:
+            added = [each for provide in providers for each in provide(arguments)]
+        except UnfitError as error:
+            return otherwise(error, arguments)
+        return function(*arguments, *added)
 
     return call
+
+
+class _Otherwise:
+    """The graph as it was, compiled when it is first needed."""
+
+    def __init__(self, outcome: Outcome, backend: Callable[..., Any] | str) -> None:
+        self.original, self.backend = outcome.original, backend
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, error: UnfitError, arguments: tuple[Any, ...]) -> Any:
+        if self.original is None:  # of a site that was not said to be conditional
+            raise error
+        if self.compiled is None:
+            log.warning("%s: the graph is compiled once more, without what was recognised there", error)
+            self.compiled = torch.compile(compat.with_code_of_its_own(self.original), backend=self.backend)
+        return self.compiled(*arguments)

@@ -6,8 +6,10 @@ so that a new torch release is one file's work.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any, cast
 
 import sympy
@@ -17,6 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._sympy.functions import FloorDiv
 
 # ------------------------------------------------------------------------------------------------ graph vocabulary
+
+
+PAD: Callable[..., Tensor] = torch._C._nn.pad
+"""What ``F.pad`` is in a Dynamo graph."""
 
 
 def functorch_nesting(node: fx.Node) -> int:
@@ -112,6 +118,13 @@ def source_of_input(node: fx.Node) -> str:
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
+
+
+def is_state(node: fx.Node) -> bool:
+    """Whether an input is kept by a module or a global of the user's program: an argument of the compiled function, or
+    an element of one, and a variable of an enclosing function, which looks the same, are not."""
+    source = source_of_input(node)
+    return bool(source) and re.fullmatch(r"L\['\w+'\](\[[^\]]*\])*", source) is None
 
 
 def value_of_input(node: fx.Node) -> Tensor | None:
@@ -269,6 +282,27 @@ def original_callable(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(function, torch._dynamo.OptimizedModule):
         return cast(Callable[..., Any], function._orig_mod)
     return cast(Callable[..., Any], getattr(function, "_torchdynamo_orig_callable", function))
+
+
+def with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own, so that nothing compiled before answers for it."""
+    if not isinstance(function, FunctionType):
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        fresh = cast(FunctionType, call)
+    else:
+        fresh = FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            function.__closure__,
+        )
+        fresh.__kwdefaults__ = function.__kwdefaults__
+    fresh.__code__ = fresh.__code__.replace()
+    return fresh
 
 
 @contextmanager

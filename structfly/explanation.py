@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -46,7 +45,7 @@ def explain(
             return with_inputs(outcome.module.forward, outcome)
 
         with compat.graph_breaks() as breaks:
-            torch.compile(_fresh(target), backend=collect)(*args, **kwargs)
+            torch.compile(compat.with_code_of_its_own(target), backend=collect)(*args, **kwargs)
         report.graph_breaks.extend(breaks)
         names = {site.name for site in report.sites}
         report.unmatched_overrides.extend(config.unmatched_overrides(names))
@@ -55,24 +54,3 @@ def explain(
         return report
 
     return run
-
-
-def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own, so that nothing compiled before answers for it."""
-    if not isinstance(function, FunctionType):
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
-
-        fresh = cast(FunctionType, call)
-    else:
-        fresh = FunctionType(
-            function.__code__,
-            function.__globals__,
-            function.__name__,
-            function.__defaults__,
-            function.__closure__,
-        )
-        fresh.__kwdefaults__ = function.__kwdefaults__
-    fresh.__code__ = fresh.__code__.replace()
-    return fresh

@@ -41,7 +41,7 @@ class Rewritten:
         outcome = rewrite(gm, read_config(self._options))
         self.sites.extend(outcome.sites)
         self.graphs.append(gm)
-        return with_inputs(self._then(outcome.module, [*example_inputs, *outcome.examples]), outcome)
+        return with_inputs(self._then(outcome.module, [*example_inputs, *outcome.examples]), outcome, self._backend)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._compiled(*arguments, **named)

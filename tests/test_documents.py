@@ -52,6 +52,14 @@ def test_the_page_of_the_ops_runs() -> None:
         exec(compile(block, "docs/ops.md", "exec"), namespace)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own deprecations
+def test_the_page_on_structured_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", page)  # for torch.compile to find
+    for block in code(ROOT / "docs" / "structured_code.md", "python"):
+        exec(compile(block, "docs/structured_code.md", "exec"), vars(page))
+
+
 # Inductor's workers warn about torch's own deprecations.
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_on_restructuring_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

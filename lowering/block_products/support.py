@@ -9,7 +9,8 @@ from torch import Tensor
 
 from structfly.lowering.descriptor import ALIGNED
 
-_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
+"""Of operands."""
 
 
 def why_no_products(values: Tensor, sides: Iterable[int]) -> str:
@@ -21,8 +22,8 @@ def why_no_products(values: Tensor, sides: Iterable[int]) -> str:
     """
     if not values.is_cuda:
         return f"they are on {values.device.type}"
-    if values.dtype not in _DTYPES:
-        return f"they are {values.dtype}; generated are products of {', '.join(map(str, _DTYPES))}"
+    if values.dtype not in DTYPES:
+        return f"they are {values.dtype}; generated are products of {', '.join(map(str, DTYPES))}"
     if any(side * values.element_size() % ALIGNED for side in sides):
         return f"their sides, {', '.join(map(str, sides))}, are no multiples of {ALIGNED} bytes"
     return ""

@@ -20,7 +20,7 @@ _WHOLE_STEP, _SHORT_STEP = 64, 32  # of an inner side
 
 
 class Cut(NamedTuple):
-    """Tiles, and how long a multiprocessor takes for an entry of them, against the fastest.
+    """Tiles, and how long a multiprocessor takes for an entry of them, against the first of its list.
 
     ``abreast``: how many of them, side by side, a program makes of gradients, which share what they take of a.
     """
@@ -30,33 +30,33 @@ class Cut(NamedTuple):
     abreast: int = 1
 
 
-# Costs are means of benchmarks/results/block_products_h100.json, each over the products that leave none of its tiles
-# partly empty, at 16384 tokens or more.
+# Costs are means of benchmarks/results/block_products_h100.json, at 16384 tokens or more, over the products that leave
+# none of a cut's tiles partly empty, each against the first cut there, or one that was measured against it elsewhere.
 SUMS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
-    Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.02),
-    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.07),
-    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.21),
-    Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.57),
-    Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.78),
+    Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.06),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.01),
+    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.27),
+    Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.69),
+    Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.84),
 )
 # Where steps of 64 leave more of an inner side's last one empty than steps of 32.
 SHORT_SUMS = (
     Cut(Tiles(m=128, n=128, k=32, group=8, parts=2, warps=4, stages=5, resident=2), 1.0),
-    Cut(Tiles(m=256, n=128, k=32, group=8, parts=2, warps=8, stages=6), 1.08),
-    Cut(Tiles(m=128, n=256, k=32, group=8, parts=2, warps=8, stages=6), 1.1),
-    Cut(Tiles(m=256, n=64, k=32, group=2, parts=1, warps=4, stages=6), 1.3),
-    Cut(Tiles(m=128, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.4),
-    Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.8),
+    Cut(Tiles(m=256, n=128, k=32, group=8, parts=2, warps=8, stages=6), 1.01),
+    Cut(Tiles(m=128, n=256, k=32, group=8, parts=2, warps=8, stages=6), 0.93),
+    Cut(Tiles(m=256, n=64, k=32, group=2, parts=1, warps=4, stages=6), 1.26),
+    Cut(Tiles(m=128, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.43),
+    Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 2.3),
 )
 GRADIENTS = (
-    Cut(Tiles(m=128, n=128, k=64, group=8, parts=4, warps=8, stages=3), 1.0, abreast=2),
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
-    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.02),
-    Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.2, abreast=3),
-    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.21),
-    Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.5),
-    Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.7),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=4, warps=8, stages=3), 0.97, abreast=2),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.06),
+    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.41),
+    Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.84),
+    Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 2.1),
+    Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.9, abreast=3),
 )
 
 

@@ -142,7 +142,7 @@ def _explanation(site: SiteReport) -> str:
     return "\n".join(lines)
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
     """A byte count in binary units, three digits."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):

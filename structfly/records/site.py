@@ -43,6 +43,12 @@ class Site:
         return (self.dead_nodes,)
 
     @property
+    def conditional(self) -> bool:
+        """Whether what is written holds for some arguments of the graph only, so that the others need the graph as it
+        was."""
+        return False
+
+    @property
     def replaces(self) -> tuple[str, ...]:
         """Their names."""
         return tuple(sorted(node.name for node in self.dead_nodes))
@@ -125,15 +131,17 @@ class Menu:
 
     Attributes:
         candidates: the ways of running it; exactly one has ``rewrites=False``.
-        peak_limit: transient bytes a candidate may take.
+        peak_limit: transient bytes a candidate may take; infinite for any.
         own_bytes: saved bytes that are this site's own in any case (the gradients of its activations).
         shared_bytes: saved bytes that are needed once however many sites share them (a tied weight's gradient), by key.
+        reason: why nothing but leaving it alone is offered, where that is so.
     """
 
     candidates: tuple[Candidate, ...]
-    peak_limit: int
+    peak_limit: float
     own_bytes: int = 0
     shared_bytes: Mapping[str, int] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from structfly.patterns.linear.candidates import Candidate as Layer
 from structfly.records import Candidate, Cost, DeviceProfile, LayerMenu, Menu, Miss, Site, Stage
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.engine import Outcome, rewrite_graph
-from structfly.rewriter.inputs import InputLike
+from structfly.rewriter.inputs import ExtraInputs, InputLike, UnfitError, copy_of
 from structfly.rewriter.region import Region
 
 
@@ -357,3 +357,20 @@ def test_a_second_run_changes_nothing() -> None:
     before = gm.code
     assert not rewrite_graph(gm, (rule,), Config(), device_profile).changed
     assert gm.code == before
+
+
+def test_arguments_that_do_not_fit_need_the_graph_as_it_was() -> None:
+    """Without it, of a site that was not said to be conditional, the error is the caller's."""
+
+    def unfit(arguments: Sequence[Any]) -> Sequence[Tensor]:
+        raise UnfitError(f"{len(arguments)} arguments do not fit")
+
+    gm = fx.symbolic_trace(lambda x: torch.sin(x))
+    for original, expected in ((None, None), (copy_of(gm), X.sin())):
+        outcome = Outcome(gm, inputs=[ExtraInputs((), unfit)], original=original)
+        call = with_inputs(torch.cos, outcome)
+        if expected is None:
+            with pytest.raises(UnfitError, match="1 arguments do not fit"):
+                call(X)
+        else:
+            torch.testing.assert_close(call(X), expected)

@@ -85,7 +85,7 @@ def other_dtype(dtype: torch.dtype) -> nn.Module:
     ],
 )  # fmt: skip
 def test_left_with_a_reason(make: Callable[[], nn.Module], reasons: list[str]) -> None:
-    sites = run(make()).sites
+    sites = [site for site in run(make()).sites if site.rule == "linear"]
     assert [site.status for site in sites] == ["missed"] * len(reasons)
     for site, reason in zip(sites, reasons, strict=True):
         assert reason in site.reason
