@@ -53,6 +53,7 @@ def test_every_template_is_found() -> None:
         "chunk_products",
         "linear_cross_entropy_block",
         "linear_cross_entropy_block_rows",
+        "linear_cross_entropy_column_sums",
         "linear_cross_entropy_exponential_rows",
         "linear_cross_entropy_exponentials",
         "linear_cross_entropy_hidden",
