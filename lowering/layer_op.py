@@ -43,6 +43,17 @@ Shapes = Sequence[Sequence[int]]
 Plain = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[int]], Tensor]
 
 
+class InChunks(NamedTuple):
+    """A forward and a backward that never have all of what is made between, for calls that keep nothing of it.
+
+    ``why_not`` says of factors why they are not for them, or ""; ``forward`` gives y, as ``finish`` does.
+    """
+
+    why_not: Callable[[Sequence[Tensor]], str]
+    forward: Callable[[Applied], Tensor]
+    backward: Callable[[Tensor, Applied, Sequence[bool]], list[Tensor | None]]
+
+
 FORWARD_OPS: dict[Any, LayerOp] = {}
 """All that were made, by the overload that applies them."""
 
@@ -58,7 +69,9 @@ class LayerOp:
         kept_shapes: of N rows, the factors' shapes and the static numbers: the shapes of what is made between.
         multiply_adds: of the same: those of each of the two steps; the backward has as many as both for x, and again
             for the factors.
-        adds_bias: whether ``finish`` adds the bias within its products; else it is added to what that gives.
+        adds_bias: whether ``finish``, and the forward in chunks, add the bias within their products; else it is added
+            to what they give.
+        in_chunks: takes the place of all three where nothing is kept and it has nothing against the factors, or None.
         plain: the layer in torch's own operations, where the op adds nothing to them: a compiler is given those.
     """
 
@@ -73,11 +86,12 @@ class LayerOp:
         kept_shapes: Callable[[int, Shapes, Sequence[int]], list[tuple[int, ...]]],
         multiply_adds: Callable[[int, Shapes, Sequence[int]], tuple[int, int]],
         adds_bias: bool = False,
+        in_chunks: InChunks | None = None,
         plain: Plain | None = None,
     ) -> None:
         self.name, self.between, self.finish, self.backward = name, between, finish, backward
         self.out_features, self.kept_shapes, self.multiply_adds = out_features, kept_shapes, multiply_adds
-        self.adds_bias, self.plain = adds_bias, plain
+        self.adds_bias, self.plain, self._in_chunks = adds_bias, plain, in_chunks
         forward_name, backward_name = f"structfly::{name}", f"structfly::{name}_backward"
         torch.library.define(
             forward_name,
@@ -132,8 +146,12 @@ class LayerOp:
         self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
         call = Applied(x.reshape(-1, x.shape[-1]), factors, static, bias if self.adds_bias else None)
-        kept = self.between(call)
-        y = self.finish(call, kept)
+        kept: list[Tensor] = []
+        if not keep and (chunks := self._chunks(factors)):
+            y = chunks.forward(call)
+        else:
+            kept = self.between(call)
+            y = self.finish(call, kept)
         if bias is not None and not self.adds_bias:
             y += bias
         return y.view(*x.shape[:-1], y.shape[1]), kept if keep else []
@@ -148,13 +166,20 @@ class LayerOp:
         wanted: Sequence[bool],
     ) -> list[Tensor]:
         call = Applied(x.reshape(-1, x.shape[-1]), factors, static)
-        if self.lacks(kept, len(call.x), [factor.shape for factor in factors], static):
-            kept = self.between(call)
-        made = self.backward(grad.reshape(-1, grad.shape[-1]), call, kept, wanted)
+        grad = grad.reshape(-1, grad.shape[-1])
+        lacks = self.lacks(kept, len(call.x), [factor.shape for factor in factors], static)
+        if lacks and not torch.is_grad_enabled() and (chunks := self._chunks(factors)):
+            made = chunks.backward(grad, call, wanted)
+        else:
+            made = self.backward(grad, call, self.between(call) if lacks else kept, wanted)
         return [
             x.new_empty(0) if gradient is None else gradient.contiguous().view(source.shape)
             for gradient, source in zip(made, (x, *factors), strict=True)
         ]
+
+    def _chunks(self, factors: Sequence[Tensor]) -> InChunks | None:
+        """What makes all in chunks, if it does; nothing of that can be differentiated."""
+        return None if self._in_chunks is None or self._in_chunks.why_not(factors) else self._in_chunks
 
     # ------------------------------------------------------------------------------------------------------ fakes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Self
 
+import sympy
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -38,7 +39,9 @@ class Blast(Structure):
     """Blocks that the inputs are cut into; the last may be smaller."""
 
     rematerialise: bool = False
-    """Whether backward makes the components of every block again rather than keep them."""
+    """Whether backward makes the components of the inputs' blocks again rather than keep them, which are often more
+    numbers than the layer's inputs and outputs.  GPUs then take a chunk of tokens at a time, in as little memory as the
+    dense weight's layer where that can be, and in more time."""
 
     iterations: int = Field(default=8, ge=1)
     """Rounds of alternating least squares in a projection."""
@@ -67,17 +70,19 @@ class Blast(Structure):
         inner, outer = self._sides(sizes)
         rows, columns, rank = self.row_blocks, self.column_blocks, self.rank
         parameters = rank * (rows * outer + columns * inner + rows * columns)
-        between = TOKENS * rank * (rows + columns) * dtype.itemsize
-        # First the input, padded; at last the outputs of all row blocks, and again in order, the output among them.
+        row = sympy.ceiling(TOKENS / 8) * 8 * dtype.itemsize  # to which components are padded
+        kept, mixed = rank * columns, rank * rows
+        # Beside what is kept stand first the padded input, or the same not padded yet; at last what the outputs' blocks
+        # have of it, the outputs of all blocks, and again in order, the output among them.
         padded = columns * inner if columns * inner > sizes.in_features else 0
         given = 2 * rows * outer if rows > 1 else sizes.out_features
-        beside = TOKENS * (max(padded, given) - sizes.out_features) * dtype.itemsize
+        beside = max(padded, kept, mixed + given)
         return LayerCost(
             parameters=parameters,
             flops=2 * TOKENS * parameters,
             weight_bytes=parameters * dtype.itemsize,
-            saved_bytes=0 if self.rematerialise else between,
-            transient_bytes=between + beside,
+            saved_bytes=0 if self.rematerialise else row * kept,
+            transient_bytes=row * (kept + beside) - TOKENS * dtype.itemsize * sizes.out_features,
             stages=(
                 product(inner, rank, dtype, batch=columns),
                 product(columns, rows, dtype, batch=rank),

@@ -1,6 +1,6 @@
-"""``structfly::blast_v1``: blocks U_i diag(s_ij) V_j; see :mod:`structfly.lowering.blast.reference`.
+"""``structfly::blast_v2``: blocks U_i diag(s_ij) V_j; see :mod:`structfly.lowering.blast.reference`.
 
-Three batches of products, every operand a view, with a row of tokens innermost where a batch is over the rank:
+Three batches of products:
 
     z_j = V_j x_j^T (rank, N)           for every column block j,
     h_p = s_p z_p (row_blocks, N)       for every p below the rank, z_p (column_blocks, N),
@@ -11,81 +11,75 @@ Nothing has the size row_blocks x column_blocks x N x rank.  With g_i (N, out_bl
     dU_i = g_i^T h_i^T,    dh_i = U_i^T g_i^T,
     ds_p = dh_p z_p^T,     dz_p = s_p^T dh_p,
     dV_j = dz_j x_j,       dx_j = dz_j^T V_j.
+
+Kept is z; h is made of it again, by little work.  On GPUs all of this is generated where
+:func:`~structfly.lowering.blast.generated.why_not` has nothing against it, and, where nothing is kept, made in chunks
+of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from structfly.lowering.layer_op import Applied, LayerOp
-
-
-def _blocks(rows: Tensor, blocks: int, width: int) -> Tensor:
-    """(blocks, N, width) of (N, features): a view, but for features that do not fill the last block."""
-    missing = blocks * width - rows.shape[1]
-    padded = F.pad(rows, (0, missing)) if missing else rows
-    return padded.view(len(rows), blocks, width).transpose(0, 1)
+from structfly.lowering.blast import aten, generated
+from structfly.lowering.block_products.support import padded_rows
+from structfly.lowering.layer_op import Applied, Backward, Between, Finish, InChunks, LayerOp
 
 
-def _rows(blocks: Tensor, features: int) -> Tensor:
-    """(N, features) of (blocks, N, width)."""
-    count, rows, width = blocks.shape
-    return blocks.transpose(0, 1).reshape(rows, count * width)[:, :features]
+class _Products(NamedTuple):
+    """One way of making them."""
+
+    between: Between
+    finish: Finish
+    backward: Backward
+
+
+_BY_TORCH = _Products(aten.between, aten.finish, aten.backward)
+_GENERATED = _Products(generated.between, generated.finish, generated.backward)
+
+
+def _products(call: Applied) -> _Products:
+    """Torch's where they are to be differentiated, or it must make them."""
+    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in (call.x, *call.factors))
+    return _BY_TORCH if differentiated or generated.why_not(call.factors) else _GENERATED
 
 
 def _between(call: Applied) -> list[Tensor]:
-    right, scale = call.factors[:2]
-    z = right @ _blocks(call.x, len(right), right.shape[2]).mT
-    return [z, scale @ z.transpose(0, 1)]
+    return _products(call).between(call)
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    return _rows(between[1].permute(1, 2, 0) @ call.factors[2].mT, call.static[0]).contiguous()
+    return _products(call).finish(call, between)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    (right, scale, left), (z, h) = call.factors, between
-    made: list[Tensor | None] = [None] * 4
-    grads = _blocks(grad, len(left), left.shape[1])
-    if wanted[3]:
-        made[3] = grads.mT @ h.permute(1, 2, 0)
-    if not any(wanted[:3]):
-        return made
-    dh = (left.mT @ grads.mT).transpose(0, 1)
-    if wanted[2]:
-        made[2] = dh @ z.permute(1, 2, 0)
-    if not any(wanted[:2]):
-        return made
-    dz = (scale.mT @ dh).transpose(0, 1)
-    if wanted[1]:
-        made[1] = dz @ _blocks(call.x, len(right), right.shape[2])
-    if wanted[0]:
-        made[0] = _rows(dz.mT @ right, call.x.shape[1])
-    return made
+    return _products(call).backward(grad, call, between, wanted)
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
-    (column_blocks, rank, _), (_, row_blocks, _), _ = shapes
-    return [(column_blocks, rank, rows), (rank, row_blocks, rows)]
+    column_blocks, rank, _ = shapes[0]
+    return [(column_blocks, rank, padded_rows(rows))]
 
 
 def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[int, int]:
     right, scale, left = (rows * int(a) * int(b) * int(c) for a, b, c in shapes)
-    return right + scale, left
+    return right, scale + left
 
 
 BLAST = LayerOp(
-    "blast_v1",
+    "blast_v2",
     between=_between,
     finish=_finish,
     backward=_backward,
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
+    adds_bias=True,
+    in_chunks=InChunks(generated.why_not, generated.forward_in_chunks, generated.backward_in_chunks),
 )
 """Takes ``right`` (column_blocks, rank, in_block), ``scale`` (rank, row_blocks, column_blocks) and ``left``
 (row_blocks, out_block, rank); static: out_features."""

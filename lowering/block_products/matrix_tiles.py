@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from structfly.lowering.device_profile import device_model
-from structfly.lowering.gemm import Tiles, programs_on
+from structfly.lowering.gemm import Parts, Tiles, processors_of
 from structfly.lowering.tuning.choice import INTERPRETED, SAFE
 
 _HOPPER = (9, 0)
+_LEAST_PART = 8  # columns: 16 bytes, the least that a descriptor moves
 _SHAPES = 1024  # whose tiles are remembered: every call asks for some
 PRODUCTS = Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4)
 FEW_TOKENS = Tiles(m=64, n=64, k=128, group=8, parts=1, warps=4, stages=4)
@@ -35,41 +37,48 @@ Axes = tuple[int, int]
 """A side's high and low axis."""
 
 
-def product_tiles(like: Tensor, tokens: int, n: Axes, k: Axes) -> Tiles:
-    """Of products of ``tokens`` rows with matrices that have sides of such axes."""
-    return _product_tiles(like.device, tokens, n, k)
+def product_tiles(like: Tensor, tokens: int, n: Axes, k: Axes, best: Tiles = PRODUCTS) -> Tiles:
+    """Of products of ``tokens`` rows with matrices that have sides of such axes; ``best`` on Hopper for many rows."""
+    return _product_tiles(like.device, tokens, n, k, best)
 
 
 @lru_cache(maxsize=_SHAPES)
-def _product_tiles(device: torch.device, tokens: int, n: Axes, k: Axes) -> Tiles:
+def _product_tiles(device: torch.device, tokens: int, n: Axes, k: Axes, best: Tiles) -> Tiles:
     capability = device_model(device).capability
     if capability is None:
         tiles = INTERPRETED
     elif tokens <= FEW_TOKENS.m:
         tiles = FEW_TOKENS
     else:
-        tiles = PRODUCTS if capability == _HOPPER else SAFE
-    return replace(tiles, m=min(tiles.m, _enough(tokens)), n=min(tiles.n, _most(n)), k=min(tiles.k, _most(k)))
+        tiles = best if capability == _HOPPER else SAFE
+    columns = min(tiles.n, _most(n))
+    parts = cast(Parts, min(tiles.parts, columns // _LEAST_PART))
+    return replace(tiles, m=min(tiles.m, _enough(tokens)), n=columns, k=min(tiles.k, _most(k)), parts=parts)
 
 
-def gradient_tiles(like: Tensor, tokens: int, matrices: int, m: Axes, n: int) -> Tiles:
-    """Of the gradients of so many matrices, with rows of such axes and ``n`` columns, summed over ``tokens``."""
-    return _gradient_tiles(like.device, tokens, matrices, m, n)
+def gradient_tiles(
+    like: Tensor, tokens: int, matrices: int, m: Axes, n: int, best: tuple[Tiles, ...] = GRADIENTS
+) -> Tiles:
+    """Of the gradients of so many matrices, with rows of such axes and ``n`` columns, summed over ``tokens``; one of
+    ``best`` on Hopper."""
+    return _gradient_tiles(like.device, tokens, matrices, m, n, best)
 
 
 @lru_cache(maxsize=_SHAPES)
-def _gradient_tiles(device: torch.device, tokens: int, matrices: int, m: Axes, n: int) -> Tiles:
+def _gradient_tiles(
+    device: torch.device, tokens: int, matrices: int, m: Axes, n: int, best: tuple[Tiles, ...]
+) -> Tiles:
     model = device_model(device)
     if model.capability is None:
         choices: tuple[Tiles, ...] = (INTERPRETED,)
     else:
-        choices = GRADIENTS if model.capability == _HOPPER else (SAFE,)
+        choices = best if model.capability == _HOPPER else (SAFE,)
     cut = [
         replace(tiles, m=min(tiles.m, _most(m)), n=min(tiles.n, _enough(n)), k=min(tiles.k, _enough(tokens)))
         for tiles in choices
     ]
     rows = m[0] * m[1]
-    full = (t for t in cut if 10 * matrices * -(-rows // t.m) * -(-n // t.n) >= 9 * programs_on(device, t))
+    full = (t for t in cut if 10 * matrices * -(-rows // t.m) * -(-n // t.n) >= 9 * processors_of(device))
     return next(full, cut[-1])
 
 

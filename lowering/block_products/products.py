@@ -10,7 +10,7 @@ from torch import Tensor
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.descriptor import descriptor
 from structfly.lowering.gemm import Tiles, launch_of
-from structfly.lowering.launch import on_device
+from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.template import Parameter
 
 
@@ -96,10 +96,22 @@ def launch_product(
         parameters: the template's own.
         split: programs that share the inner dimension of a tile.
     """
+    launch = product_launch(template, count, parameters, tiles, like, split)
+    with on_device(like.device):
+        launch(*operands, *arguments, *sizes)
+
+
+def product_launch(
+    template: str,
+    count: int,
+    parameters: dict[str, Parameter],
+    tiles: Tiles,
+    like: Tensor,
+    split: int = 1,
+) -> Launch:
+    """The launch of a template; arguments as in :func:`launch_product`."""
     shared: dict[str, Parameter] = {
         "interpreted": not like.is_cuda,
         "bfloat16": like.dtype == torch.bfloat16 and split == 1,
     }
-    launch = launch_of(template, {**shared, **parameters}, tiles, count, split, like.device)
-    with on_device(like.device):
-        launch(*operands, *arguments, *sizes)
+    return launch_of(template, {**shared, **parameters}, tiles, count, split, like.device)

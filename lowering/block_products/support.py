@@ -35,3 +35,8 @@ def padded(rows: Tensor, width: int) -> Tensor:
         return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
     rows = rows.contiguous()
     return rows.clone() if rows.data_ptr() % ALIGNED else rows
+
+
+def padded_rows(rows: int) -> int:
+    """Up to what components of so many rows are padded, so that each begins at a multiple of 16 bytes."""
+    return -(-rows // 8) * 8

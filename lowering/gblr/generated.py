@@ -13,9 +13,8 @@ from structfly.lowering.block_products.gradient_places import Gradients, Places
 from structfly.lowering.block_products.gradients import block_gradients, placed
 from structfly.lowering.block_products.listing import Listing, listed
 from structfly.lowering.block_products.products import block_sums
-from structfly.lowering.block_products.support import padded, why_no_products
+from structfly.lowering.block_products.support import padded, padded_rows, why_no_products
 from structfly.lowering.block_products.tiles import sum_tiles
-from structfly.lowering.gblr.tile_products import padded_rows
 from structfly.lowering.remembered import remembered
 
 

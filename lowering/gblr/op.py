@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.support import padded_rows
 from structfly.lowering.gblr import generated, tile_products
-from structfly.lowering.gblr.tile_products import inverse, padded_rows
+from structfly.lowering.gblr.tile_products import inverse
 from structfly.lowering.layer_op import Applied, LayerOp
 from structfly.lowering.remembered import remembered
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.support import padded_rows
 from structfly.lowering.remembered import remembered
 
 
@@ -52,11 +53,6 @@ def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def padded_rows(rows: int) -> int:
-    """Up to what components of so many rows are padded, so that each begins at a multiple of 16 bytes."""
-    return -(-rows // 8) * 8
-
-
 def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tensor:
     """(dense M)^T with its rows put where ``order`` says.
 
@@ -65,7 +61,8 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tenso
         order: int32 (groups * group,), a permutation.
 
     Returns:
-        (groups * group, :func:`padded_rows` of N), row ``order[i]`` of which is column i of the product.
+        (groups * group, :func:`~structfly.lowering.block_products.support.padded_rows` of N), row ``order[i]`` of which
+        is column i of the product.
     """
     flat, count = tiles.flatten(0, 1), len(dense)
     result = _sums(dense, len(order), padded_rows(count))

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from structfly.lowering.block_products.support import padded_rows
 from structfly.lowering.gblr import generated
 from structfly.lowering.gblr.op import GBLR
 from structfly.lowering.gblr.reference import gblr_reference
-from structfly.lowering.gblr.tile_products import dense_of, padded_rows
+from structfly.lowering.gblr.tile_products import dense_of
 from tests.lowering.test_gblr import index
 from tests.oracle import assert_as_accurate, assert_like_eager
 

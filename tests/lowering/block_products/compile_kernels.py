@@ -7,6 +7,8 @@ import math
 import re
 from dataclasses import replace
 
+from structfly.lowering.blast import mixing
+from structfly.lowering.blast.generated import FEATURES, SUMS
 from structfly.lowering.block_products.matrices import Cut as MatrixCut
 from structfly.lowering.block_products.matrix_tiles import (
     AXIS,
@@ -110,6 +112,38 @@ def matrix_gradients(kind: str, m_side: tuple[int, int], tiles: Tiles = TILES) -
     compile_template("matrix_gradients", types, kind, tiles, m_side=m.side, m_box=m.box, m_tiles=m.tiles)
 
 
+def chunk_products(kind: str, rows: str, a_turned: bool, b_turned: bool, bias: bool, tiles: Tiles) -> None:
+    a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
+    b = (1, tiles.k, tiles.n) if b_turned else (1, tiles.n, tiles.k)
+    types = {"a": box(kind, *a), "b": box(kind, *b)}
+    types |= {"bias": f"*{kind}"} if bias else {}
+    types |= {"c": box(kind, 1, tiles.m, tiles.part), "start": "i32", "matrices": "i32"}
+    options: dict[str, Parameter] = {"rows": rows, "a_turned": a_turned, "b_turned": b_turned, "bias": bias}
+    compile_template("chunk_products", types, kind, tiles, **options)
+
+
+def chunk_gradients(kind: str, rows: str, tiles: Tiles) -> None:
+    a = (1, tiles.k, tiles.m) if rows == "a" else (1, tiles.m, tiles.k)
+    b = (1, tiles.k, tiles.n) if rows == "b" else (1, tiles.n, tiles.k)
+    types = {"a": box(kind, *a), "b": box(kind, *b), "c": box("fp32", 1, tiles.m, tiles.part)}
+    types |= {"start": "i32", "matrices": "i32"}
+    compile_template("chunk_gradients", types, kind, tiles, rows=rows)
+
+
+def blast_mixing(kind: str, blocks: tuple[int, int], gradients: bool, ragged: bool) -> None:
+    rows, columns = blocks
+    types = {"z_from": f"*{kind}", "w_to": f"*{kind}"}
+    types |= {"above": f"*{kind}", "sums": "*fp32"} if gradients else {}
+    types |= {"scale": f"*{kind}", "eighths": "i32", "components": "i32"}
+    options: dict[str, Parameter] = {"rows": rows, "columns": columns, "gradients": gradients, "ragged": ragged}
+    sides: dict[str, Parameter] = {"side_rows": mixing.side(rows), "side_columns": mixing.side(columns)}
+    source = render("blast_mixing", **options, **sides, bfloat16=KINDS[kind], interpreted=False)
+    constants = {"BT": mixing.tile([rows, columns], 16384), "TILES": 8, "RANGES": 1}
+    made = compile_one(load(source).blast_mixing, types, constants, mixing.WARPS, mixing.STAGES, aligned=True)
+    assert "async_copy_global_to_local" in made.asm["ttgir"]  # tiles are loaded while others are multiplied
+    assert "st.global.v4" in made.asm["ptx"]  # in as few pieces as can be
+
+
 def axis_products(kind: str, inner: bool, turned: bool, bias: bool) -> None:
     tiles, batch = AXIS, BATCH
     b = (tiles.k, tiles.n) if turned else (tiles.n, tiles.k)
@@ -171,4 +205,19 @@ if __name__ == "__main__":
         matrix_products("bf16", (1, 1024), (16, 16), turned=True, bias=False, tiles=few)
     for choice in GRADIENTS:
         matrix_gradients("bf16", (16, 16), choice)
+    for number, (rows, few) in enumerate(itertools.product("bc", (PRODUCTS, FEW_TOKENS))):
+        for turned in (False, True):
+            a_turned, b_turned = (turned, False) if rows == "b" else (True, turned)
+            bias = rows == "c" and not turned
+            chunk_products(list(KINDS)[number % 2], rows, a_turned, b_turned, bias, few)
+    for number, choice in enumerate(SUMS):
+        for rows in "ab":
+            chunk_gradients(list(KINDS)[number % 2], rows, choice)
+    chunk_products("bf16", "c", a_turned=True, b_turned=True, bias=False, tiles=FEATURES)
+    chunk_products("bf16", "c", a_turned=True, b_turned=False, bias=True, tiles=FEATURES)
+    most = mixing.MOST_BLOCKS
+    for number, (counts, with_gradients) in enumerate(
+        itertools.product(((16, 16), (3, 40), (most, most)), (False, True))
+    ):
+        blast_mixing(list(KINDS)[number % 2], counts, with_gradients, ragged=number % 3 == 1)
     print("compiled")

@@ -55,9 +55,12 @@ def compile_one(
     warps: int,
     stages: int = 3,
     shared: int = SHARED_MEMORY,
+    aligned: bool = False,
 ) -> Any:
-    """The kernel, compiled; it takes no more than ``shared`` bytes of a multiprocessor's memory."""
-    source = ASTSource(function, types, constexprs=constants)
+    """The kernel, compiled, for pointers that are multiples of 16 bytes if ``aligned``; it takes no more than
+    ``shared`` bytes of a multiprocessor's memory."""
+    pointers = [number for number, kind in enumerate(types.values()) if aligned and kind.startswith("*")]
+    source = ASTSource(function, types, constants, {(number,): [["tt.divisibility", 16]] for number in pointers})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     assert made.metadata.shared <= shared, f"{function}: {made.metadata.shared} bytes of shared memory, not {shared}"
     return made
