@@ -44,16 +44,21 @@ def _products(factors: Sequence[Tensor]) -> _Products:
 
 
 def _between(call: Applied) -> list[Tensor]:
-    return _products(call.factors).between(call)
+    return _products_in(call).between(call)
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    return _products(call.factors).finish(call, between)
+    return _products_in(call).finish(call, between)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    differentiated = torch.is_grad_enabled()
-    return (_BY_TORCH if differentiated else _products(call.factors)).backward(grad, call, between, wanted)
+    return _products_in(call, grad).backward(grad, call, between, wanted)
+
+
+def _products_in(call: Applied, *others: Tensor) -> _Products:
+    """Those of a call: torch's, where what it makes is differentiated, for the generated ones leave no trace."""
+    traced = torch.is_grad_enabled() and any(each.requires_grad for each in (call.x, *call.factors, *others))
+    return _BY_TORCH if traced else _products(call.factors)
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
