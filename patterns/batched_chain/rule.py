@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -89,7 +90,9 @@ class BatchedChain:
 def _why_elementwise(region: Region, node: fx.Node) -> str:
     """Why products that are made elementwise are not made by products of matrices, which would round more, or ""."""
     value = example_of(node)
-    backend = torch.backends.cuda if value.is_cuda else torch.backends.mkldnn
+    if value.dtype == torch.float32 and value.is_cuda:
+        return "the products are elementwise, in float32, which products of matrices on this device round more"
+    backend: Any = torch.backends.mkldnn
     precision = backend.matmul.fp32_precision
     if value.dtype == torch.float32 and precision not in ("ieee", "none"):
         return f"the products are elementwise, in float32, and torch may make products of matrices in {precision}"

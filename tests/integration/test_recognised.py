@@ -29,6 +29,7 @@ def test_values_and_gradients_on_a_gpu(name: str, dtype: torch.dtype) -> None:
         own = x.to(next(module.parameters()).dtype).requires_grad_()
         value = run(own)
         found.append([value.detach(), *torch.autograd.grad(value, [own, *module.parameters()], upstream.to(own.dtype))])
-    assert fast.statuses == ["rewritten"]
+    left = (name, dtype) == ("butterfly", torch.float32)  # it is elementwise
+    assert fast.statuses == ["missed" if left else "rewritten"]
     for number, (mine, theirs, reference) in enumerate(zip(*found, strict=True)):
         assert_as_accurate(mine, theirs, reference, dtype, f"result {number}", roundings=2)
