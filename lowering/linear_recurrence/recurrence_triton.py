@@ -21,8 +21,8 @@ chunks' numbers (unlike in Merrill and Garland 2016, where it depends on how far
 
 Forward, where nothing is activated, a thread has 32 steps of two channels.  In float32 f and b take 128 of its
 registers, and with at most 168 three programs of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB
-in flight, several times the 23 KiB that 3 TB/s for 1 us come to.  In 16 bits f and b take 64, and four programs of 16
-rows of 16 channels have up to 128 KiB in flight.  A word of 8 bytes a chunk is 1/128 of the states in either; a group
+in flight, several times the 23 KiB that 3 TB/s for 1 us come to.  In 16 bits f and b take 64, and two programs of 16
+rows of 32 channels have up to 128 KiB in flight.  A word of 8 bytes a chunk is 1/128 of the states in either; a group
 of 16 chunks is 4096 or 8192 steps to a hop.  Threads have two channels because then a tile of words, of which a thread
 reads two, lies in the registers as the other tiles do, and no step has to be exchanged between threads.
 """
@@ -76,18 +76,18 @@ class Shape(NamedTuple):
 
 
 def forward_shape(call: Arguments) -> Shape:
-    """Numbers of 16 bits lie two to a register, so that four programs fit.  More arrays, and activations, whose results
+    """Numbers of 16 bits lie two to a register, so that more threads fit.  More arrays, and activations, whose results
     a thread keeps in float32, leave room for fewer steps, and the time to compile grows faster than the steps."""
     if not _plain(call):
-        return Shape(16, 16, 16, 4)
-    return Shape(32, 16, 16, 4, registers=112) if _short(call) else Shape(32, 8, 32, 4, registers=168)
+        return Shape(16, 16, 32, 8, registers=80) if _short(call) else Shape(16, 16, 16, 4)
+    return Shape(32, 16, 32, 8, registers=112) if _short(call) else Shape(32, 8, 32, 4, registers=168)
 
 
 def backward_shape(call: Arguments) -> Shape:
     """As :func:`forward_shape`; with an output gate, chunks are those of the forward."""
     if call.output_gate is not None:
         return Shape(8, 32, 16, 8, group=32)
-    return Shape(16, 16, 32, 8, registers=128) if _plain(call) and _short(call) else Shape(16, 16, 16, 4)
+    return Shape(16, 16, 32, 8, registers=80) if _plain(call) and _short(call) else Shape(16, 16, 16, 4)
 
 
 def _plain(call: Arguments) -> bool:
