@@ -101,7 +101,12 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
     first, last = min(map(order.__getitem__, nodes)), max(map(order.__getitem__, nodes))
     read = {operand for node in nodes for operand in node.all_input_nodes} - set(nodes)
     storages = {key for operand in read for key in _storages(operand)}
-    made = {key for node in nodes for key in _storages(node)} - storages
+    # What the site makes and reads, and where it reads it last.
+    used: dict[int, int] = {}
+    for node in nodes:
+        for operand in set(node.all_input_nodes).intersection(nodes):
+            for key in _storages(operand):
+                used[key] = max(used.get(key, 0), order[node])
     found: dict[int, int] = {}
     for place, node, target in writes_in(region):
         for key in _storages(target):
@@ -116,7 +121,7 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
                 f"{node.name} writes into a tensor that the nodes of this site read, after the first of them and "
                 "before the last; write into a copy, or later"
             )
-        elif made.intersection(_storages(target)):
+        elif any(used.get(key, -1) > place for key in _storages(target)):
             return node, f"{node.name} writes into {target.name}, which this site makes and uses; write into a copy"
     # An input that shares memory with another one is made with a version of 1.
     inputs = {key for node in region.graph.nodes if node.op == "placeholder" for key in _storages(node)}
