@@ -88,7 +88,7 @@ def check_losses(structure: Structure, sizes: LayerSizes, weight: Tensor) -> Non
         (predicted,) = type(structure).losses([structure], weight, known)
         inner, outer = Covariances.of(known, weight)
         ridged = LayerStatistics(inner, outer, tokens=known.tokens)
-        rounding = 1e-9 * known.loss_of(weight)
+        rounding = 1e-8 * known.loss_of(weight)  # factors are made with the covariances' inverses
         least, most = known.loss_of(change), ridged.loss_of(change)
         assert least * (1 - 1e-6) - rounding <= predicted <= most * (1 + 1e-6) + rounding
         costs.append(statistics.loss_of(change))
