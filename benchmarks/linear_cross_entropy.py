@@ -218,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision(head.precision(tf32=chosen.tf32))
     rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
     console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
-    rows = []
+    environment = measure.environment(chosen.device)
+    command = recording.command_line("benchmarks.linear_cross_entropy", arguments or sys.argv[1:])
+    rows: list[Row] = []
     for n, h, v in chosen.shapes:
         for logits, loss, passes in itertools.product(chosen.logits, chosen.loss, chosen.passes):
             case = Case(
@@ -240,15 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             console.print(case_table(measured[0].mode, measured))
             rows += measured
+            if chosen.output:  # after each, so that a run that is stopped leaves what it found
+                recording.write(chosen.output, [rate, *rows], environment=environment, command=command)
     if chosen.device == "cpu":
         for line in bars([row for row in rows if row.mode == CPU_BARRED]):
             console.print(line, highlight=False)
-    environment = measure.environment(chosen.device)
     console.print(" | ".join(f"{key} {value}" for key, value in environment.items()), soft_wrap=True)
-    if chosen.output:
-        command = recording.command_line("benchmarks.linear_cross_entropy", arguments or sys.argv[1:])
-        for path in recording.write(chosen.output, [rate, *rows], environment=environment, command=command):
-            console.print(f"wrote {path}")
     return 0
 
 

@@ -274,9 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table(bench, problems, providers)
         else:
             {"layer": layer, "errors": errors, "growth": growth}[part](bench)
-    if chosen.output:
-        command = recording.command_line("benchmarks.linear_recurrence", given)
-        recording.write(chosen.output, bench.rows, environment=measure.environment(chosen.device), command=command)
+        if chosen.output:  # after each, so that a run that is stopped leaves what it found
+            command = recording.command_line("benchmarks.linear_recurrence", given)
+            recording.write(chosen.output, bench.rows, environment=measure.environment(chosen.device), command=command)
     failed = misses(bench.rows, chosen.device)
     for each in failed:
         bench.console.print(each, style="red")
