@@ -18,18 +18,21 @@ _FUSED = 64  # torch._inductor.config.max_fusion_size
 
 def recurrence_menu(site: RecurrenceSite, profile: DeviceProfile) -> Menu:
     """Costs of leaving the graph alone and of the op."""
-    step = site.recurrence.step
-    fused = _passes(site.recurrence, site.steps, 1)
-    made = sum(isinstance(each, Operation) for each in (step.gate, step.input, step.input_gate))
-    if made:
-        moved = _moved(site.recurrence, site.steps)
-        fused += (Stage(0, 2 * made * moved),) * len(fused)
-    op = Cost(fused, opaque_calls=1 + site.recurrence.gradient)
+    fused = tuple(stage for each in site.recurrences for stage in _fused(each, site.steps))
+    op = Cost(fused, opaque_calls=sum(1 + each.gradient for each in site.recurrences))
     return Menu(
         (Candidate("left alone", Cost(site.kept), rewrites=False), Candidate("one op, parallel over time", op)),
         peak_limit=profile.workspace_cap,
         settled=site.settled,
     )
+
+
+def _fused(recurrence: Recurrence, steps: Expression) -> tuple[Stage, ...]:
+    """The op's kernels, and those that make the gate and the input."""
+    step = recurrence.step
+    fused = _passes(recurrence, steps, 1)
+    made = sum(isinstance(each, Operation) for each in (step.gate, step.input, step.input_gate))
+    return fused + (Stage(0, 2 * made * _moved(recurrence, steps)),) * len(fused) if made else fused
 
 
 def unrolled(recurrence: Recurrence, steps: int, operations: int, *, picked: bool) -> tuple[Stage, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx
 
-from structfly.patterns.linear_recurrence.expressions import Bounds, Number, Operation
+from structfly.patterns.linear_recurrence.expressions import Bounds, Expression, Number, Operation
 from structfly.rewriter.calls import read
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "lerp", "addcmul", "where", "masked_fill")
@@ -36,3 +37,15 @@ def operation(node: fx.Node, of: Any) -> Operation:
 def name_of(node: fx.Node) -> str:
     """What a node calls."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def expressions(leaves: Mapping[fx.Node, Expression]) -> Callable[[fx.Node], Expression]:
+    """The nodes of a graph as expressions of some of them."""
+    made = dict(leaves)
+
+    def of(node: fx.Node) -> Expression:
+        if node not in made:
+            made[node] = operation(node, of)
+        return made[node]
+
+    return of

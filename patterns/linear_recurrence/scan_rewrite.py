@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from structfly.patterns.linear_recurrence.expressions import ZERO
-from structfly.patterns.linear_recurrence.folding import Folded
 from structfly.patterns.linear_recurrence.lifting import Lifted, Lifting
 from structfly.patterns.linear_recurrence.recurrence import last_state, write
 from structfly.patterns.linear_recurrence.rewrite import laid_out
@@ -19,26 +16,23 @@ from structfly.rewriter.editor import Editor
 
 def rewrite_scan(site: ScanSite, editor: Editor) -> None:
     """Write the op where the scan stands."""
-    recurrence = site.recurrence
 
     def part(number: int) -> fx.Node:
         return editor.current(site.parts[number])
 
-    written = write(recurrence, Lifting(editor, part), editor)
-    lift = Lifting(editor, part, written.states)
+    made = {place: write(each, Lifting(editor, part), editor) for place, each in site.by_place.items()}
+    first = next(iter(made.values()))
+    lift = Lifting(editor, part, first.states)
     for user in [each for each in site.node.users if each not in site.unseen]:
         place: Any = user.args[1]
-        if place == site.final:
-            editor.replace(user, last_state(recurrence, written, editor))
-            continue
-        if place == site.product:
-            step = Folded(recurrence.step.gate, ZERO)
-            whole = write(
-                replace(recurrence, step=step, initial=1.0, zeros=False), Lifting(editor, part), editor
-            ).states
-        else:
+        if place in site.outputs:
             whole = _all_steps(lift(site.outputs[place]), part(0), editor)
-        _give(user, whole, recurrence.backward, editor)
+        elif site.associative:
+            whole = made[place].states
+        else:
+            editor.replace(user, last_state(site.recurrence, first, editor))
+            continue
+        _give(user, whole, site.recurrence.backward, editor)
     editor.erase([site.node, *site.node.users, *site.unseen])
 
 

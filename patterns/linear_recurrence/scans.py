@@ -1,4 +1,4 @@
-"""torch's own scans: ``associative_scan`` of pairs of gate and input, and ``scan`` whose body is a step.
+"""torch's own scans: ``associative_scan`` of gates and inputs, and ``scan`` whose body is a step.
 
 Their bodies are graphs, and read as a step of a loop is; their sequences are whole already.  They are replaced before
 torch differentiates them.  Its gradient of ``associative_scan`` is made for one leaf at a time (torch 2.11 to 2.13,
@@ -7,7 +7,7 @@ pytorch#172568): of the pairs (a, b) it leaves out what a does to the states, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import fx
 from structfly import compat
 from structfly.lowering.linear_recurrence.op import DEVICES
 from structfly.patterns.linear_recurrence.affine import Affine, Obstacle, read_affine
+from structfly.patterns.linear_recurrence.combining import Combined
 from structfly.patterns.linear_recurrence.expressions import (
     ZERO,
     Expression,
@@ -24,12 +25,11 @@ from structfly.patterns.linear_recurrence.expressions import (
     Shared,
     State,
     depends,
-    mul,
 )
 from structfly.patterns.linear_recurrence.folding import fold
 from structfly.patterns.linear_recurrence.lifting import why_not_lifted
 from structfly.patterns.linear_recurrence.menu import one_by_one
-from structfly.patterns.linear_recurrence.operations import operation
+from structfly.patterns.linear_recurrence.operations import expressions
 from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence
 from structfly.patterns.linear_recurrence.site import RecurrenceSite
 from structfly.records import Miss, Stage
@@ -46,21 +46,26 @@ class ScanSite(RecurrenceSite):
 
     Attributes:
         parts: the sequences, time first.
-        outputs: what the scan returns, by its place: all steps of an expression of the state.
-        final: the place of the last state, None where it is not returned.
-        product: the place of the gates' products, None where nobody uses them.
+        by_place: recurrences by the place of what the scan returns: of an associative scan, whose are all states; else
+            the last state.
+        outputs: what else the scan returns, by its place: all steps of an expression of the state.
+        associative: whether it is an associative scan.
         unseen: what is made of what the scan returns, and used by nobody.
     """
 
     parts: tuple[fx.Node, ...]
+    by_place: dict[int, Recurrence]
     outputs: dict[int, Expression]
-    final: int | None
-    product: int | None
+    associative: bool
     unseen: frozenset[fx.Node]
 
     @property
+    def recurrences(self) -> tuple[Recurrence, ...]:
+        return tuple(self.by_place.values())
+
+    @property
     def settled(self) -> str:
-        return _WRONG if self.final is None and self.recurrence.gradient else ""
+        return _WRONG if self.associative and any(each.gradient for each in self.recurrences) else ""
 
 
 class Body(NamedTuple):
@@ -88,17 +93,6 @@ def _body(node: fx.Node, region: Region) -> Body:
     inputs = list(body.graph.find_nodes(op="placeholder"))
     (output,) = body.graph.find_nodes(op="output")
     return Body(inputs, list(output.args[0]))
-
-
-def _expressions(leaves: dict[fx.Node, Expression]) -> Callable[[fx.Node], Expression]:
-    made = dict(leaves)
-
-    def of(node: fx.Node) -> Expression:
-        if node not in made:
-            made[node] = operation(node, of)
-        return made[node]
-
-    return of
 
 
 def _affine(value: Expression) -> Affine:
@@ -132,9 +126,9 @@ def _sequential(node: fx.Node, region: Region, rule: str) -> ScanSite:
     leaves.update({each: Part(number) for number, each in enumerate(inputs[1 : 1 + count])})
     leaves.update({each: Shared(value) for each, value in zip(inputs[1 + count :], lifted, strict=True)})
     state, *rest = outputs
-    step = _affine(_expressions(leaves)(state))
+    step = _affine(expressions(leaves)(state))
     before = Part(-1)  # the state that a step takes, which is not to be had beside the one that it makes
-    of = _expressions({**leaves, inputs[0]: before, state: State()})
+    of = expressions({**leaves, inputs[0]: before, state: State()})
     unseen = unused(region)
     used = {user.args[1] for user in node.users if user not in unseen}
     made: dict[int, Expression] = {}
@@ -145,85 +139,84 @@ def _sequential(node: fx.Node, region: Region, rule: str) -> ScanSite:
                 raise _NoRecurrence("an output of a step is made of the state before it")
             _check_lifted(value)
             made[place] = value
-    return _site(node, region, rule, step, initial[0], state, sequences, made, final=0)
+    recurrence = _recurrence(node, region, step, initial[0], state, sequences)
+    return _site(node, region, rule, sequences, {0: recurrence}, made)
 
 
 def _associative(node: fx.Node, region: Region, rule: str) -> ScanSite:
-    """``associative_scan``: (left, right) -> combined, of two leaves that are gate and input in either order."""
+    """``associative_scan``: (left, right) -> combined, each of which has as many leaves as there are sequences."""
     arguments: Any = node.args
     _, sequences, lifted = arguments
-    if len(sequences) != 2:
-        raise _NoRecurrence(f"{len(sequences)} leaves; a recurrence has two, gate and input")
     if lifted:
-        raise _NoRecurrence("its function takes further values, and must combine gates and inputs alone")
+        raise _NoRecurrence("its function takes further values, and must combine leaves alone")
     inputs, outputs = _body(node, region)
-    for state in (0, 1):
-        gate = 1 - state
-        left: dict[fx.Node, Expression] = {inputs[state]: State(), inputs[gate]: Part(2)}
-        of = _expressions({**left, inputs[2]: Part(0), inputs[3]: Part(1)})
-        product, step = of(outputs[gate]), read_affine(of(outputs[state]))
-        if (
-            isinstance(step, Affine)
-            and step == Affine(Part(gate), Part(state))
-            and product in (mul(Part(2), Part(gate)), mul(Part(gate), Part(2)))
-        ):
-            break
-    else:
-        raise _NoRecurrence("its function is not (a, b), (a', b') -> (a a', a' b + b')")
     unseen = unused(region)
-    product_used = any(user.args[1] == gate and user not in unseen for user in node.users)
-    product_place = gate if product_used else None
-    return _site(node, region, rule, step, 0.0, outputs[state], sequences, {state: State()}, product=product_place)
+    places: set[Any] = {user.args[1] for user in node.users if user not in unseen}
+    used: list[int] = sorted(places)
+    if not used:
+        raise _NoRecurrence("nobody uses what it returns")
+    combined = Combined(inputs, outputs, [example(turned_round(each) or each) for each in sequences])
+    recurrences = {}
+    for place in used:
+        leaf = combined.recurrence(place)
+        if isinstance(leaf, str):
+            raise _NoRecurrence(leaf)
+        recurrences[place] = _recurrence(node, region, leaf.step, leaf.initial, outputs[place], sequences)
+    return _site(node, region, rule, sequences, recurrences, {})
+
+
+def _recurrence(
+    node: fx.Node,
+    region: Region,
+    step: Affine,
+    initial: fx.Node | float,
+    state: fx.Node,
+    sequences: Sequence[fx.Node],
+) -> Recurrence:
+    like = example(state)
+    assert like is not None
+    if like.dtype not in DTYPES or like.device.type not in DEVICES:
+        raise _NoRecurrence(f"states of {like.dtype} on {like.device.type}; supported: {_SUPPORTED}")
+    if like.ndim > 2 and not all(isinstance(size, int) for size in like.shape[1:]):
+        raise _NoRecurrence("states of more than two dimensions, of which one behind the first is not constant")
+    return Recurrence(
+        step=fold(step),
+        initial=initial,
+        zeros=initial == 0.0,
+        like=like,
+        backward=all(turned_round(each) is not None for each in sequences),
+        gradient=any(each.requires_grad for user in node.users for each in example_tensors(user)),
+        autocast=len(region.modes[node]) > 1,
+    )
 
 
 def _site(
     node: fx.Node,
     region: Region,
     rule: str,
-    step: Affine,
-    initial: fx.Node | float,
-    state: fx.Node,
     sequences: Sequence[fx.Node],
+    recurrences: dict[int, Recurrence],
     outputs: dict[int, Expression],
-    final: int | None = None,
-    product: int | None = None,
 ) -> ScanSite:
-    like, whole = example(state), example(sequences[0])
-    assert like is not None
+    whole = example(sequences[0])
     assert whole is not None
-    if like.dtype not in DTYPES or like.device.type not in DEVICES:
-        raise _NoRecurrence(f"states of {like.dtype} on {like.device.type}; supported: {_SUPPORTED}")
-    if like.ndim > 2 and not all(isinstance(size, int) for size in like.shape[1:]):
-        raise _NoRecurrence("states of more than two dimensions, of which one behind the first is not constant")
-    turned = [turned_round(each) for each in sequences]
-    recurrence = Recurrence(
-        step=fold(step),
-        initial=initial,
-        zeros=not isinstance(initial, fx.Node),
-        like=like,
-        backward=all(each is not None for each in turned),
-        gradient=any(each.requires_grad for user in node.users for each in example_tensors(user)),
-        autocast=len(region.modes[node]) > 1,
-    )
+    associative = compat.subgraph_kind(node) == "associative_scan"
+    recurrence = next(iter(recurrences.values()))
     steps = compat.expression(whole.shape[0])
-    kept = one_by_one(recurrence, steps)
-    if final is None:
-        kept = _associative_kernels(recurrence, steps)
+    kernels = _associative_kernels if associative else one_by_one
     return ScanSite(
         rule=rule,
         name=qualified_name(node),
         node=node,
-        device=like.device,
+        device=recurrence.like.device,
         sizes=compat.size_hints(whole),
         recurrence=recurrence,
-        kept=kept,
+        kept=tuple(stage for each in recurrences.values() for stage in kernels(each, steps)),
         steps=steps,
-        parts=tuple(each or own for each, own in zip(turned, sequences, strict=True))
-        if recurrence.backward
-        else tuple(sequences),
+        parts=tuple(turned_round(each) or each for each in sequences) if recurrence.backward else tuple(sequences),
+        by_place=recurrences,
         outputs=outputs,
-        final=final,
-        product=product,
+        associative=associative,
         unseen=frozenset(_below(node, unused(region))),
     )
 

@@ -19,7 +19,7 @@ class RecurrenceSite(Site):
     """A recurrence, however it is written.
 
     Attributes:
-        recurrence: what the op is to compute.
+        recurrence: what the op is to compute, or the first of what it is.
         kept: the kernels of the graph as it is.
         steps: how many steps there are.
     """
@@ -31,6 +31,11 @@ class RecurrenceSite(Site):
     @property
     def values_only(self) -> bool:
         return True
+
+    @property
+    def recurrences(self) -> tuple[Recurrence, ...]:
+        """All that the op is to compute, a call each."""
+        return (self.recurrence,)
 
     @property
     def settled(self) -> str:
