@@ -124,6 +124,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "getattr": (("input", "name"), (builtins.getattr,), ()),
     "getitem": (("input", "index"), (operator.getitem,), ("__getitem__",)),
     "select": (("input", "dim", "index"), (torch.select,), ("select",)),
+    "slice": (("input", "dim", "start", "end", "step"), (torch.ops.aten.slice,), ()),
     "narrow": (("input", "dim", "start", "length"), (torch.narrow,), ("narrow",)),
     "split": (("input", "split_size", "dim"), (torch.split,), ("split",)),
     "chunk": (("input", "chunks", "dim"), (torch.chunk,), ("chunk",)),

@@ -37,6 +37,17 @@ def functorch_nesting(node: fx.Node) -> int:
     return -1 if name.endswith("_decrement_nesting") else 0
 
 
+def batched(node: fx.Node) -> tuple[fx.Node, int, bool] | None:
+    """Of a node that gives a tensor to a vmap, or takes one back: the tensor, the dimension that is mapped over, and
+    whether it gives."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    if name not in ("_add_batch_dim", "_remove_batch_dim"):
+        return None
+    gives = name == "_add_batch_dim"
+    tensor, dim = node.args[0], node.args[1 if gives else 3]
+    return (tensor, dim, gives) if isinstance(tensor, fx.Node) and isinstance(dim, int) else None
+
+
 _CHECKPOINT_BODIES = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 _PLAIN_BODIES = ("invoke_subgraph",)
 
@@ -91,7 +102,10 @@ def size_checks(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same number for tensors that share memory; for a sparse tensor, which has no storage, its own."""
+    """The same number for tensors that share memory; for a sparse tensor, which has no storage, its own.  Inside a vmap
+    a tensor has that of the one that was given to it."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else id(tensor)
 
 

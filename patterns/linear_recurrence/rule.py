@@ -12,7 +12,6 @@ from structfly.config import SiteSettings
 from structfly.lowering.linear_recurrence.op import DEVICES
 from structfly.patterns.linear_recurrence.affine import Affine, Obstacle, read_affine
 from structfly.patterns.linear_recurrence.collectors import Joins
-from structfly.patterns.linear_recurrence.doubling import read_doublings
 from structfly.patterns.linear_recurrence.expressions import ZERO, Expression, Operation, Part, Shared
 from structfly.patterns.linear_recurrence.folding import fold, opened
 from structfly.patterns.linear_recurrence.lifting import steps_of, why_not_lifted
@@ -24,6 +23,7 @@ from structfly.patterns.linear_recurrence.scan_rewrite import rewrite_scan
 from structfly.patterns.linear_recurrence.scans import KINDS, ScanSite, read_scan
 from structfly.patterns.linear_recurrence.site import LoopSite, RecurrenceSite
 from structfly.patterns.linear_recurrence.steps import Loop, Unlike, read_way
+from structfly.patterns.linear_recurrence.trees import read_trees
 from structfly.patterns.linear_recurrence.whole import WholeSite, rewrite_whole
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
@@ -40,7 +40,7 @@ class LinearRecurrence:
         results: list[RecurrenceSite | Miss] = [
             read_scan(node, region, self.name) for node in region.graph.nodes if subgraph_kind(node) in KINDS
         ]
-        results.extend(read_doublings(region, self.name))
+        results.extend(read_trees(region, self.name))
         sliced = SlicedNodes(region)
         joins: Joins | None = None
         states: set[fx.Node] = set()

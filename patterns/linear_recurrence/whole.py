@@ -26,11 +26,13 @@ from structfly.rewriter.region import Region, example, needs_gradient, qualified
 
 @dataclass(frozen=True)
 class WholeSite(RecurrenceSite):
-    """States of all steps; ``runs`` are what the gate and the input are made of, and what these are activations of."""
+    """States of all steps; ``runs`` are what the gate and the input are made of, and what these are activations of, and
+    ``last`` is the last node that writes into the states, if they are made in place."""
 
     runs: tuple[Run, ...]
     dim: int
     nodes: frozenset[fx.Node]
+    last: fx.Node | None
 
     @property
     def dead_nodes(self) -> tuple[fx.Node, ...]:
@@ -46,6 +48,7 @@ def whole_site(
     kept: Callable[[Recurrence, int], tuple[Stage, ...]],
     region: Region,
     rule: str,
+    last: fx.Node | None = None,
 ) -> WholeSite | Miss:
     """The recurrence that makes the states ``node``, or why it is none that the op computes.
 
@@ -57,6 +60,7 @@ def whole_site(
         kept: the kernels of that.
         region: where they are.
         rule: which finds them.
+        last: the last node that writes into them, if one does.
     """
     value = example(node)
     assert value is not None
@@ -101,13 +105,17 @@ def whole_site(
         runs=runs,
         dim=dim,
         nodes=nodes,
+        last=last,
     )
 
 
 def rewrite_whole(site: WholeSite, editor: Editor) -> None:
     """Write the op where the states stand."""
+    users = [user for user in site.node.users if user not in site.nodes]
+    if site.last is not None:
+        editor.after(site.last)
     steps = Steps(site.node.meta["example_value"].shape[site.dim], False)
     states = write(site.recurrence, Lifting(editor, parts_of(site.runs, steps, editor)), editor).states
     whole = editor.call(torch.movedim, states, 0, site.dim) if site.dim else states
-    editor.replace(site.node, laid_out(whole, site.node, editor))
+    editor.replace(site.node, laid_out(whole, site.node, editor), users)
     editor.erase(site.dead_nodes)

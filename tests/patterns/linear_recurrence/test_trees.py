@@ -1,0 +1,197 @@
+"""Scans that are written out with whole tensors: doubling in place, and ``associative_scan``'s generic tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._higher_order_ops.associative_scan import associative_scan
+
+from tests.compiling import Rewritten
+from tests.oracle import assert_like_eager
+from tests.patterns.linear_recurrence.programs import inputs
+
+OP = torch.ops.structfly.linear_recurrence_v1.default
+
+Round = Callable[[Tensor, Tensor, int], None]
+
+
+def set_items(h: Tensor, f: Tensor, k: int) -> None:
+    h[:, k:] = h[:, k:] + f[:, k:].clone() * h[:, :-k].clone()
+    f[:, k:] = f[:, k:].clone() * f[:, :-k].clone()
+
+
+def augmented(h: Tensor, f: Tensor, k: int) -> None:
+    h[:, k:] += f[:, k:].clone() * h[:, :-k].clone()
+    f[:, k:] = f[:, :-k].clone() * f[:, k:].clone()
+
+
+def methods(h: Tensor, f: Tensor, k: int) -> None:
+    h[:, k:].add_(h[:, :-k].clone() * f[:, k:].clone())
+    f[..., k:, :].copy_(f[:, :-k].clone() * f.clone()[:, k:])
+
+
+def narrowed(h: Tensor, f: Tensor, k: int) -> None:
+    rest = h.shape[1] - k
+    gates = f.clone()
+    h.narrow(1, k, rest).addcmul_(gates.narrow(1, k, rest), h.narrow(1, 0, rest).clone())
+    f.narrow(1, k, rest).copy_(gates.narrow(1, 0, rest) * gates.narrow(1, k, rest))
+
+
+ROUNDS: tuple[Round, ...] = (set_items, augmented, methods, narrowed)
+
+
+def in_place(round: Round, limit: int | None = None) -> Callable[..., Tensor]:
+    def function(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+        h, f = z.clone(), f.clone()
+        k = 1
+        while k < (limit or z.shape[1]):
+            round(h, f, k)
+            k *= 2
+        return h * 2
+
+    return function
+
+
+@settings(deadline=None, max_examples=15)
+@given(round=st.sampled_from(ROUNDS), steps=st.sampled_from((4, 5, 8, 9, 17)))
+def test_doubling_in_place_is_rewritten(round: Round, steps: int) -> None:
+    function = in_place(round)
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, inputs(steps=steps))
+    assert fast.statuses == ["rewritten"], fast.sites
+    (graph,) = fast.graphs
+    assert not any(getattr(node.target, "__name__", "") in ("setitem", "iadd") for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("round", ROUNDS)
+def test_a_truncated_doubling_in_place_is_a_miss(round: Round) -> None:
+    function = in_place(round, limit=4)
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, inputs(steps=9))
+    (site,) = fast.sites
+    assert site.status == "missed"
+    assert "reaches back 4 of 9 steps" in site.reason
+
+
+def wrong_order(h: Tensor, f: Tensor, k: int) -> None:
+    f[:, k:] = f[:, :-k].clone() * f[:, k:].clone()
+    h[:, k:] += f[:, k:].clone() * h[:, :-k].clone()
+
+
+def gates_are_kept(h: Tensor, f: Tensor, k: int) -> None:
+    h[:, k:] += f[:, k:].clone() * h[:, :-k].clone()
+
+
+def scaled(h: Tensor, f: Tensor, k: int) -> None:
+    h[:, k:].add_(f[:, k:].clone() * h[:, :-k].clone(), alpha=2)
+    f[:, k:] = f[:, :-k].clone() * f[:, k:].clone()
+
+
+def otherwise_written(h: Tensor, f: Tensor, k: int) -> None:
+    augmented(h, f, k)
+    h.mul_(0.5)
+
+
+@pytest.mark.parametrize("round", [wrong_order, gates_are_kept, scaled, otherwise_written])
+def test_other_rounds_are_left_alone(round: Round) -> None:
+    function = in_place(round)
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, inputs(steps=9))
+    assert not fast.calls_of(OP)
+
+
+def seen_on_the_way(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    h, f, seen = z.clone(), f.clone(), 0.0
+    for k in (1, 2, 4, 8):
+        augmented(h, f, k)
+        seen = seen + h.detach().sum()
+    return h + seen
+
+
+def gates_are_seen(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    h, f = z.clone(), f.clone()
+    for k in (1, 2, 4, 8):
+        augmented(h, f, k)
+    return h + f
+
+
+def into_a_tensor_that_stays(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    h, f = z * 1.0, f.clone()
+    for k in (1, 2, 4, 8):
+        augmented(h, f, k)
+    return h * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (seen_on_the_way, "which the doubling writes into"),
+        (gates_are_seen, "which the doubling writes into"),
+        (into_a_tensor_that_stays, "which stays in the graph"),
+    ],
+)
+def test_what_others_see_is_left_and_says_why(function: Callable[..., Tensor], reason: str) -> None:
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, inputs(steps=9))
+    assert fast.statuses == ["missed"], fast.sites
+    assert reason in fast.sites[0].reason
+
+
+# ------------------------------------------------------------------------------------------------- associative_scan
+
+
+def pair(left: Any, right: Any) -> Any:
+    return left[0] * right[0], torch.addcmul(right[1], right[0], left[1])
+
+
+def dictionary(left: Any, right: Any) -> Any:
+    return {"z": right["f"] * left["z"] + right["z"], "f": left["f"] * right["f"]}
+
+
+def generic(spelling: str, dim: int, reverse: bool) -> Callable[..., Tensor]:
+    def function(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+        f, z = (each.movedim(1, dim) for each in (f, z))
+        if spelling == "dictionary":
+            xs: Any = {"z": z, "f": f}
+            made = associative_scan(dictionary, xs, dim, reverse, "generic")["z"]
+        else:
+            made = associative_scan(pair, (f, z), dim, reverse, "generic")[1]
+        result: Tensor = made.movedim(dim, 1)
+        return result
+
+    return function
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    spelling=st.sampled_from(("pair", "dictionary")),
+    steps=st.sampled_from((4, 5, 8, 11)),
+    dim=st.sampled_from((0, 1, 2)),
+    reverse=st.booleans(),
+    then=st.sampled_from(("eager", "aot_eager")),
+)
+def test_the_tree_of_a_generic_scan_is_rewritten(spelling: str, steps: int, dim: int, reverse: bool, then: str) -> None:
+    function = generic(spelling, dim, reverse)
+    fast = Rewritten(function, then=then)
+    assert_like_eager(fast, function, inputs(steps=steps))
+    assert fast.statuses == ["rewritten"], fast.sites
+    assert len(fast.calls_of(OP)) == 1
+
+
+def test_a_generic_scan_of_another_function_is_left_alone() -> None:
+    def function(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+        def other(left: Any, right: Any) -> Any:
+            return left[0] * right[0], torch.maximum(right[0] * left[1], right[1])
+
+        result: Tensor = associative_scan(other, (f, z), 1, False, "generic")[1]
+        return result
+
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, inputs())
+    assert not fast.calls_of(OP)
