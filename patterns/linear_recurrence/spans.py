@@ -24,7 +24,7 @@ ZERO, OTHER = -1, -2
 class Piece(NamedTuple):
     """Places of which the next one's span begins and ends so many steps later."""
 
-    count: int
+    places: int
     first: int
     last: int
     first_by: int = 0
@@ -69,11 +69,11 @@ def reach(spans: Spans) -> int:
     """Steps of the longest span, if spans end at their own places."""
     place = longest = 0
     for piece in spans.pieces:
-        if piece.last != place or (piece.count > 1 and piece.last_by != 1):
+        if piece.last != place or (piece.places > 1 and piece.last_by != 1):
             return 0
-        ends = (piece, piece.cut(piece.count - 1, 1))
+        ends = (piece, piece.cut(piece.places - 1, 1))
         longest = max(longest, *(each.last - each.first + 1 for each in ends))
-        place += piece.count
+        place += piece.places
     return longest
 
 
@@ -84,7 +84,7 @@ def joined(pieces: Iterable[Piece]) -> Pieces:
     """Places behind one another, in as few pieces as they need."""
     made: list[Piece] = []
     for piece in pieces:
-        if piece.count:
+        if piece.places:
             together = _together(made[-1], piece) if made else None
             if together is None:
                 made.append(piece)
@@ -101,11 +101,11 @@ def _together(one: Piece, other: Piece) -> Piece | None:
         (one.first, one.first_by, other.first, other.first_by),
         (one.last, one.last_by, other.last, other.last_by),
     ):
-        each = by if one.count > 1 else then - start
-        if then != start + one.count * each or (other.count > 1 and then_by != each):
+        each = by if one.places > 1 else then - start
+        if then != start + one.places * each or (other.places > 1 and then_by != each):
             return None
         ends.append(each)
-    return Piece(one.count + other.count, one.first, one.last, *ends)
+    return Piece(one.places + other.places, one.first, one.last, *ends)
 
 
 def part(pieces: Pieces, start: int, count: int, step: int = 1) -> Pieces:
@@ -113,41 +113,41 @@ def part(pieces: Pieces, start: int, count: int, step: int = 1) -> Pieces:
     made, place, stop = [], 0, start + (count - 1) * step + 1
     for piece in pieces:
         offset = start - place if place < start else (start - place) % step
-        taken = -(-(min(place + piece.count, stop) - place - offset) // step)
+        taken = -(-(min(place + piece.places, stop) - place - offset) // step)
         if taken > 0:
             made.append(piece.cut(offset, taken, step))
-        place += piece.count
+        place += piece.places
     return joined(made)
 
 
-def interleaved(one: Pieces, other: Pieces) -> Pieces:
-    """A place of one after a place of the other."""
+def interleaved(one: Pieces, other: Pieces) -> Pieces | None:
+    """A place of one after a place of the other, None where spans then do not grow evenly."""
     made: list[Piece] = []
     for first, second in aligned(one, other):
-        pairs = [joined((first.cut(at, 1), second.cut(at, 1))) for at in range(min(first.count, 2))]
-        whole = joined(pair for pairs_ in pairs for pair in pairs_)
-        if len(whole) == 1 and first.count > 2:
-            whole = (whole[0]._replace(count=2 * first.count),)
-        elif first.count > 2:
-            whole = tuple(each.cut(at, 1) for at in range(first.count) for each in (first, second))
+        pairs = [joined((first.cut(at, 1), second.cut(at, 1))) for at in range(min(first.places, 2))]
+        whole = joined(piece for pair in pairs for piece in pair)
+        if len(whole) == 1 and first.places > 2:
+            whole = (whole[0]._replace(places=2 * first.places),)
+        elif first.places > 2:
+            return None
         made.extend(whole)
     return joined(made)
 
 
-def aligned(*all: Pieces) -> Iterator[tuple[Piece, ...]]:
+def aligned(*tensors: Pieces) -> Iterator[tuple[Piece, ...]]:
     """Pieces of the same places, as far as all have some."""
-    rests = [list(reversed(each)) for each in all]
-    while all and min(map(len, rests)):
+    rests = [list(reversed(each)) for each in tensors]
+    while rests and all(rests):
         tops = [rest.pop() for rest in rests]
-        count = min(top.count for top in tops)
+        count = min(top.places for top in tops)
         for rest, top in zip(rests, tops, strict=True):
-            if top.count > count:
-                rest.append(top.cut(count, top.count - count))
+            if top.places > count:
+                rest.append(top.cut(count, top.places - count))
         yield tuple(top.cut(0, count) for top in tops)
 
 
 def length(pieces: Pieces) -> int:
-    return sum(piece.count for piece in pieces)
+    return sum(piece.places for piece in pieces)
 
 
 # ------------------------------------------------------------------------------------------------------- operations
@@ -160,11 +160,11 @@ def product(one: Spans, other: Spans) -> Spans | None:
     made = []
     for x, y in aligned(one.pieces, other.pieces):
         if x.first < 0 or y.first < 0:
-            made.append(Piece(x.count, OTHER, OTHER))
+            made.append(Piece(x.places, OTHER, OTHER))
         elif _follows(x, y):
-            made.append(Piece(x.count, x.first, y.last, x.first_by, y.last_by))
+            made.append(Piece(x.places, x.first, y.last, x.first_by, y.last_by))
         elif _follows(y, x):
-            made.append(Piece(x.count, y.first, x.last, y.first_by, x.last_by))
+            made.append(Piece(x.places, y.first, x.last, y.first_by, x.last_by))
         else:
             return None
     return Spans(one.gate, None, joined(made))
@@ -182,7 +182,7 @@ def state(behind: Spans, gate: Spans, before: Spans) -> Spans | None:
         if x.first >= 0 and y.first == ZERO:
             made.append(x)
         elif min(x.first, f.first, y.first) >= 0 and _follows(y, x) and x == f:
-            made.append(Piece(x.count, y.first, x.last, y.first_by, x.last_by))
+            made.append(Piece(x.places, y.first, x.last, y.first_by, x.last_by))
         else:
             return None
     return Spans(gate.gate, kinds[0].input, joined(made))

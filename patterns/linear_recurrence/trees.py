@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from torch import fx
 
@@ -42,7 +42,7 @@ class _View(NamedTuple):
     owner: fx.Node
     dim: int
     start: int
-    count: int
+    places: int
     step: int
 
 
@@ -74,7 +74,7 @@ class _Reader:
     # ------------------------------------------------------------------------------------------------ what was found
 
     def states(self) -> list[fx.Node]:
-        """Nodes that hold states in the end, of all steps or of a window of at least four, of which no others are made."""
+        """Nodes that hold states of all steps, or of a window of four or more, and of which no others are made."""
         return [
             node
             for node, spans in self.spans.items()
@@ -149,7 +149,7 @@ class _Reader:
             owned = self.spans.get(view.owner)
             if owned is None or view.dim != dim:
                 return None
-            return owned._replace(pieces=algebra.part(owned.pieces, view.start, view.count, view.step))
+            return owned._replace(pieces=algebra.part(owned.pieces, view.start, view.places, view.step))
         if node not in self.spans:
             tensor = example(node)
             if tensor is None or not 0 <= dim < tensor.ndim or not isinstance(tensor.shape[dim], int):
@@ -159,7 +159,7 @@ class _Reader:
             self._own(node, algebra.steps(self._clones.get(node, node), tensor.shape[dim]), dim)
         return self.spans[node] if self.dims[node] == dim else None
 
-    def _is_known(self, node: object) -> bool:
+    def _is_known(self, node: object) -> TypeGuard[fx.Node]:
         return node in self.views or node in self.spans
 
     def _dim(self, *nodes: object) -> int | None:
@@ -268,10 +268,10 @@ class _Reader:
         one, other = contents
         if one is None or other is None:
             return
-        kind = algebra.kind((one, other))
-        if kind is None:
+        kind, pieces = algebra.kind((one, other)), algebra.interleaved(one.pieces, other.pieces)
+        if kind is None or pieces is None or algebra.length(one.pieces) != algebra.length(other.pieces):
             return
-        self._own(call.node, Spans(*kind, algebra.interleaved(one.pieces, other.pieces)), dim)
+        self._own(call.node, Spans(*kind, pieces), dim)
         self._continued.update(map(self._owner, stack["tensors"]))
         self.used.add(stack.node)
 
@@ -285,7 +285,9 @@ class _Reader:
             factors = None if dim is None else [self.content(each, dim) for each in (call["input"], call["other"])]
             if dim is None or factors is None or factors[0] is None or factors[1] is None:
                 return None
-            self._terms[call.node] = (factors[0], factors[1])
+            if not written(call.node):
+                self._terms[call.node] = (factors[0], factors[1])
+                self._store(call.node)
             self._continued.update(map(self._owner, (call["input"], call["other"])))
             made = algebra.product(factors[0], factors[1])
             return None if made is None else (made, dim)
@@ -332,8 +334,10 @@ class _Reader:
         old = self.spans.get(owner)
         spans = None if new is None or old is None else algebra.written(old, *new)
         for key in {compat.storage_key(tensor) for each in targets for tensor in example_tensors(each)}:
-            for each in self._stored[key] - {owner}:
-                self._lose(each)
+            for each in self._stored[key]:
+                self._terms.pop(each, None)
+                if each is not owner:
+                    self._lose(each)
         if spans is None:
             self._lose(owner)
             return
@@ -363,7 +367,7 @@ class _Reader:
             else:
                 computed = None if call is None else self._computed(call)
                 value = None if computed is None else computed[0]
-        if value is None or view.step != 1 or algebra.length(value.pieces) != view.count:
+        if value is None or view.step != 1 or algebra.length(value.pieces) != view.places:
             return None
         return view.start, value
 

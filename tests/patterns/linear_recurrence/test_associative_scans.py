@@ -162,7 +162,7 @@ def test_leaves_of_any_tree(program: Callable[..., Program], steps: int, dim: in
         f, z = (each.detach().transpose(0, 1).contiguous().requires_grad_() for each in (f, z))
         mask = mask.t()
     exact = [each.detach().double().requires_grad_() for each in (f, z)]
-    expected = program(by_steps, dim=dim, reverse=reverse)(*exact, mask)
+    expected = program(by_steps, dim=dim, reverse=reverse)(exact[0], exact[1], mask)
     theirs = torch.autograd.grad(expected.square().sum(), exact)
     fast = Rewritten(program(scan, dim=dim, reverse=reverse), then=then)
     output = fast(f, z, mask)

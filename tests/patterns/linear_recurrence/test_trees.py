@@ -98,7 +98,14 @@ def otherwise_written(h: Tensor, f: Tensor, k: int) -> None:
     h.mul_(0.5)
 
 
-@pytest.mark.parametrize("round", [wrong_order, gates_are_kept, scaled, otherwise_written])
+def products_are_changed(h: Tensor, f: Tensor, k: int) -> None:
+    product = f[:, k:].clone() * h[:, :-k].clone()
+    product.add_(1.0)
+    h[:, k:] += product
+    f[:, k:] = f[:, k:].clone() * f[:, :-k].clone()
+
+
+@pytest.mark.parametrize("round", [products_are_changed, wrong_order, gates_are_kept, scaled, otherwise_written])
 def test_other_rounds_are_left_alone(round: Round) -> None:
     function = in_place(round)
     fast = Rewritten(function)
@@ -107,7 +114,7 @@ def test_other_rounds_are_left_alone(round: Round) -> None:
 
 
 def seen_on_the_way(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
-    h, f, seen = z.clone(), f.clone(), 0.0
+    h, f, seen = z.clone(), f.clone(), z.new_zeros(())
     for k in (1, 2, 4, 8):
         augmented(h, f, k)
         seen = seen + h.detach().sum()
@@ -159,10 +166,10 @@ def generic(spelling: str, dim: int, reverse: bool) -> Callable[..., Tensor]:
         f, z = (each.movedim(1, dim) for each in (f, z))
         if spelling == "dictionary":
             xs: Any = {"z": z, "f": f}
-            made = associative_scan(dictionary, xs, dim, reverse, "generic")["z"]
+            made: Any = associative_scan(dictionary, xs, dim, reverse, "generic")
         else:
-            made = associative_scan(pair, (f, z), dim, reverse, "generic")[1]
-        result: Tensor = made.movedim(dim, 1)
+            made = associative_scan(pair, (f, z), dim, reverse, "generic")
+        result: Tensor = made["z" if spelling == "dictionary" else 1].movedim(dim, 1)
         return result
 
     return function
