@@ -112,6 +112,62 @@ def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Seq
     return made
 
 
+def whole_forward(call: Applied) -> Tensor:
+    """y of a call that keeps nothing."""
+    return finish(call, between(call))
+
+
+def backward_in_groups(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that are wanted, where nothing was kept: of a group of the first factor's blocks at a time.
+
+    A block of inputs leads to numbers of its own between the factors.  So z and dz of a group are made, used, and let
+    go; no sum is cut, and only the first factor's product is made twice.
+    """
+    monarch = _read(call)
+    k, l, r = monarch.axes  # noqa: E741
+    first, second, _ = monarch
+    tokens, inputs, outputs = len(call.x), first.shape[3], second.shape[1]
+    grad = _in_blocks(grad, monarch)
+    x = padded(call.x, k * inputs).view(tokens, k, inputs)
+    of_first = first.new_empty(k, r, l, inputs) if wanted[1] else None
+    of_second = second.new_empty(l, 1, outputs, k * r) if wanted[2] else None
+    dx = grad.new_empty(tokens, k, inputs) if wanted[0] else None
+    size = blocks_at_a_time(call, tokens * l * r, k)
+    for start in range(0, k, size):
+        blocks = slice(start, min(start + size, k))
+        count = blocks.stop - start
+        columns = second[:, None, :, start * r : blocks.stop * r]
+        if of_second is not None:
+            z = call.x.new_empty(tokens, l, count, r)
+            tiles = product_tiles(first, tokens, (l, r), (1, inputs))
+            matrix_products(x[:, blocks, None], first[blocks], z.transpose(1, 2), tiles=tiles)
+            tiles = gradient_tiles(second, tokens, l, (1, outputs), count * r)
+            matrix_gradients(grad, z.flatten(2), of_second[..., start * r : blocks.stop * r], tiles=tiles)
+            del z
+        if of_first is None and dx is None:
+            continue
+        dz = grad.new_empty(tokens, count, l, r)
+        tiles = product_tiles(second, tokens, (count, r), (1, outputs))
+        matrix_products(grad[:, :, None], columns, dz.transpose(1, 2), turned=True, tiles=tiles)
+        if of_first is not None:
+            tiles = gradient_tiles(first, tokens, count, (l, r), inputs)
+            matrix_gradients(dz.flatten(2), x[:, blocks], of_first[blocks].transpose(1, 2), tiles=tiles)
+        if dx is not None:
+            tiles = product_tiles(first, tokens, (1, inputs), (l, r))
+            matrix_products(dz, first[blocks], dx[:, blocks, None], turned=True, tiles=tiles)
+        del dz
+    return [None if dx is None else dx.flatten(1)[:, : call.x.shape[1]], of_first, of_second]
+
+
+def blocks_at_a_time(call: Applied, numbers: int, blocks: int) -> int:
+    """Blocks of a group, whose z has ``numbers`` each, so that groups are about equal and take no more than the dense
+    layer's gradient of its weight would beyond those of the factors; one block where that is less."""
+    dense = call.x.shape[1] * call.static[0]
+    room = dense - sum(factor.numel() for factor in call.factors)
+    groups = -(-blocks // max(1, room // max(numbers, 1)))
+    return -(-blocks // groups)
+
+
 def _read(call: Applied) -> _Monarch:
     one, two = (FactorShape(*factor.shape) for factor in call.factors)
     first = call.factors[0].reshape(one.a, one.i // two.d, two.d, one.columns).transpose(1, 2)

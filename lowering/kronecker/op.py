@@ -20,7 +20,7 @@ from torch import Tensor
 
 from structfly.lowering.kronecker import aten, lattice, monarch
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import Applied, Backward, Between, Finish, LayerOp
+from structfly.lowering.layer_op import Applied, Backward, Between, Finish, InChunks, LayerOp
 
 
 class _Products(NamedTuple):
@@ -61,6 +61,11 @@ def _products_in(call: Applied, *others: Tensor) -> _Products:
     return _BY_TORCH if traced else _products(call.factors)
 
 
+def _why_not_in_groups(factors: Sequence[Tensor]) -> str:
+    groups = _products(factors) is _WITH_MONARCH
+    return "" if groups else "what is between the factors is not made of a group of blocks at a time"
+
+
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
     return [(d * a, i * q, rows) for d, a, i, q, _, _ in shapes[:-1]]
 
@@ -79,6 +84,7 @@ KRONECKER = LayerOp(
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    in_chunks=InChunks(_why_not_in_groups, monarch.whole_forward, monarch.backward_in_groups),
 )
 """Takes the factors, the first applied first, of six axes each as :class:`FactorShape` has them, and in ``static`` the
 number of output features."""
