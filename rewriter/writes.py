@@ -48,7 +48,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     declared = compat.written_arguments(node)
     if declared is not None:
         return _nodes(declared)
-    named = node.args[:1] if _names_a_write(getattr(node.target, "__name__", "")) else ()
+    named = node.args[:1] if _is_named_a_write(node.target) else ()
     return _nodes((named, node.kwargs.get("out")))
 
 
@@ -64,6 +64,12 @@ def _is_told_to_write(node: fx.Node) -> bool:
 def _place_of_inplace(function: FunctionType) -> int | None:
     parameters = list(inspect.signature(function).parameters)
     return parameters.index("inplace") if "inplace" in parameters else None
+
+
+def _is_named_a_write(function: Any) -> bool:
+    """By its name; ``operator.or_`` and its like end in what tells them from keywords."""
+    of_python = getattr(function, "__module__", "") == "_operator"
+    return not of_python and _names_a_write(getattr(function, "__name__", ""))
 
 
 def _names_a_write(name: str) -> bool:
