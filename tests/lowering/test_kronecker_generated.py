@@ -14,10 +14,9 @@ from torch import Tensor
 
 from structfly import StructuredLinear, measure
 from structfly.lowering.kronecker import aten, lattice, monarch
-from structfly.lowering.kronecker import op as kronecker_op
 from structfly.lowering.kronecker.op import KRONECKER
 from structfly.lowering.kronecker.reference import FactorShape, kronecker_reference
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_op import Applied, Products, chosen
 from structfly.patterns.chain import Chain
 from structfly.patterns.kronecker import KroneckerSparse
 from structfly.patterns.monarch import Monarch
@@ -274,13 +273,14 @@ def second_derivative(device: str) -> tuple[Tensor, Tensor]:
 def test_what_is_differentiated_is_made_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generated products leave no trace to differentiate."""
     traced: list[bool] = []
-    choose = kronecker_op._products
 
-    def noted(factors: Sequence[Tensor]) -> kronecker_op._Products:
+    def noted(factors: Sequence[Tensor]) -> Products | None:
         traced.append(torch.is_grad_enabled() and any(factor.requires_grad for factor in factors))
-        return choose(factors)
+        return None
 
-    monkeypatch.setattr(kronecker_op, "_products", noted)
+    with_torch = chosen(noted, Products(aten.between, aten.finish, aten.backward))
+    for name, function in with_torch._asdict().items():
+        monkeypatch.setattr(KRONECKER, name, function)
     found, exact = second_derivative("cpu")
     assert traced
     assert not any(traced)
