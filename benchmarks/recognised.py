@@ -25,9 +25,9 @@ from torch import Tensor, nn
 import structfly
 from benchmarks import busy, recording
 from benchmarks.accuracy import relative_error
+from benchmarks.arguments import fill_in, sizes
 from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
-from benchmarks.sizes import sizes
 from benchmarks.structured_case import PASSES, Case, Layer, clear, make_inputs, peak_memory, step
 from benchmarks.structured_layers import Place
 from benchmarks.structured_linear import precise
@@ -224,12 +224,8 @@ def _measured(
         del y
         clear(layer, x)
     calls = {provider: partial(step, layer, x, upstream, training=case.training) for provider, layer in layers.items()}
-    before = None
-    if case.device == "cuda":
-        host = busy.host_times(calls, repeats)
-        rows += busy.host_rows(name, case.mode, host)
-        before = busy.other_work(host.values())
-    timings = measure.times_in_rotation(calls, case.device, repeats=repeats, before=before)
+    timings, host = busy.times_behind_work(calls, case.device, repeats=repeats)
+    rows += busy.host_rows(name, case.mode, host)
     for layer in layers.values():
         clear(layer, x)
     for provider, timing in timings.items():
@@ -281,10 +277,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)
-    for name, value in DEFAULTS[chosen.device].items():
-        if getattr(chosen, name, None) is None:
-            setattr(chosen, name, value)
-    return chosen
+    return fill_in(chosen, DEFAULTS[chosen.device])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import busy, recording, structured_layers
+from benchmarks.arguments import fill_in, sizes
 from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
-from benchmarks.sizes import sizes
 from benchmarks.structured_case import PASSES, Case, Layer, clear, errors, make_inputs, make_layer, peak_memory, step
 from benchmarks.structured_layers import BARS, DENSE, OURS, Place, Provider
 from benchmarks.structured_peers import PEERS
@@ -100,12 +100,8 @@ def measure_case(
     torch.compiler.reset()
     layers, rows = layers_of(case, providers, x, upstream, say)
     calls = {name: partial(step, layer, x, upstream, training=case.training) for name, layer in layers.items()}
-    before = None
-    if case.device == "cuda":
-        host = busy.host_times(calls, repeats)
-        rows += busy.host_rows(KERNEL, case.mode, host)
-        before = busy.other_work(host.values())
-    timings = measure.times_in_rotation(calls, case.device, repeats=repeats, before=before)
+    timings, host = busy.times_behind_work(calls, case.device, repeats=repeats)
+    rows += busy.host_rows(KERNEL, case.mode, host)
     ratios = {
         name: measure.summarize([d / t for d, t in zip(timings[DENSE].samples, timing.samples, strict=True)])
         for name, timing in timings.items()
@@ -196,10 +192,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)
-    for name, value in DEFAULTS[chosen.device].items():
-        if getattr(chosen, name, None) is None:
-            setattr(chosen, name, value)
-    return chosen
+    return fill_in(chosen, DEFAULTS[chosen.device])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
