@@ -25,10 +25,10 @@ from torch import Tensor, nn
 import structfly
 from benchmarks import busy, recording
 from benchmarks.accuracy import relative_error
-from benchmarks.arguments import fill_in, sizes
+from benchmarks.arguments import fill_in
 from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
-from benchmarks.structured_case import PASSES, Case, Layer, clear, make_inputs, peak_memory, step
+from benchmarks.structured_case import PASSES, Case, Layer, add_case_arguments, clear, make_inputs, peak_memory, step
 from benchmarks.structured_layers import Place
 from benchmarks.structured_linear import precise
 from structfly import measure
@@ -269,10 +269,7 @@ def case_table(rows: Sequence[Row]) -> Table:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; what is not given depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", type=sizes("tokens x in x out"), metavar="TOKENSxINxOUT")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    add_case_arguments(parser, DEFAULTS)
     parser.add_argument("--layers", nargs="+", choices=LAYERS, metavar="NAME", default=list(LAYERS))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")

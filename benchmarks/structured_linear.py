@@ -24,10 +24,21 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import busy, recording, structured_layers
-from benchmarks.arguments import fill_in, sizes
+from benchmarks.arguments import fill_in
 from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
-from benchmarks.structured_case import PASSES, Case, Layer, clear, errors, make_inputs, make_layer, peak_memory, step
+from benchmarks.structured_case import (
+    PASSES,
+    Case,
+    Layer,
+    add_case_arguments,
+    clear,
+    errors,
+    make_inputs,
+    make_layer,
+    peak_memory,
+    step,
+)
 from benchmarks.structured_layers import BARS, DENSE, OURS, Place, Provider
 from benchmarks.structured_peers import PEERS
 from structfly import measure
@@ -176,10 +187,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line; what is not given depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = (*OURS, *PEERS)
-    parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", type=sizes("tokens x in x out"), metavar="TOKENSxINxOUT")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    add_case_arguments(parser, DEFAULTS)
     parser.add_argument(
         "--providers",
         nargs="+",
