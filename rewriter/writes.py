@@ -105,12 +105,13 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
     """
     order = region.order
     first, last = min(map(order.__getitem__, nodes)), max(map(order.__getitem__, nodes))
-    read = {operand for node in nodes for operand in node.all_input_nodes} - set(nodes)
+    members = set(nodes)
+    read = {operand for node in nodes for operand in node.all_input_nodes} - members
     storages = {key for operand in read for key in _storages(operand)}
     # What the site makes and reads, and where it reads it last.
     used: dict[int, int] = {}
     for node in nodes:
-        for operand in set(node.all_input_nodes).intersection(nodes):
+        for operand in members.intersection(node.all_input_nodes):
             for key in _storages(operand):
                 used[key] = max(used.get(key, 0), order[node])
     found: dict[int, int] = {}
@@ -119,8 +120,8 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
             found[key] = found.get(key, 0) + 1
         if not first <= place <= last:
             continue
-        if node in nodes:
-            if target not in nodes:
+        if node in members:
+            if target not in members:
                 return node, f"{node.name} writes into {target.name}, which stays in the graph"
         elif storages.intersection(_storages(target)):
             return node, (
