@@ -4,8 +4,9 @@ Read in this order: ``slices`` (one step of a tensor), ``loops`` (where tracing 
 node computes), ``step_pattern`` (what a step computes), ``steps`` (proof that all compute the same), ``affine`` (its
 state as a function of the one before), ``lifting`` (what it computes, for all steps at once), ``collectors`` (where the
 states go), ``folding`` (what the op makes itself), ``recurrence`` (the op's call), ``site``, ``menu``, ``rewrite``,
-``combining``, ``scans`` and ``scan_rewrite`` (torch's own), ``whole`` (of whole tensors), ``spans`` and ``trees``
-(scans that are written out), and ``rule``, which puts them together; ``cumulative`` is a rule of its own.
+``combining``, ``scans`` and ``scan_rewrite`` (torch's own), ``whole`` (of whole tensors), ``spans``, ``places``,
+``contents``, ``tree_reader``, ``unread_trees`` and ``trees`` (scans that are written out), and ``rule``, which puts
+them together; ``cumulative`` is a rule of its own.
 """
 
 from structfly.patterns.linear_recurrence.cumulative import CumulativeRecurrence

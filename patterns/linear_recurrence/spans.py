@@ -59,6 +59,11 @@ def steps(node: fx.Node, count: int) -> Spans:
     return Spans(node, None, (Piece(count, 0, 0, 1, 1).cut(0, count),))
 
 
+def filling(places: int, kind: int) -> Pieces:
+    """Places that hold zeros, or what is known to be no state."""
+    return (Piece(places, kind, kind),)
+
+
 def is_complete(spans: Spans) -> bool:
     """Whether every place holds the state of all steps up to its own."""
     count = length(spans.pieces)

@@ -105,6 +105,22 @@ def products_are_changed(h: Tensor, f: Tensor, k: int) -> None:
     f[:, k:] = f[:, k:].clone() * f[:, :-k].clone()
 
 
+def zeros_are_changed(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    for k in (1, 2, 4, 8):
+        zeros = torch.zeros_like(z[:, :k])
+        zeros.view(-1).add_(1.0)
+        z = z + f * torch.cat([zeros, z[:, :-k]], 1)
+        f = f * torch.cat([torch.ones_like(f[:, :k]), f[:, :-k]], 1)
+    return z
+
+
+def test_zeros_that_are_changed_through_a_view_are_none() -> None:
+    fast = Rewritten(zeros_are_changed)
+    assert_like_eager(fast, zeros_are_changed, inputs(steps=9))
+    assert fast.statuses == ["missed"], fast.sites
+    assert "which this site makes and uses" in fast.sites[0].reason
+
+
 @pytest.mark.parametrize("round", [wrong_order, gates_are_kept, scaled, otherwise_written])
 def test_other_rounds_are_left_alone(round: Round) -> None:
     function = in_place(round)
@@ -198,14 +214,57 @@ def test_the_tree_of_a_generic_scan_is_rewritten(spelling: str, steps: int, dim:
     assert len(fast.calls_of(OP)) == 1
 
 
-def test_a_generic_scan_of_another_function_is_left_alone() -> None:
-    def function(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
-        def other(left: Any, right: Any) -> Any:
-            return left[0] * right[0], torch.maximum(right[0] * left[1], right[1])
+def maximum(left: Any, right: Any) -> Any:
+    return left[0] * right[0], torch.maximum(right[0] * left[1], right[1])
 
-        result: Tensor = associative_scan(other, (f, z), 1, False, "generic")[1]
+
+def summed(left: Any, right: Any) -> Any:
+    return left[0] * right[0], left[1] + right[1]
+
+
+def turned(left: Any, right: Any) -> Any:
+    return left[0] * right[0], left[0] * right[1] + left[1]
+
+
+def multiplied(left: Any, right: Any) -> Any:
+    return left[0] * right[0], left[1] * right[0]
+
+
+@pytest.mark.parametrize(
+    ("combine", "operation"),
+    [(maximum, "(maximum)"), (summed, "(add)"), (turned, "(add)"), (multiplied, "(mul)")],
+)
+@pytest.mark.parametrize("steps", [4, 11])
+def test_a_generic_scan_of_another_function_is_a_miss(combine: Any, operation: str, steps: int) -> None:
+    def function(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+        result: Tensor = associative_scan(combine, (f, z), 1, False, "generic")[1]
         return result
 
     fast = Rewritten(function)
-    assert_like_eager(fast, function, inputs())
-    assert not fast.calls_of(OP)
+    assert_like_eager(fast, function, inputs(steps=steps))
+    (site,) = fast.sites
+    assert site.status == "missed"
+    assert site.reason.startswith("the tree of an associative_scan, in which")
+    assert operation in site.reason
+
+
+def test_one_miss_for_each_scan_of_another_function() -> None:
+    def function(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+        f, z = associative_scan(maximum, (f, z), 1, False, "generic")
+        result: Tensor = associative_scan(summed, (f, z), 1, False, "generic")[1]
+        return result
+
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, inputs(steps=8))
+    assert fast.statuses == ["missed", "missed"], fast.sites
+    assert {"(maximum)" in site.reason for site in fast.sites} == {True, False}
+
+
+def test_pairs_that_are_rotated_under_a_vmap_are_no_scan() -> None:
+    def function(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+        sums = torch.vmap(torch.sub, (1, 1), 1)(f[:, 0::2], f[:, 1::2])
+        return torch.stack([sums.sin(), z[:, 0::2]], 2).flatten(1, 2)
+
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, inputs(steps=8))
+    assert fast.sites == []
