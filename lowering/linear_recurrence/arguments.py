@@ -1,7 +1,12 @@
-"""The op's arguments and outputs, once: the schema and the tuples that every part of the op reads them through."""
+"""The op's arguments and outputs, once: the schema and the tuples that every part of the op reads them through.
+
+It is called in two forms, with a tensor for every sequence, or with all sequences side by side in one.  What computes
+it sees the first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +24,6 @@ ARGUMENTS = (
 RESULTS = "Tensor output, Tensor final, Tensor kept"
 DIFFERENTIABLE = ("gate", "input", "input_gate", "output_gate", "initial")
 """The arguments that have gradients, in the order of the backward's ``wanted``."""
-GRADIENTS = ", ".join(f"Tensor grad_{name}" for name in DIFFERENTIABLE)
 UPSTREAM = "Tensor? grad_output, Tensor? grad_final, Tensor states"
 """What the backward takes before the op's arguments; ``states`` are those of :func:`states_for_backward`."""
 
@@ -43,7 +47,7 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the order of :data:`DIFFERENTIABLE`, None where not wanted."""
+    """Where gradients go, in the order of :data:`DIFFERENTIABLE`, of any strides; None where not wanted."""
 
     gate: Tensor | None
     input: Tensor | None
@@ -81,9 +85,89 @@ class Arguments(NamedTuple):
         return self.input.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
 
     @property
+    def separate(self) -> Arguments:
+        """A tensor for every sequence."""
+        return self
+
+    @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
         """The arguments in the order of :data:`DIFFERENTIABLE`."""
         return self.gate, self.input, self.input_gate, self.output_gate, self.initial
+
+    def gradients(self, made: Sequence[Tensor | None]) -> Gradients:
+        """The gradients of the differentiable arguments as those of :attr:`separate` ones."""
+        return Gradients(*made)
+
+
+JOINT_NAME = "structfly::joint_linear_recurrence_v1"
+JOINT_BACKWARD_NAME = "structfly::joint_linear_recurrence_backward_v1"
+JOINT_ARGUMENTS = (
+    "Tensor joint, str order, Tensor? initial, Tensor? reset, Tensor? offsets, "
+    "bool complement, bool sigmoid, bool tanh, bool reverse, bool keep"
+)
+JOINT_DIFFERENTIABLE = ("joint", "initial")
+LETTERS = {"f": "gate", "z": "input", "i": "input_gate", "o": "output_gate"}
+"""What a letter of ``order`` stands for."""
+
+
+class JointArguments(NamedTuple):
+    """The arguments where gates and input lie side by side, as a layer's projection makes them: ``joint`` is
+    (B, T, D times the letters), and ``order`` has one of :data:`LETTERS` for every D channels, "f" and "z" among them.
+
+    The backward writes all their gradients into one tensor.  Of slices, each with a gradient of its own, autograd
+    would have to join them.
+    """
+
+    joint: Tensor
+    order: str
+    initial: Tensor | None
+    reset: Tensor | None
+    offsets: Tensor | None
+    complement: bool
+    sigmoid: bool
+    tanh: bool
+    reverse: bool
+    keep: bool
+
+    @property
+    def separate(self) -> Arguments:
+        """A tensor for every sequence, which is a slice of ``joint``."""
+        parts = self._parts(self.joint)
+        return Arguments(
+            gate=parts["gate"],
+            input=parts["input"],
+            input_gate=parts.get("input_gate"),
+            output_gate=parts.get("output_gate"),
+            initial=self.initial,
+            reset=self.reset,
+            offsets=self.offsets,
+            complement=self.complement,
+            sigmoid=self.sigmoid,
+            tanh=self.tanh,
+            reverse=self.reverse,
+            keep=self.keep,
+        )
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The arguments in the order of :data:`JOINT_DIFFERENTIABLE`."""
+        return self.joint, self.initial
+
+    def gradients(self, made: Sequence[Tensor | None]) -> Gradients:
+        """The gradients of the differentiable arguments as those of :attr:`separate` ones."""
+        joint, initial = made
+        parts = {} if joint is None else self._parts(joint)
+        return Gradients(
+            gate=parts.get("gate"),
+            input=parts.get("input"),
+            input_gate=parts.get("input_gate"),
+            output_gate=parts.get("output_gate"),
+            initial=initial,
+        )
+
+    def _parts(self, joint: Tensor) -> dict[str, Tensor]:
+        width = joint.shape[2] // len(self.order)
+        return {LETTERS[letter]: joint.narrow(2, at * width, width) for at, letter in enumerate(self.order)}
 
 
 def lowering_of(input: Tensor) -> str:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor
 
 from structfly.compat import assert_on_device
 from structfly.errors import ArgumentError
 from structfly.lowering.linear_recurrence import recurrence_aten, recurrence_triton
-from structfly.lowering.linear_recurrence.arguments import Arguments, Outputs, lowering_of, states_for_backward
+from structfly.lowering.linear_recurrence.arguments import (
+    Arguments,
+    Gradients,
+    Outputs,
+    lowering_of,
+    states_for_backward,
+)
 
 
-def forward(*arguments: Any) -> Outputs:
-    call = Arguments(*arguments)
+def forward(call: Arguments) -> Outputs:
+    """Fulfils the op's contract."""
     _check_offsets(call)
     return Outputs._make(_lowering(call).forward(call))
 
 
 def backward(
-    grad_output: Tensor | None, grad_final: Tensor | None, states: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    *rest, wanted = arguments
-    call = Arguments(*rest)
+    call: Arguments, states: Tensor, grad_output: Tensor | None, grad_final: Tensor | None, made: Gradients
+) -> None:
+    """Write the gradients that are wanted where ``made`` says."""
     lowering = _lowering(call)
     if not call.keep:
         call = call._replace(keep=True)
         states = states_for_backward(call, lowering.forward(call))
-    made = lowering.backward(call, states, grad_output, grad_final, wanted)
-    return tuple(states.new_empty(0) if gradient is None else gradient for gradient in made)
+    lowering.backward(call, states, grad_output, grad_final, made)
 
 
 def _lowering(call: Arguments) -> ModuleType:

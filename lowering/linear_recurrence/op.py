@@ -1,6 +1,7 @@
-"""``structfly::linear_recurrence_v1``: schema, fake, autograd and vmap of gated recurrences.
+"""``structfly::linear_recurrence_v1`` and ``structfly::joint_linear_recurrence_v1``: schemas, fakes, autograd and vmap
+of gated recurrences, in the two forms of :mod:`structfly.lowering.linear_recurrence.arguments`.
 
-Autocast leaves the op alone: states are float32 whatever the inputs have, and those may have different dtypes, as
+Autocast leaves the ops alone: states are float32 whatever the inputs have, and those may have different dtypes, as
 autocast leaves them.
 
 The gradient
@@ -30,7 +31,7 @@ chunk at a time, from the few that were kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,11 +42,15 @@ from structfly.lowering.linear_recurrence.arguments import (
     ARGUMENTS,
     BACKWARD_NAME,
     DIFFERENTIABLE,
-    GRADIENTS,
+    JOINT_ARGUMENTS,
+    JOINT_BACKWARD_NAME,
+    JOINT_DIFFERENTIABLE,
+    JOINT_NAME,
     NAME,
     RESULTS,
     UPSTREAM,
     Arguments,
+    JointArguments,
     Outputs,
     kept_rows,
     states_for_backward,
@@ -55,22 +60,79 @@ from structfly.lowering.vmap import one_by_one
 
 DEVICES = ("cpu", "cuda")
 
-torch.library.define(NAME, f"({ARGUMENTS}) -> ({RESULTS})")
-torch.library.define(BACKWARD_NAME, f"({UPSTREAM}, {ARGUMENTS}, bool[] wanted) -> ({GRADIENTS})")
-torch.library.impl(NAME, DEVICES)(kernels.forward)
-torch.library.impl(BACKWARD_NAME, DEVICES)(kernels.backward)
-
-_FORWARD: Any = torch.ops.structfly.linear_recurrence_v1.default
-_BACKWARD: Any = torch.ops.structfly.linear_recurrence_backward_v1.default
-
 
 def linear_recurrence(*arguments: Any) -> Outputs:
     """Call the op; see :class:`Arguments`."""
-    return Outputs(*_FORWARD(*arguments))
+    return Outputs(*_SEPARATE.forward(*arguments))
 
 
-def _forward_fake(*arguments: Any) -> Outputs:
-    call = Arguments(*arguments)
+def joint_linear_recurrence(*arguments: Any) -> Outputs:
+    """Call the op; see :class:`JointArguments`."""
+    return Outputs(*_JOINT.forward(*arguments))
+
+
+class _Form(NamedTuple):
+    """A form of the op.
+
+    Attributes:
+        arguments: its tuple.
+        forward, backward: its overloads.
+        places: of the differentiable arguments.
+    """
+
+    arguments: type[Arguments] | type[JointArguments]
+    forward: Any
+    backward: Any
+    places: list[int]
+
+
+def _define(
+    name: str, backward: str, schema: str, arguments: type[Arguments] | type[JointArguments], learned: Sequence[str]
+) -> _Form:
+    gradients = ", ".join(f"Tensor grad_{each}" for each in learned)
+    torch.library.define(name, f"({schema}) -> ({RESULTS})")
+    torch.library.define(backward, f"({UPSTREAM}, {schema}, bool[] wanted) -> ({gradients})")
+    forward_op, backward_op = (
+        getattr(torch.ops.structfly, each.removeprefix("structfly::")).default for each in (name, backward)
+    )
+    form = _Form(arguments, forward_op, backward_op, [arguments._fields.index(each) for each in learned])
+
+    def run(*given: Any) -> Outputs:
+        return kernels.forward(arguments(*given).separate)
+
+    def fake(*given: Any) -> Outputs:
+        return _forward_fake(arguments(*given).separate)
+
+    def run_backward(
+        grad_output: Tensor | None, grad_final: Tensor | None, states: Tensor, *given: Any
+    ) -> tuple[Tensor, ...]:
+        *rest, wanted = given
+        call = arguments(*rest)
+        made = _empty(call, wanted)
+        kernels.backward(call.separate, states, grad_output, grad_final, call.gradients(made))
+        return _as_tensors(made, states)
+
+    def backward_fake(_: Tensor | None, __: Tensor | None, states: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        *rest, wanted = given
+        return _as_tensors(_empty(arguments(*rest), wanted), states)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _setup_context(form, ctx, inputs, output)
+
+    def differentiate(ctx: Any, needed: Sequence[bool], *upstream: Any) -> tuple[Tensor | None, ...]:
+        return _differentiate(form, ctx, needed, *upstream)
+
+    torch.library.impl(name, DEVICES)(run)
+    torch.library.impl(backward, DEVICES)(run_backward)
+    torch.library.register_fake(name, fake)
+    torch.library.register_fake(backward, backward_fake)
+    register_autograd(form.forward, differentiate, setup_context)
+    torch.library.register_vmap(name, one_by_one(form.forward))
+    torch.library.register_vmap(backward, one_by_one(form.backward))
+    return form
+
+
+def _forward_fake(call: Arguments) -> Outputs:
     width = call.input.shape[2]
     return Outputs(
         torch.empty_like(call.input),
@@ -79,28 +141,37 @@ def _forward_fake(*arguments: Any) -> Outputs:
     )
 
 
-def _backward_fake(
-    grad_output: Tensor | None, grad_final: Tensor | None, states: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
-    *rest, wanted = arguments
-    sources = zip(Arguments(*rest).differentiable, wanted, strict=True)
-    return tuple(torch.empty_like(each) if want and each is not None else states.new_empty(0) for each, want in sources)
+def _empty(call: Arguments | JointArguments, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that are not made yet."""
+    sources = zip(call.differentiable, wanted, strict=True)
+    return [torch.empty_like(each) if want and each is not None else None for each, want in sources]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    call = Arguments(*inputs)
+def _as_tensors(gradients: Sequence[Tensor | None], states: Tensor) -> tuple[Tensor, ...]:
+    """As an op returns them: something in the place of those that are not wanted."""
+    return tuple(states.new_empty(0) if each is None else each for each in gradients)
+
+
+def _setup_context(form: _Form, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    call = form.arguments(*inputs)
     made = Outputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(made.kept)
     ctx.places = [place for place, value in enumerate(call) if isinstance(value, Tensor)]
     ctx.others = [None if isinstance(value, Tensor) else value for value in call]
-    ctx.save_for_backward(states_for_backward(call, made), *(call[place] for place in ctx.places))
+    states = states_for_backward(call.separate, made)
+    ctx.save_for_backward(states, *(call[place] for place in ctx.places))
 
 
 def _differentiate(
-    ctx: Any, needed: Sequence[bool], grad_output: Tensor | None, grad_final: Tensor | None, _: Any
+    form: _Form,
+    ctx: Any,
+    needed: Sequence[bool],
+    grad_output: Tensor | None,
+    grad_final: Tensor | None,
+    _: Any,
 ) -> tuple[Tensor | None, ...]:
-    wanted = [needed[place] for place in _PLACES]
+    wanted = [needed[place] for place in form.places]
     made: Sequence[Tensor | None] = [None] * len(wanted)
     if any(wanted) and not (grad_output is None and grad_final is None):
         states, *saved = ctx.saved_tensors
@@ -108,26 +179,21 @@ def _differentiate(
         for place, tensor in zip(ctx.places, saved, strict=True):
             arguments[place] = tensor
         with torch.no_grad():
-            found = _BACKWARD(grad_output, grad_final, states, *arguments, wanted)
+            found = form.backward(grad_output, grad_final, states, *arguments, wanted)
         made = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True: a second differentiation must fail, not find zeros
-            sources = [arguments[place] for place in _PLACES] + [grad_output, grad_final]
+            sources = [arguments[place] for place in form.places] + [grad_output, grad_final]
             sources = [each for each in sources if each is not None]
             made = refuse_second_derivative(made, sources, _TWICE)
     gradients: list[Tensor | None] = [None] * len(needed)
-    for place, gradient in zip(_PLACES, made, strict=True):
+    for place, gradient in zip(form.places, made, strict=True):
         gradients[place] = gradient
     return tuple(gradients)
 
 
-_PLACES = [Arguments._fields.index(name) for name in DIFFERENTIABLE]
 _TWICE = (
     "structfly's linear_recurrence was differentiated twice, which it does not support; where a second derivative is "
     "needed, write the recurrence as a loop in torch"
 )
-
-torch.library.register_fake(NAME, _forward_fake)
-torch.library.register_fake(BACKWARD_NAME, _backward_fake)
-register_autograd(_FORWARD, _differentiate, _setup_context)
-torch.library.register_vmap(NAME, one_by_one(_FORWARD))
-torch.library.register_vmap(BACKWARD_NAME, one_by_one(_BACKWARD))
+_SEPARATE = _define(NAME, BACKWARD_NAME, ARGUMENTS, Arguments, DIFFERENTIABLE)
+_JOINT = _define(JOINT_NAME, JOINT_BACKWARD_NAME, JOINT_ARGUMENTS, JointArguments, JOINT_DIFFERENTIABLE)

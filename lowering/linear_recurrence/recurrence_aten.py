@@ -13,7 +13,6 @@ by the copy that every block begins with.  Within a chunk the operations are tho
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,14 +48,10 @@ def forward(call: Arguments) -> Outputs:
 
 
 def backward(
-    call: Arguments, kept: Tensor, grad_output: Tensor | None, grad_final: Tensor | None, wanted: Sequence[bool]
-) -> Gradients:
-    """The gradients that are ``wanted``; derivation in :mod:`structfly.lowering.linear_recurrence.op`."""
+    call: Arguments, kept: Tensor, grad_output: Tensor | None, grad_final: Tensor | None, made: Gradients
+) -> None:
+    """Write the gradients where ``made`` says; derivation in :mod:`structfly.lowering.linear_recurrence.op`."""
     batch, length, width = call.input.shape
-    made = Gradients._make(
-        torch.empty_like(each) if want and each is not None else None
-        for each, want in zip(call.differentiable, wanted, strict=True)
-    )
     ends = kept.new_zeros(call.sequences, width)  # e after the last steps, and in its place e before the first ones
     if grad_final is not None:
         ends.copy_(grad_final)
@@ -72,7 +67,6 @@ def backward(
             ends[part] = adjoint
     if made.initial is not None:
         made.initial.copy_(ends)
-    return made
 
 
 class Gate:

@@ -29,7 +29,7 @@ reads two, lies in the registers as the other tiles do, and no step has to be ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
@@ -126,20 +126,16 @@ def backward(
     states: Tensor,
     grad_output: Tensor | None,
     grad_final: Tensor | None,
-    wanted: Sequence[bool],
+    made: Gradients,
     shape: Shape | None = None,
-) -> Gradients:
-    """The gradients that are ``wanted``; derivation in :mod:`structfly.lowering.linear_recurrence.op`.
+) -> None:
+    """Write the gradients where ``made`` says; derivation in :mod:`structfly.lowering.linear_recurrence.op`.
 
     ``states`` are the output where there is no output gate; else those that were kept, of which the others are made.
     """
-    made = Gradients._make(
-        torch.empty_like(each) if want and each is not None else None
-        for each, want in zip(call.differentiable, wanted, strict=True)
-    )
     wants = {name for name, each in made._asdict().items() if each is not None}
     if not wants:
-        return made
+        return
     source = None
     if "gate" in wants or "output_gate" in wants:
         source = "output" if call.output_gate is None else "kept"
@@ -172,7 +168,6 @@ def backward(
     )
     if made.initial is not None and leaving is not None:
         made.initial.copy_(leaving)
-    return made
 
 
 class Run:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
 from structfly.nn.window_product import projected
+from structfly.ops.joint_recurrence import joint_linear_recurrence
 from structfly.ops.recurrence import linear_recurrence
 
-_POOLINGS = {"f": 2, "fo": 3, "ifo": 4}  # and how many features a unit takes: z, f, o, i
+_POOLINGS = {"f": "zf", "fo": "zfo", "ifo": "zfoi"}  # and what a unit takes, in the order of its projection
 
 
 class QRNNState(NamedTuple):
@@ -92,7 +93,7 @@ class QRNN(nn.Module):
         self.input_size, self.hidden_size, self.pooling, self.window = input_size, hidden_size, pooling, window
         self.bidirectional, self.zoneout = bidirectional, zoneout
         self.projections = nn.ModuleList(
-            nn.Linear(window * input_size, _POOLINGS[pooling] * hidden_size, bias=bias, device=device, dtype=dtype)
+            nn.Linear(window * input_size, len(_POOLINGS[pooling]) * hidden_size, bias=bias, device=device, dtype=dtype)
             for _ in range(2 if bidirectional else 1)
         )
 
@@ -131,22 +132,20 @@ class QRNN(nn.Module):
         return window
 
     def _pooled(self, projected: Tensor, cell: Tensor | None, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        order = _POOLINGS[self.pooling]
+        options: dict[str, Any] = {
+            "complement": "i" not in order,
+            "gate_activation": "sigmoid",
+            "input_activation": "tanh",
+            "initial_state": cell,
+            "reverse": reverse,
+        }
+        if not self.zoneout:
+            return joint_linear_recurrence(projected, order, **options)
         z, f, *others = projected.split(self.hidden_size, -1)
         o = others[0] if others else None
-        i = others[1] if len(others) > 1 else None
-        if self.zoneout:
-            f, i = self._zoned_out(f, i)
-        return linear_recurrence(
-            f,
-            z,
-            input_gate=i,
-            output_gate=o,
-            complement=i is None,
-            gate_activation="sigmoid",
-            input_activation="tanh",
-            initial_state=cell,
-            reverse=reverse,
-        )
+        f, i = self._zoned_out(f, others[1] if len(others) > 1 else None)
+        return linear_recurrence(f, z, input_gate=i, output_gate=o, **options)
 
     def _zoned_out(self, f: Tensor, i: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The logits of gates that keep the state, or in evaluation that move it by q = 1 - p of what it moved.

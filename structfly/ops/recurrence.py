@@ -118,18 +118,11 @@ def _composed(
         raise ArgumentError(f"input has shape {tuple(input.shape)}; allowed: (batch, steps, channels); unsqueeze it")
     for name, tensor in sequences.items():
         checks.check_shape(name, tensor, input.shape, "as input has")
-    checks.check_name("gate_activation", gate_activation, _GATE_ACTIVATIONS)
-    checks.check_name("input_activation", input_activation, _INPUT_ACTIVATIONS)
     checks.check_mixed_dtypes(floating)
     if complement and input_gate is not None:
         raise ArgumentError("complement is True and there is an input_gate; allowed: one of them, for each makes w")
-    checks.check_shape("reset", reset, input.shape[:2], "one for each step")
-    if reset is not None and reset.dtype != torch.bool:
-        raise ArgumentError(f"reset is {reset.dtype}; allowed: torch.bool; use reset != 0")
-    _check_offsets(offsets, input)
-    states = input.shape[0] if offsets is None else offsets.shape[0] - 1
-    checks.check_shape("initial_state", initial_state, (states, input.shape[2]), "a state for each sequence")
-    learned = any(tensor is not None and tensor.requires_grad for tensor in floating.values())
+    check_options(gate_activation, input_activation)
+    check_states(initial_state, reset, offsets, tuple(input.shape))
     call = Arguments(
         gate=gate,
         input=input,
@@ -142,13 +135,35 @@ def _composed(
         sigmoid=gate_activation == "sigmoid",
         tanh=input_activation == "tanh",
         reverse=reverse,
-        keep=learned and torch.is_grad_enabled(),
+        keep=is_learned(*floating.values()),
     )
     output, final, _ = fused(*call)
     return output, final
 
 
-def _check_offsets(offsets: Tensor | None, input: Tensor) -> None:
+def is_learned(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of one of them may be asked for."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def check_options(gate_activation: str, input_activation: str) -> None:
+    """Refuse activations that are none."""
+    checks.check_name("gate_activation", gate_activation, _GATE_ACTIVATIONS)
+    checks.check_name("input_activation", input_activation, _INPUT_ACTIVATIONS)
+
+
+def check_states(initial: Tensor | None, reset: Tensor | None, offsets: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Refuse what does not fit sequences of ``shape`` (batch, steps, channels)."""
+    batch, _, width = shape
+    checks.check_shape("reset", reset, shape[:2], "one for each step")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ArgumentError(f"reset is {reset.dtype}; allowed: torch.bool; use reset != 0")
+    _check_offsets(offsets, batch)
+    states = batch if offsets is None else offsets.shape[0] - 1
+    checks.check_shape("initial_state", initial, (states, width), "a state for each sequence")
+
+
+def _check_offsets(offsets: Tensor | None, batch: int) -> None:
     if offsets is None:
         return
     if offsets.ndim != 1 or offsets.shape[0] < 2 or offsets.is_floating_point() or offsets.dtype == torch.bool:
@@ -156,9 +171,9 @@ def _check_offsets(offsets: Tensor | None, input: Tensor) -> None:
             f"offsets has shape {tuple(offsets.shape)} and {offsets.dtype}; allowed: (sequences + 1,) integers, the "
             "running sum of the lengths, from 0"
         )
-    if input.shape[0] != 1:
+    if batch != 1:
         raise ArgumentError(
-            f"offsets are given with {input.shape[0]} rows of input; allowed: 1, in which the sequences follow one "
+            f"offsets are given with {batch} rows of input; allowed: 1, in which the sequences follow one "
             "another; use input.reshape(1, -1, channels)"
         )
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from structfly.lowering.linear_recurrence.arguments import Arguments
-from structfly.lowering.linear_recurrence.op import linear_recurrence
+from structfly.lowering.linear_recurrence.arguments import LETTERS, Arguments, Gradients, JointArguments
+from structfly.lowering.linear_recurrence.op import joint_linear_recurrence, linear_recurrence
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -148,6 +149,41 @@ def run(call: Arguments, *leaves: Any) -> Tensor:
 def run_reference(call: Arguments, *leaves: Any) -> Tensor:
     """What the specification gives for these leaves."""
     return joined(*linear_recurrence_reference(*with_leaves(call, leaves)[:-1]))
+
+
+def joint_of(call: Arguments, order: str) -> JointArguments:
+    """The same call with its sequences side by side, in the dtype and layout of the input; ``order`` has a letter for
+    each that there is."""
+    parts = [getattr(call, LETTERS[letter]).detach().to(call.input.dtype) for letter in order]
+    needs = any(getattr(call, LETTERS[letter]).requires_grad for letter in order)
+    return JointArguments(torch.cat(parts, 2).requires_grad_(needs), order, *call[4:])
+
+
+def run_joint(call: JointArguments, joint: Any, initial: Any) -> Tensor:
+    """What the op gives for these leaves."""
+    output, final, _ = joint_linear_recurrence(*call._replace(joint=joint, initial=initial))
+    return joined(output, final)
+
+
+def run_joint_reference(call: JointArguments, joint: Any, initial: Any) -> Tensor:
+    """What the specification gives for slices of these leaves."""
+    return joined(*linear_recurrence_reference(*call._replace(joint=joint, initial=initial).separate[:-1]))
+
+
+def backward_by(
+    lowering: Any,
+    call: Arguments,
+    states: Tensor,
+    grad_output: Tensor | None,
+    grad_final: Tensor | None,
+    wanted: Sequence[bool],
+    *shape: Any,
+) -> Gradients:
+    """The gradients that are ``wanted``, as the lowering writes them."""
+    sources = zip(call.differentiable, wanted, strict=True)
+    made = Gradients(*(torch.empty_like(each) if want and each is not None else None for each, want in sources))
+    lowering.backward(call, states, grad_output, grad_final, made, *shape)
+    return made
 
 
 def upstream_for(call: Arguments) -> Tensor:

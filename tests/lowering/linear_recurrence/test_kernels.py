@@ -21,8 +21,10 @@ from structfly.lowering.linear_recurrence.arguments import Arguments
 from structfly.lowering.linear_recurrence.recurrence_triton import Shape
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 from tests.lowering.linear_recurrence.cases import (
+    backward_by,
     calls,
     joined,
+    joint_of,
     leaves_of,
     make_call,
     run_reference,
@@ -52,7 +54,7 @@ class Kernels(torch.autograd.Function):
         (states,) = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[2:])
         output, final = upstream
-        return None, None, *recurrence_triton.backward(ctx.call, states, output, final, wanted, ctx.shape)
+        return None, None, *backward_by(recurrence_triton, ctx.call, states, output, final, wanted, ctx.shape)
 
 
 def run_kernels(call: Arguments, shape: Shape | None, *leaves: Any) -> Tensor:
@@ -81,6 +83,23 @@ def test_groups_of_chunks(options: dict[str, Any], lengths: tuple[int, ...], rev
     check(make_call(2, 37, 3, lengths=lengths, reverse=reverse, device=DEVICE, **options), Shape(1, 2, 4, 1, 2))
 
 
+@pytest.mark.parametrize("options", [{"weight": "complement"}, FULL])
+def test_gradients_are_written_into_slices_of_one_tensor(options: dict[str, Any]) -> None:
+    call = make_call(2, 29, 5, device=DEVICE, **options)
+    joint = joint_of(call, "zfoi" if call.input_gate is not None else "fz")
+    separate = joint.separate
+    made = recurrence_triton.forward(separate, SMALL)
+    states = made.output if separate.output_gate is None else made.kept
+    upstream = torch.randn_like(made.output)
+    alone = backward_by(recurrence_triton, separate, states, upstream, None, [True] * 5, SMALL)
+    together = torch.full_like(joint.joint, float("nan"))
+    into = joint.gradients((together, None))
+    recurrence_triton.backward(separate, states, upstream, None, into, SMALL)
+    for one, other in zip(into[:4], alone[:4], strict=True):
+        assert torch.equal(one, other) if one is not None and other is not None else one is other
+    assert together.isfinite().all()
+
+
 @pytest.mark.parametrize("lengths", [(), (0, 0)])
 def test_without_steps_the_state_stays(lengths: tuple[int, ...]) -> None:
     call = make_call(2, 0, 3, lengths=lengths, device=DEVICE)
@@ -89,7 +108,7 @@ def test_without_steps_the_state_stays(lengths: tuple[int, ...]) -> None:
     assert torch.equal(made.final, call.initial)
     upstream = torch.randn(2, 3, device=DEVICE)
     wanted = [True, True, False, False, True]
-    initial = recurrence_triton.backward(call, made.output, None, upstream, wanted, SMALL).initial
+    initial = backward_by(recurrence_triton, call, made.output, None, upstream, wanted, SMALL).initial
     assert initial is not None
     assert torch.equal(initial, upstream)
 
@@ -112,7 +131,9 @@ def test_nothing_passes_a_reset(of: str, packed: bool, reverse: bool) -> None:
     assert not output[:, earlier].isfinite().any()
     upstream = torch.zeros_like(made.output)
     upstream[:, later] = float("nan")
-    gradients = recurrence_triton.backward(call, made.output, upstream, None, [False, True, False, False, False], SMALL)
+    gradients = backward_by(
+        recurrence_triton, call, made.output, upstream, None, [False, True, False, False, False], SMALL
+    )
     assert gradients.input is not None
     assert gradients.input[:, earlier].eq(0).all()
 
@@ -191,7 +212,7 @@ def test_steps_may_lie_more_than_2_to_the_31_elements_apart(shape: Shape) -> Non
         called = call._replace(input=each)
         output = recurrence_triton.forward(called, shape).output
         wanted = [True, False, False, False, False]
-        made.append((output, recurrence_triton.backward(called, output, output, None, wanted, shape).gate))
+        made.append((output, backward_by(recurrence_triton, called, output, output, None, wanted, shape).gate))
     (far, far_gradient), (near, near_gradient) = made
     assert torch.equal(far, near)
     assert far_gradient is not None
@@ -271,7 +292,7 @@ def test_same_bits_every_time_where_programs_wait_for_each_other(
     for _ in range(10):
         made = recurrence_triton.forward(call)
         wanted = [True, True, False, False, True]
-        found = recurrence_triton.backward(call, made.output, upstream, made.final, wanted)
+        found = backward_by(recurrence_triton, call, made.output, upstream, made.final, wanted)
         all_made = [made.output, made.final, found.gate, found.input, found.initial]
         first = first or all_made
         for one, other in zip(first, all_made, strict=True):
@@ -333,7 +354,7 @@ def test_backward_takes_little_memory_beside_its_gradients(dtype: torch.dtype) -
     upstream = torch.randn_like(made.output)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    recurrence_triton.backward(call, made.output, upstream, None, [True, True, False, False, False])
+    backward_by(recurrence_triton, call, made.output, upstream, None, [True, True, False, False, False])
     size = made.output.numel() * made.output.element_size()
     assert torch.cuda.max_memory_allocated() - before <= (2 + 1 / 32) * size
 
