@@ -18,7 +18,7 @@ from structfly.patterns.linear_recurrence.lifting import why_not_lifted
 from structfly.patterns.linear_recurrence.loops import MIN_STEPS, SlicedNodes
 from structfly.patterns.linear_recurrence.slices import read_slice
 from structfly.patterns.linear_recurrence.step_pattern import Match, Pattern
-from structfly.patterns.linear_recurrence.steps import Loop, Run
+from structfly.patterns.linear_recurrence.steps import Loop, Run, moving_parts
 from structfly.rewriter.calls import Call
 from structfly.rewriter.region import Region, example
 
@@ -173,7 +173,7 @@ class Joins:
         runs = _runs(pattern, matches, states)
         if runs is None:
             return None
-        value = pattern.expression(matches[0], {number for number, run in enumerate(runs) if run.stride})
+        value = pattern.expression(matches[0], moving_parts(runs))
         if not depends(value, State()) or why_not_lifted(value) is not None:
             return None
         own = {node for match in matches for node in match.nodes.values() if not self.sliced.is_shared(node)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,8 +132,9 @@ class Pattern:
             return self._alike((mine.start, mine.stop, mine.step), (other.start, other.stop, other.step), match)
         return bool(mine == other)
 
-    def expression(self, first: Match, moving: set[int]) -> Expression:
-        """What a step computes; values that all share are those of the ``first`` step."""
+    def expression(self, first: Match, parts: Mapping[int, int]) -> Expression:
+        """What a step computes; values that all share are those of the ``first`` step, and ``parts`` are the numbers of
+        the :class:`Part` that slices which move through time become."""
         made: dict[fx.Node, Expression] = {}
 
         def of(node: fx.Node) -> Expression:
@@ -145,8 +146,8 @@ class Pattern:
             if node is self._state:
                 return State()
             number = self._parts.get(node)
-            if number is not None and number in moving:
-                return Part(number)
+            if number is not None and number in parts:
+                return Part(parts[number])
             if number is not None or self._sliced.is_shared(node):
                 return Shared(first.nodes[node])
             return operation(node, of)

@@ -5,7 +5,7 @@ The last step is the pattern, and every other one is compared with it, node by n
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,17 +105,18 @@ def read_way(way: Way, sliced: SlicedNodes, others: Set[fx.Node]) -> Loop | Unli
         state = match.before
     if len(states) < MIN_STEPS:
         return Unlike(unlike, f"{unlike.name} is not the same function of its slices in this step as in the next", last)
-    moving = {number for number, stride in strides.items() if stride}
+    first = matches[-1]
+    runs = tuple(
+        Run(sequence, first.indices[number], strides[number]) for number, sequence in enumerate(pattern.sequences)
+    )
+    moving = moving_parts(runs)
     if not moving:
         return None
-    first = matches[-1]
     return Loop(
         states=tuple(reversed(states)),
         initial=state,
         step=pattern.expression(first, moving),
-        runs=tuple(
-            Run(sequence, first.indices[number], strides[number]) for number, sequence in enumerate(pattern.sequences)
-        ),
+        runs=runs,
         nodes=frozenset(node for match in matches for mine, node in match.nodes.items() if not sliced.is_shared(mine)),
         shared=frozenset(
             first.nodes[node] for node in first.nodes if sliced.is_shared(node) or _is_still(node, pattern, moving)
@@ -123,6 +124,12 @@ def read_way(way: Way, sliced: SlicedNodes, others: Set[fx.Node]) -> Loop | Unli
     )
 
 
-def _is_still(node: fx.Node, pattern: Pattern, moving: set[int]) -> bool:
+def moving_parts(runs: tuple[Run, ...]) -> dict[int, int]:
+    """Those that move through time, by their number, and the first that is the same: a slice that is taken twice is
+    one."""
+    return {number: runs.index(run) for number, run in enumerate(runs) if run.stride}
+
+
+def _is_still(node: fx.Node, pattern: Pattern, moving: Mapping[int, int]) -> bool:
     number = pattern.part(node)
     return number is not None and number not in moving

@@ -115,6 +115,27 @@ def test_a_layer(name: str, dtype: torch.dtype) -> None:
     assert Flags(call.complement, call.sigmoid, call.tanh, call.input_gate is not None) == flags
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_slice_that_is_taken_twice_is_one(shift: int) -> None:
+    """And one of another step is another."""
+
+    def function(f: Tensor, z: Tensor) -> Tensor:
+        h, hs = torch.zeros_like(z[:, 0]), []
+        for t in range(1, z.shape[1]):
+            h = f[:, t] * h + (1 - f[:, t - shift]) * z[:, t]
+            hs.append(h)
+        return torch.stack(hs, 1)
+
+    fast = Rewritten(function)
+    generator = torch.Generator().manual_seed(0)
+    assert_like_eager(
+        fast, function, [torch.rand(BATCH, STEPS, UNITS, generator=generator).requires_grad_() for _ in "fz"]
+    )
+    (node,) = fast.calls_of(OP)
+    given: Any = node.args
+    assert Arguments(*given).complement == (shift == 0)
+
+
 def test_a_gate_next_to_one_keeps_its_complement() -> None:
     """1 - sigmoid(20) is 0 in float32; of the logits it is 2e-9."""
     function = layer(lambda h, z, f, i: f.sigmoid() * h + (1 - f.sigmoid()) * z)
