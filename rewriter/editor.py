@@ -134,7 +134,7 @@ class Editor:
         self._replaced.append((old, new, users))
 
     def erase(self, nodes: Sequence[fx.Node]) -> None:
-        """Remove those of ``nodes`` that nothing uses any more, on commit."""
+        """Remove those of ``nodes`` that are there and that nothing uses any more, on commit."""
         self._dead.extend(nodes)
 
     def commit(self) -> None:
@@ -144,10 +144,8 @@ class Editor:
             self._moved_users.append((old, new, users))
         self._graph.lint()
         self._successors.update((old, new) for old, new, _ in self._replaced)
-        positions = {node: index for index, node in enumerate(self._graph.nodes)}
-        for node in sorted(
-            {*self._dead, *(old for old, _, _ in self._replaced)}, key=positions.__getitem__, reverse=True
-        ):
+        superfluous = {*self._dead, *(old for old, _, _ in self._replaced)}
+        for node in reversed([each for each in self._graph.nodes if each in superfluous]):
             if not node.users:
                 self._graph.erase_node(node)
 

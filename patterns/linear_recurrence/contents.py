@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeGuard
 
 from torch import fx
@@ -39,7 +38,6 @@ class Contents:
         spans, dims: of owners.
         views: of other nodes that are known.
         terms: products that nothing was written into.
-        continued: owners of which other states are made.
         writes: what writes into an owner.
     """
 
@@ -48,7 +46,6 @@ class Contents:
         self.dims: dict[fx.Node, int] = {}
         self.views: dict[fx.Node, View] = {}
         self.terms: dict[fx.Node, Term] = {}
-        self.continued: set[fx.Node] = set()
         self.writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         self._clones: dict[fx.Node, fx.Node] = {}
         self._lost: set[fx.Node] = set()
@@ -121,10 +118,6 @@ class Contents:
         self._clones[node] = self._clones.get(source, source)
         self._store(node)
 
-    def continue_(self, nodes: Iterable[object]) -> None:
-        """Other states are made of these."""
-        self.continued.update(map(self.owner, nodes))
-
     def write(self, node: fx.Node, targets: list[fx.Node], new: tuple[int, Spans] | None) -> bool:
         """What ``node`` leaves in the first of ``targets`` from a place on, None if that is not known; of others that
         share its memory nothing is known any more.  Returns whether it is known of that one."""
@@ -140,7 +133,6 @@ class Contents:
             self._lose(owner)
             return False
         self.spans[owner] = spans
-        self.continued.discard(owner)
         self.writes[owner].append(node)
         return True
 

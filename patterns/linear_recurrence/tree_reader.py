@@ -69,7 +69,6 @@ class TreeReader:
         self.contents.views[call.node] = view
         content = self.contents.of(call.node, part.dim)
         if content is not None and self.contents.is_whole(content, part.dim):  # what was padded is cut off
-            self.contents.continued.add(view.owner)
             del self.contents.views[call.node]
             self.contents.own(call.node, content, part.dim)
 
@@ -92,7 +91,6 @@ class TreeReader:
             self.contents.views[node] = view
         else:
             self.contents.own(node, content, inside)
-            self.contents.continued.add(source)
 
     def _pad(self, call: Call) -> None:
         added = padding(call)
@@ -116,7 +114,6 @@ class TreeReader:
         if kind is not None:
             pieces = [each.pieces if isinstance(each, Spans) else each for each in contents if each is not None]
             self.contents.own(node, Spans(*kind, algebra.joined(piece for each in pieces for piece in each)), dim)
-            self.contents.continue_(part for part in parts if isinstance(part, fx.Node))
             self._used.update(part for part in node.all_input_nodes if not self.contents.is_known(part))
 
     def _interleave(self, call: Call) -> None:
@@ -135,7 +132,6 @@ class TreeReader:
         kind, pieces = algebra.kind((one, other)), algebra.interleaved(one.pieces, other.pieces)
         if kind is not None and pieces is not None:
             self.contents.own(call.node, Spans(*kind, pieces), dim)
-            self.contents.continue_(stack["tensors"])
             self._used.add(stack.node)
 
     # --------------------------------------------------------------------------------------------------- operations
@@ -157,7 +153,6 @@ class TreeReader:
             contents = self._factors(*factors, dim)
             made = None if dim is None or contents is None else self._state(call["input"], contents, dim)
             if dim is not None and made is not None:
-                self.contents.continue_(factors)
                 return made, dim
         return None
 
@@ -169,7 +164,6 @@ class TreeReader:
             return None
         if not written(call.node):
             self.contents.multiply(call.node, contents, dim)
-        self.contents.continue_(factors)
         made = algebra.product(*contents)
         return None if made is None else (made, dim)
 
@@ -182,12 +176,9 @@ class TreeReader:
     def _state(self, node: object, factors: tuple[Spans, Spans], dim: int) -> Spans | None:
         """``node`` plus a product of those."""
         behind = self.contents.of(node, dim)
-        made = None
-        if behind is not None:
-            made = algebra.state(behind, *factors) or algebra.state(behind, *factors[::-1])
-        if made is not None:
-            self.contents.continue_((node,))
-        return made
+        if behind is None:
+            return None
+        return algebra.state(behind, *factors) or algebra.state(behind, *factors[::-1])
 
     # ------------------------------------------------------------------------------------------------------- writes
 

@@ -38,13 +38,13 @@ def read_trees(region: Region, rule: str) -> Iterator[WholeSite | Miss]:
 def _states(reader: TreeReader) -> list[fx.Node]:
     """Nodes that hold states of all steps, or of a window of four or more, and of which no others are made."""
     contents = reader.contents
-    return [
+    found = [
         node
         for node, spans in contents.spans.items()
-        if node not in contents.continued
-        and contents.is_whole(spans, contents.dims[node])
-        and (algebra.is_complete(spans) or algebra.reach(spans) >= 4)
+        if contents.is_whole(spans, contents.dims[node]) and (algebra.is_complete(spans) or algebra.reach(spans) >= 4)
     ]
+    continued = set[fx.Node]().union(*(_made_by(node, reader) - {node} for node in found))
+    return [node for node in found if node not in continued]
 
 
 def _site(node: fx.Node, reader: TreeReader, rule: str) -> WholeSite | Miss:
@@ -80,8 +80,8 @@ def _site(node: fx.Node, reader: TreeReader, rule: str) -> WholeSite | Miss:
     return whole_site(node, gate, input, dim, frozenset(nodes), kept, region, rule, last)
 
 
-def _nodes_of(node: fx.Node, reader: TreeReader) -> set[fx.Node]:
-    """What ``node`` is made by, and what is made of that and used by nobody."""
+def _made_by(node: fx.Node, reader: TreeReader) -> set[fx.Node]:
+    """What the states ``node`` are made by, of gates and inputs; with them."""
     spans, writes = reader.contents.spans[node], reader.contents.writes
     found: set[fx.Node] = set()
     pending = [node]
@@ -90,8 +90,18 @@ def _nodes_of(node: fx.Node, reader: TreeReader) -> set[fx.Node]:
         if each not in found and each not in (spans.gate, spans.input) and reader.has_read(each):
             found.add(each)
             pending += [*each.all_input_nodes, *writes.get(each, ())]
+    return found
+
+
+def _nodes_of(node: fx.Node, reader: TreeReader) -> set[fx.Node]:
+    """What ``node`` is made by, and what is made of that and used by nobody."""
+    spans, found = reader.contents.spans[node], _made_by(node, reader)
+    below = {*found, spans.gate, spans.input}
+    for each in reader.region.graph.nodes:
+        if reader.has_read(each) and not below.isdisjoint(each.all_input_nodes):
+            below.add(each)
     for each in reversed(reader.region.graph.nodes):
-        if each not in found and reader.has_read(each) and found.issuperset(each.users):
+        if each in below and found.issuperset(each.users):
             found.add(each)
     return found.difference((spans.gate, spans.input))
 

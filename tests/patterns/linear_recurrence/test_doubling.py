@@ -98,3 +98,27 @@ def test_other_rounds_are_left_alone(function: Callable[..., Tensor]) -> None:
     fast = Rewritten(function)
     assert_like_eager(fast, function, inputs(steps=9))
     assert not fast.calls_of(OP)
+
+
+def one_after_another(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    """The second sees two steps of the first, whose states others use as well."""
+    first = doubling()(f, z, h0, mask)
+    seen = F.pad(first[:, :-1], (0, 0, 1, 0)) + first
+    return doubling()(f * 0.5, seen, h0, mask) * first
+
+
+def with_one_gate(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    one, other = z, z.flip(1)
+    for k in (1, 2, 4, 8):
+        one = one + f * SHIFTS["pad"](one, k, 0.0)
+        other = other + f * SHIFTS["pad"](other, k, 0.0)
+        f = f * SHIFTS["pad"](f, k, 1.0)
+    return one - other
+
+
+@pytest.mark.parametrize("function", [one_after_another, with_one_gate])
+def test_two_recurrences_in_one_graph(function: Callable[..., Tensor]) -> None:
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, inputs(steps=9), roundings=32)
+    assert fast.statuses == ["rewritten", "rewritten"], fast.sites
+    assert len(fast.calls_of(OP)) == 2
