@@ -140,14 +140,21 @@ def opened(step: Affine, runs: tuple[Run, ...]) -> tuple[Affine, tuple[Run, ...]
     too, behind the others."""
     gate, input, reset = step
     for number, run in enumerate(runs):
-        call = read(run.sequence.source)
-        if call is None or call.op not in _ACTIVATIONS or written(call.node):
-            continue
-        source = call["input"]
-        inside, whole = example(source), example(call.node)
-        if inside is None or whole is None or inside.dtype != whole.dtype:
-            continue
-        within = Operation(call.op, (("input", Part(len(runs))),), call.node)
-        runs = (*runs, run._replace(sequence=run.sequence._replace(source=source)))
-        gate, input = (replaced(each, Part(number), within) for each in (gate, input))
+        for op in _ACTIVATIONS:
+            inside = opened_run(run, op)
+            if inside is not None:
+                within = Operation(op, (("input", Part(len(runs))),), run.sequence.source)
+                runs = (*runs, inside)
+                gate, input = (replaced(each, Part(number), within) for each in (gate, input))
     return Affine(gate, input, reset), runs
+
+
+def opened_run(run: Run, op: str) -> Run | None:
+    """Of a sequence that is ``op`` of another one as a whole, that one; None of others."""
+    call = read(run.sequence.source)
+    if call is None or call.op != op or written(call.node):
+        return None
+    inside, whole = example(call["input"]), example(call.node)
+    if inside is None or whole is None or inside.dtype != whole.dtype or inside.requires_grad != whole.requires_grad:
+        return None
+    return run._replace(sequence=run.sequence._replace(source=call["input"]))

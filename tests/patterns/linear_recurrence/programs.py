@@ -10,6 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from structfly.lowering.linear_recurrence.arguments import LETTERS, Arguments
+from tests.compiling import Rewritten
+
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SLICES: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
@@ -161,3 +164,14 @@ def inputs(
         torch.randn(*s, generator=generator).to(dtype).requires_grad_() for s in ((batch, steps, width), (batch, width))
     )
     return [f, z, h0, torch.rand(batch, steps, generator=generator) < 0.3]
+
+
+def calls(fast: Rewritten) -> list[Arguments]:
+    """The op's calls in either form, tensors as nodes; a tensor that is taken whole stands for each of its parts."""
+    found: list[Any] = fast.calls_of(torch.ops.structfly.linear_recurrence_v1.default)
+    joint: list[Any] = fast.calls_of(torch.ops.structfly.joint_linear_recurrence_v1.default)
+    made = [node.args for node in found]
+    for node in joint:
+        whole, order, *rest = node.args
+        made.append((*(whole if letter in order else None for letter in LETTERS), *rest))
+    return [Arguments(*each) for each in made]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structfly.lowering.linear_recurrence.arguments import Arguments
 from tests.compiling import Rewritten
 from tests.oracle import assert_like_eager
+from tests.patterns.linear_recurrence.programs import calls
 
-OP = torch.ops.structfly.linear_recurrence_v1.default
 BATCH, STEPS, INPUTS, UNITS = 2, 7, 3, 4
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -109,9 +108,7 @@ def test_a_layer(name: str, dtype: torch.dtype) -> None:
     fast = Rewritten(function)
     assert_like_eager(fast, function, arguments, dtype, roundings=32)
     assert fast.statuses == ["rewritten"], fast.sites
-    (node,) = fast.calls_of(OP)
-    given: Any = node.args
-    call = Arguments(*given)
+    (call,) = calls(fast)
     assert Flags(call.complement, call.sigmoid, call.tanh, call.input_gate is not None) == flags
 
 
@@ -131,9 +128,27 @@ def test_a_slice_that_is_taken_twice_is_one(shift: int) -> None:
     assert_like_eager(
         fast, function, [torch.rand(BATCH, STEPS, UNITS, generator=generator).requires_grad_() for _ in "fz"]
     )
-    (node,) = fast.calls_of(OP)
-    given: Any = node.args
-    assert Arguments(*given).complement == (shift == 0)
+    (call,) = calls(fast)
+    assert call.complement == (shift == 0)
+
+
+def test_activations_without_gradients_have_none() -> None:
+    def function(f: Tensor, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            f = torch.sigmoid(f)
+        h, hs = torch.zeros_like(z[:, 0]), []
+        for t in range(z.shape[1]):
+            h = f[:, t] * h + z[:, t]
+            hs.append(h)
+        return torch.stack(hs, 1)
+
+    generator = torch.Generator().manual_seed(0)
+    shape = BATCH, STEPS, UNITS
+    given = torch.randn(shape, generator=generator, requires_grad=True)
+    fast = Rewritten(function)
+    assert_like_eager(fast, function, [given, torch.randn(shape, generator=generator).requires_grad_()])
+    (call,) = calls(fast)
+    assert not call.sigmoid
 
 
 def test_a_gate_next_to_one_keeps_its_complement() -> None:
