@@ -41,11 +41,13 @@ _ACTIVATIONS = ("sigmoid", "tanh")
 
 
 class Folded(NamedTuple):
-    """A step ``f p + w z`` by the op's arguments; ``reset`` as in :class:`Affine`."""
+    """A step ``f p + w z`` by the op's arguments, and ``output_gate`` o of o c that is used in the place of states c;
+    ``reset`` as in :class:`Affine`."""
 
     gate: Expression
     input: Expression
     input_gate: Expression | None = None
+    output_gate: Expression | None = None
     complement: bool = False
     sigmoid: bool = False
     tanh: bool = False

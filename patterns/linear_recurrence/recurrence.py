@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from torch import Tensor, fx
 
 from structfly.compat import expression
 from structfly.lowering.linear_recurrence import op as _op  # noqa: F401  defines it
-from structfly.lowering.linear_recurrence.arguments import Arguments
+from structfly.lowering.linear_recurrence.arguments import LETTERS, Arguments, JointArguments
 from structfly.patterns.linear_recurrence.folding import Folded
+from structfly.patterns.linear_recurrence.joint import joint_of
 from structfly.patterns.linear_recurrence.lifting import Lifted, Lifting
 from structfly.rewriter.editor import Editor
 
@@ -21,6 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Of states."""
 
 _OP: Any = torch.ops.structfly.linear_recurrence_v1.default
+_JOINT_OP: Any = torch.ops.structfly.joint_linear_recurrence_v1.default
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,21 @@ class Recurrence:
 
 
 class Written(NamedTuple):
-    """The op's call, and all states (steps, *state) in the order of time."""
+    """The op's call, and all states (steps, *state) in the order of time, or what an output gate makes of them."""
 
     call: fx.Node
     states: fx.Node
 
 
-def write(site: Recurrence, lift: Lifting, editor: Editor) -> Written:
-    """Write the call, with what ``lift`` makes of the step's gate and input."""
+def write(site: Recurrence, lift: Lifting, editor: Editor, own: Collection[fx.Node]) -> Written:
+    """Write the call, with what ``lift`` makes of the step's gates and input, in the place of the nodes ``own``."""
     step = site.step
-    given = [step.gate, step.input, *([] if step.input_gate is None else [step.input_gate])]
-    tensors, initial = _broadcast([_timed(lift(value), site, editor) for value in given], site, editor)
+    names = [name for name in LETTERS.values() if getattr(step, name) is not None]
+    lifted = [_timed(lift(getattr(step, name)), site, editor) for name in names]
+    tensors, initial = _broadcast(lifted, site, editor)
     reset = None if step.reset is None else _mask(lift(step.reset), tensors[1], site, editor)
-    sequences = [_sequence(tensor, site.rank, editor) for tensor in tensors]
+    sequences = {name: _sequence(tensor, site.rank, editor) for name, tensor in zip(names, tensors, strict=True)}
     arguments: dict[str, Any] = {
-        "gate": sequences[0],
-        "input": sequences[1],
-        "input_gate": None if step.input_gate is None else sequences[2],
-        "output_gate": None,
         "initial": None if initial is None else _batched(initial, site.rank, editor),
         "reset": reset,
         "offsets": None,
@@ -84,7 +84,14 @@ def write(site: Recurrence, lift: Lifting, editor: Editor) -> Written:
         "reverse": site.backward,
         "keep": site.gradient,
     }
-    call = editor.call(_OP, *Arguments(**arguments))
+    letters = {letter: sequences[name] for letter, name in LETTERS.items() if name in sequences}
+    joint = joint_of(letters, own, editor) if site.gradient else None
+    if joint is not None:
+        arguments |= {"joint": joint.tensor, "order": joint.order}
+        call = editor.call(_JOINT_OP, *JointArguments(**arguments))
+    else:
+        arguments |= {name: sequences.get(name) for name in LETTERS.values()}
+        call = editor.call(_OP, *Arguments(**arguments))
     return Written(call, _by_time(editor.getitem(call, 0), tuple(site.like.shape), editor))
 
 

@@ -22,7 +22,7 @@ def rewrite_loop(site: LoopSite, editor: Editor) -> None:
     """Compute all states where the loop's inputs are there, and give them to their users."""
     steps = steps_of(site.loop.runs, len(site.loop.states))
     _go_to_place(site, editor)
-    written = write(site.recurrence, Lifting(editor, parts_of(site.loop.runs, steps, editor)), editor)
+    written = write(site.recurrence, Lifting(editor, parts_of(site.loop.runs, steps, editor)), editor, site.dead_nodes)
     _give_single(site, steps, written, editor)
     for collector in site.collectors:
         _collect(collector, steps, written.states, editor)

@@ -17,6 +17,7 @@ from structfly.patterns.linear_recurrence.folding import fold, opened
 from structfly.patterns.linear_recurrence.lifting import steps_of, why_not_lifted
 from structfly.patterns.linear_recurrence.loops import SlicedNodes
 from structfly.patterns.linear_recurrence.menu import recurrence_menu, unrolled
+from structfly.patterns.linear_recurrence.output_gates import with_output_gate
 from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence
 from structfly.patterns.linear_recurrence.rewrite import rewrite_loop
 from structfly.patterns.linear_recurrence.scan_rewrite import rewrite_scan
@@ -100,7 +101,7 @@ class LinearRecurrence:
         slices = [node for node in loop.nodes if node in joins.sliced.slices]
         picked = any(example(node.all_input_nodes[0]) is not None for node in slices)
         operations = sum(node not in joins.sliced.slices for node in loop.nodes)
-        return LoopSite(
+        site = LoopSite(
             rule=self.name,
             name=name,
             node=last,
@@ -112,6 +113,7 @@ class LinearRecurrence:
             loop=loop,
             collectors=tuple(collectors),
         )
+        return with_output_gate(site, region)
 
 
 def _why_not(loop: Loop, step: Affine, region: Region) -> tuple[fx.Node, str] | None:

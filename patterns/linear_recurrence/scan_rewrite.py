@@ -20,7 +20,8 @@ def rewrite_scan(site: ScanSite, editor: Editor) -> None:
     def part(number: int) -> fx.Node:
         return editor.current(site.parts[number])
 
-    made = {place: write(each, Lifting(editor, part), editor) for place, each in site.by_place.items()}
+    own = {site.node, *site.node.users, *site.unseen}
+    made = {place: write(each, Lifting(editor, part), editor, own) for place, each in site.by_place.items()}
     first = next(iter(made.values()))
     lift = Lifting(editor, part, first.states)
     for user in [each for each in site.node.users if each not in site.unseen]:
@@ -33,7 +34,7 @@ def rewrite_scan(site: ScanSite, editor: Editor) -> None:
             editor.replace(user, last_state(site.recurrence, first, editor))
             continue
         _give(user, whole, site.recurrence.backward, editor)
-    editor.erase([site.node, *site.node.users, *site.unseen])
+    editor.erase(list(own))
 
 
 def _all_steps(value: Lifted, like: fx.Node, editor: Editor) -> fx.Node:

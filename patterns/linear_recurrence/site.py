@@ -60,7 +60,8 @@ class LoopSite(RecurrenceSite):
         """The nodes of steps and collectors, but for what others use of a step and what that is made of."""
         states = set(self.loop.states)
         own = set(self.loop.nodes).union(*(each.nodes for each in self.collectors))
-        pending = [node for node in self.loop.nodes - states if not own.issuperset(node.users)]
+        ends = states.union(*((each.node, *each.writes) for each in self.collectors))
+        pending = [node for node in own - ends if not own.issuperset(node.users)]
         while pending:
             node = pending.pop()
             if node in own and node not in states:

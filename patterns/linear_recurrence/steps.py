@@ -77,7 +77,22 @@ class Loop:
 
 def read_way(way: Way, sliced: SlicedNodes, others: Set[fx.Node]) -> Loop | Unlike | None:
     """The loop on a way, or what keeps its steps from being one function; None if nothing moves along it.  ``others``
-    are the states of other loops."""
+    are the states of other loops.
+
+    The way may begin with what is made of the last state, by an operation that looks like one of the step: the last
+    state is one of the nodes of the first period.
+    """
+    found = _read_from(way, sliced, others)
+    for first in range(way.first + 1, way.first + way.period):
+        if not isinstance(found, Unlike):
+            return found
+        later = _read_from(way._replace(first=first), sliced, others)
+        found = later if isinstance(later, Loop) else found
+    return found
+
+
+def _read_from(way: Way, sliced: SlicedNodes, others: Set[fx.Node]) -> Loop | Unlike | None:
+    """The same, with the last state where the way begins."""
     last, before = way.nodes[way.first], way.nodes[way.first + way.period]
     pattern = Pattern(last, before, sliced, {*way.nodes[way.first + way.period + 1 :], *others})
     if not pattern.sequences:

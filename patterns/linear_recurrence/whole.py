@@ -12,7 +12,7 @@ from structfly import compat
 from structfly.lowering.linear_recurrence.op import DEVICES
 from structfly.patterns.linear_recurrence.affine import Affine
 from structfly.patterns.linear_recurrence.expressions import Expression, Part
-from structfly.patterns.linear_recurrence.folding import fold, opened
+from structfly.patterns.linear_recurrence.folding import fold, opened, opened_run
 from structfly.patterns.linear_recurrence.lifting import Lifting, Steps
 from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence, write
 from structfly.patterns.linear_recurrence.rewrite import laid_out, parts_of
@@ -20,19 +20,29 @@ from structfly.patterns.linear_recurrence.site import RecurrenceSite
 from structfly.patterns.linear_recurrence.slices import WHOLE, Sequence
 from structfly.patterns.linear_recurrence.steps import Run
 from structfly.records import Miss, Stage
+from structfly.rewriter.calls import read
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, example, needs_gradient, qualified_name
+from structfly.rewriter.writes import written
 
 
 @dataclass(frozen=True)
 class WholeSite(RecurrenceSite):
-    """States of all steps; ``runs`` are what the gate and the input are made of, and what these are activations of, and
-    ``last`` is the last node that writes into the states, if they are made in place."""
+    """States of all steps.
+
+    Attributes:
+        runs: what gates and input are made of, and what these are activations of.
+        dim: time.
+        nodes: what they are made by now, and ``result``.
+        last: the last node that writes into them, if they are made in place.
+        result: what the op makes: the states, or their product with an output gate.
+    """
 
     runs: tuple[Run, ...]
     dim: int
     nodes: frozenset[fx.Node]
     last: fx.Node | None
+    result: fx.Node
 
     @property
     def dead_nodes(self) -> tuple[fx.Node, ...]:
@@ -81,11 +91,15 @@ def whole_site(
         return miss("gradients or autocast are switched between the operations")
     with compat.example_mode(compat.fake_mode_of([value])):
         like = torch.select(value, dim, 0)
-    rest = (WHOLE,) * (value.ndim - 1)
-    runs = tuple(Run(Sequence(each, dim, None, rest), 0, 1) for each, _ in (gate, input))
+    runs = tuple(_run(each, dim) for each, _ in (gate, input))
     step, runs = opened(Affine(gate[1](Part(0)), input[1](Part(1))), runs)
+    folded, result = fold(step), node
+    gated = _output_gate(node, nodes, region, dim, sigmoid=folded.sigmoid)
+    if gated is not None:
+        result, run = gated
+        folded, runs = folded._replace(output_gate=Part(len(runs))), (*runs, run)
     recurrence = Recurrence(
-        step=fold(step),
+        step=folded,
         initial=0.0,
         zeros=True,
         like=like,
@@ -104,18 +118,48 @@ def whole_site(
         steps=length,
         runs=runs,
         dim=dim,
-        nodes=nodes,
+        nodes=nodes if result is node else nodes | {result},
         last=last,
+        result=result,
     )
+
+
+def _run(tensor: fx.Node, dim: int) -> Run:
+    """All of a tensor, step by step."""
+    value = example(tensor)
+    assert value is not None
+    return Run(Sequence(tensor, dim, None, (WHOLE,) * (value.ndim - 1)), 0, 1)
+
+
+def _kind(tensor: torch.Tensor | None) -> object:
+    return None if tensor is None else (tensor.dtype, *map(compat.expression, tensor.shape))
+
+
+def _output_gate(
+    states: fx.Node, nodes: frozenset[fx.Node], region: Region, dim: int, *, sigmoid: bool
+) -> tuple[fx.Node, Run] | None:
+    """The product of states that are not used otherwise with a gate that is there before them, and the gate, or with
+    ``sigmoid`` that of which it is the sigmoid."""
+    users = [user for user in states.users if user not in nodes]
+    call = read(users[0]) if len(users) == 1 else None
+    if call is None or call.op != "mul" or written(call.node) or region.modes[call.node] != region.modes[states]:
+        return None
+    gate = call["other"] if call["input"] is states else call["input"]
+    kinds = {_kind(example(each)) for each in (states, gate, call.node)}
+    if len(kinds) > 1 or gate is states or region.order[gate] > region.order[states] or len(region.modes[states]) > 1:
+        return None
+    run = _run(gate, dim)
+    found = opened_run(run, "sigmoid") if sigmoid else run
+    return None if found is None else (call.node, found)
 
 
 def rewrite_whole(site: WholeSite, editor: Editor) -> None:
     """Write the op where the states stand."""
-    users = [user for user in site.node.users if user not in site.nodes]
     if site.last is not None:
         editor.after(site.last)
     steps = Steps(site.node.meta["example_value"].shape[site.dim], False)
-    states = write(site.recurrence, Lifting(editor, parts_of(site.runs, steps, editor)), editor).states
+    states = write(site.recurrence, Lifting(editor, parts_of(site.runs, steps, editor)), editor, site.nodes).states
     whole = editor.call(torch.movedim, states, 0, site.dim) if site.dim else states
-    editor.replace(site.node, laid_out(whole, site.node, editor), users)
+    users = [user for user in site.result.users if user not in site.nodes]
+    editor.replace(site.result, laid_out(whole, site.result, editor), users)
     editor.erase(site.dead_nodes)

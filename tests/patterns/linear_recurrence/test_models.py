@@ -14,7 +14,7 @@ from structfly.errors import UnsupportedError
 from structfly.lowering.linear_recurrence.arguments import Arguments
 from tests.compiling import Rewritten
 from tests.oracle import assert_like_eager
-from tests.patterns.linear_recurrence.programs import inputs
+from tests.patterns.linear_recurrence.programs import calls, inputs
 
 OP = torch.ops.structfly.linear_recurrence_v1.default
 STEPS = 7
@@ -223,7 +223,7 @@ def test_a_model(model: Callable[..., Tensor], loops: int, then: str) -> None:
     fast = Rewritten(model, then=then)
     assert_like_eager(fast, model, arguments, roundings=32)
     assert fast.statuses == ["rewritten"] * loops, fast.sites
-    assert len(fast.calls_of(OP)) == loops
+    assert len(calls(fast)) == loops
 
 
 def f_pooling(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
