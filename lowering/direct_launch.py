@@ -12,15 +12,15 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from structfly.errors import UnsupportedError
 from structfly.lowering.cuda_driver import (
     PARAMETER_BUFFER,
     PARAMETER_BUFFER_SIZE,
@@ -85,106 +85,111 @@ def arguments_of(signature: Sequence[str], descriptors: Sequence[dict[str, Any]]
     return arguments
 
 
-class Packer:
-    """Writes an argument where the kernel has it.
+class _Buffer(threading.local):
+    """A thread's own parameters of a kernel, for the driver reads them while other threads may run."""
+
+    def __init__(self, size: int) -> None:
+        self.bytes = bytearray(size)
+        self._held = (ctypes.c_char * size).from_buffer(self.bytes), ctypes.c_size_t(size)
+        address, address_of_size = map(ctypes.addressof, self._held)
+        self.extra = (ctypes.c_void_p * 5)(
+            PARAMETER_BUFFER, address, PARAMETER_BUFFER_SIZE, address_of_size, PARAMETERS_END
+        )
+
+
+class DirectKernel:
+    """A compiled kernel that the driver launches.
 
     Args:
-        argument: the argument.
-        places: its parameters'.
+        compiled: Triton's compiled kernel, loaded on the current device.
+        arguments: those that have parameters.
+        places: of the parameters.
     """
 
-    def __init__(self, argument: Argument, places: Sequence[ParameterPlace]) -> None:
-        self.position, self._metadata = argument.position, argument.metadata
-        begin = places[0].offset
-        self._fields = [
-            (struct.Struct("=" + code), place.offset - begin)
-            for code, place in zip(argument.codes, places, strict=True)
-        ]
-        self._part = slice(begin, places[-1].offset + places[-1].size)
-        self._maps: dict[tuple[Any, ...], bytes] = {}
+    def __init__(self, compiled: Any, arguments: Sequence[Argument], places: Sequence[ParameterPlace]) -> None:
+        from triton.runtime import driver as active_driver
 
-    def __call__(self, buffer: memoryview, value: Any) -> None:
-        """Write ``value`` into a kernel's parameters.
-
-        Raises:
-            UnsupportedError: a tensor that is not on a GPU.
-        """
-        if self._metadata is not None:
-            buffer[self._part] = self._descriptor(value)
-            return
-        if isinstance(value, Tensor):
-            if not value.is_cuda:
-                raise UnsupportedError(f"a tensor on {value.device} in a kernel's launch; allowed: those on GPUs")
-            value = value.data_ptr()
-        self._fields[0][0].pack_into(buffer, self._part.start, value)
-
-    def _descriptor(self, value: Any) -> bytes:
-        """A descriptor's map, sizes and strides, which depend on nothing but what they are remembered by."""
-        key = (value.base.data_ptr(), value.shape, value.strides, value.padding)
-        packed = self._maps.get(key)
-        if packed is None:
-            if len(self._maps) >= _MOST_MAPS:
-                self._maps.clear()
-            packed = self._maps[key] = self._packed_descriptor(value)
-        return packed
-
-    def _packed_descriptor(self, value: Any) -> bytes:
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-
-        tensor_map, *numbers = make_tensordesc_arg(value, self._metadata)  # an object that ends with the map
-        begin = id(tensor_map) + type(tensor_map).__basicsize__ - TENSOR_MAP_BYTES
-        packed = bytearray(self._part.stop - self._part.start)
-        values = (ctypes.string_at(begin, TENSOR_MAP_BYTES), *numbers)
-        for (field, offset), each in zip(self._fields, values, strict=True):
-            field.pack_into(packed, offset, each)
-        return bytes(packed)
-
-
-@dataclass(frozen=True)
-class DirectKernel:
-    """A compiled kernel that the driver launches; made by :func:`direct_kernel`.
-
-    Attributes:
-        function: its CUfunction.
-        threads, shared: of a program; bytes of shared memory.
-        packers: of its arguments that have parameters.
-        parameter_bytes: of all its parameters.
-        stream: gives the current stream of the device it is loaded on.
-    """
-
-    function: int
-    threads: int
-    shared: int
-    packers: tuple[Packer, ...]
-    parameter_bytes: int
-    stream: Callable[[], int]
+        metadata = compiled.metadata
+        self._before_grid, self._after_grid = compiled.function, (32 * metadata.num_warps, 1, 1, metadata.shared)
+        self._launch: Callable[..., int] = driver().cuLaunchKernel
+        device, current_stream = torch.cuda.current_device(), active_driver.active.get_current_stream
+        self._stream: Callable[[], int] = lambda: current_stream(device)
+        codes, end = ["="], 0
+        for code, place in zip((code for argument in arguments for code in argument.codes), places, strict=False):
+            codes.append(f"{place.offset - end}x{code}")
+            end = place.offset + place.size
+        self._pack: Callable[..., None] = struct.Struct("".join(codes)).pack_into
+        self._buffer = _Buffer(places[-1].offset + places[-1].size)
+        self._arguments = [(each.position, _numbers_of(each)) for each in arguments]
 
     def bind(self, grid: tuple[int, ...]) -> Callable[[Sequence[Any]], None]:
         """Launches of so many programs along each of three axes, each given all arguments up to the constants.
 
-        An argument that is the same object as in the launch before is not packed again.
+        What an argument says is not read again while it is the same object as in the launch before.
         """
-        parameters = (ctypes.c_char * self.parameter_bytes)()
-        buffer, size = memoryview(parameters).cast("B"), ctypes.c_size_t(self.parameter_bytes)
-        where = (ctypes.c_void_p * 5)(
-            *(PARAMETER_BUFFER, ctypes.addressof(parameters), PARAMETER_BUFFER_SIZE, ctypes.addressof(size)),
-            PARAMETERS_END,
-        )
-        fixed = (self.function, *grid, self.threads, 1, 1, self.shared)
-        packers, launch, stream = [(each.position, each) for each in self.packers], driver().cuLaunchKernel, self.stream
-        seen: dict[int, Any] = {}
-        empty = 0 in grid
+        seen: list[Any] = [_UNSEEN] * len(self._arguments)
+        numbers: list[Sequence[Any]] = [()] * len(self._arguments)
+        before, after, empty = (self._before_grid, *grid), self._after_grid, 0 in grid
 
-        def launch_with(arguments: Sequence[Any], _alive: ctypes.c_size_t = size) -> None:
-            for position, pack in packers:
+        def launch(arguments: Sequence[Any]) -> None:
+            for number, (position, numbers_of) in enumerate(self._arguments):
                 value = arguments[position]
-                if value is not seen.get(position, seen):
-                    pack(buffer, value)
-                    seen[position] = value
-            if not empty:
-                check(launch(*fixed, stream(), None, where), "the launch of a kernel")
+                if value is not seen[number]:
+                    seen[number], numbers[number] = value, numbers_of(value)
+            if empty:
+                return
+            buffer = self._buffer
+            self._pack(buffer.bytes, 0, *chain.from_iterable(numbers))
+            check(self._launch(*before, *after, self._stream(), None, buffer.extra), "the launch of a kernel")
 
-        return launch_with
+        return launch
+
+
+_UNSEEN = object()
+
+
+def _numbers_of(argument: Argument) -> Callable[[Any], Sequence[Any]]:
+    """What an argument's parameters are made from."""
+    if argument.metadata is not None:
+        return _Descriptors(argument.metadata)
+    return _address if argument.codes == (_ADDRESS,) else _itself
+
+
+def _address(value: Any) -> tuple[int]:
+    return (value.data_ptr() if isinstance(value, Tensor) else value,)
+
+
+def _itself(value: Any) -> tuple[Any]:
+    return (value,)
+
+
+class _Descriptors:
+    """Encodes an argument that is a tensor descriptor.
+
+    Args:
+        metadata: Triton's of its map.
+    """
+
+    def __init__(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
+        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def __call__(self, value: Any) -> tuple[Any, ...]:
+        """The map, sizes and strides, which depend on nothing but what they are remembered by."""
+        key = (value.base.data_ptr(), value.shape, value.strides, value.padding)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _MOST_MAPS:
+                self._known.clear()
+            found = self._known[key] = self._encoded(value)
+        return found
+
+    def _encoded(self, value: Any) -> tuple[Any, ...]:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        tensor_map, *numbers = make_tensordesc_arg(value, self._metadata)  # an object that ends with the map
+        begin = id(tensor_map) + type(tensor_map).__basicsize__ - TENSOR_MAP_BYTES
+        return ctypes.string_at(begin, TENSOR_MAP_BYTES), *numbers
 
 
 def direct_kernel(compiled: Any) -> DirectKernel | None:
@@ -210,18 +215,7 @@ def direct_kernel(compiled: Any) -> DirectKernel | None:
     sizes = [size for argument in arguments for size in argument.sizes] + [8] * _SCRATCH_SPACES
     if sizes != [each.size for each in places]:
         return None
-    from triton.runtime import driver as active_driver
-
-    device, current_stream = torch.cuda.current_device(), active_driver.active.get_current_stream
-    remaining = iter(places)
-    return DirectKernel(
-        compiled.function,
-        32 * metadata.num_warps,
-        metadata.shared,
-        tuple(Packer(argument, [next(remaining) for _ in argument.sizes]) for argument in arguments),
-        places[-1].offset + places[-1].size,
-        lambda: current_stream(device),
-    )
+    return DirectKernel(compiled, arguments, places)
 
 
 def has_launch_hooks() -> bool:
