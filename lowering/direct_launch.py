@@ -125,7 +125,7 @@ class DirectKernel:
     def bind(self, grid: tuple[int, ...]) -> Callable[[Sequence[Any]], None]:
         """Launches of so many programs along each of three axes, each given all arguments up to the constants.
 
-        What an argument says is not read again while it is the same object as in the launch before.
+        What a tensor or descriptor says is not read again while it is the same object as in the launch before.
         """
         seen: list[Any] = [_UNSEEN] * len(self._arguments)
         numbers: list[Sequence[Any]] = [()] * len(self._arguments)
