@@ -33,7 +33,9 @@ LAYER_OPS: tuple[LayerOp, ...] = (
 
 
 def _register(op: LayerOp) -> None:
-    def forward(x: Any, factors: Any, bias: Any, static: Any, keep: bool, out_shape: Any = None, **_: Any) -> int:
+    def forward(
+        x: Any, factors: Any, bias: Any, static: Any, keep: bool, activation: str, out_shape: Any = None, **_: Any
+    ) -> int:
         return 2 * sum(op.multiply_adds(_rows(x), factors, static))
 
     def backward(

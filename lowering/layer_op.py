@@ -2,7 +2,8 @@
 
 Every structure has one such op.  It takes ``x`` (*rows, in), the factors and a bias (out,) and gives ``y`` (*rows, out)
 with what its backward needs of the way there; nothing of the size of the dense weight is ever made.  What is kept for
-backward is a choice of each call: with ``keep`` off the backward makes it again from ``x`` (rematerialisation).
+backward is a choice of each call: with ``keep`` off the backward makes it again from ``x`` (rematerialisation).  So is
+an activation of y, for calls whose gradients nobody wants: a backward would need what it was applied to.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from structfly.errors import UnsupportedError
+from structfly.lowering.activations import activated
 from structfly.lowering.vmap import one_by_one
 
 DEVICES = ("cpu", "cuda")
+_BY_TORCH = "its products are torch's, and Inductor gives them their epilogues"
 _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
 
 
@@ -24,13 +28,14 @@ class Applied(NamedTuple):
     """What an op is applied to: hidden states, the weight's factors, and the op's numbers.
 
     ``x`` (N, in); ``factors`` in the op's order, with the integer tensors that say where they stand; ``bias`` (out,)
-    where the op's second step adds it.
+    where the op's second step adds it; ``activation``, where that step applies it, or "".
     """
 
     x: Tensor
     factors: Sequence[Tensor]
     static: Sequence[int]
     bias: Tensor | None = None
+    activation: str = ""
 
 
 # What is made on the way to y, and y (N, out) from that, with the bias of what it is applied to.
@@ -72,6 +77,8 @@ class LayerOp:
         adds_bias: whether ``finish``, and the forward in chunks, add the bias within their products; else it is added
             to what they give.
         in_chunks: takes the place of all three where nothing is kept and it has nothing against the factors, or None.
+        why_no_epilogue: says of the factors and the static numbers why ``finish``, and the forward in chunks, do not
+            apply an activation within their products, or "" where they do; None where they never do.
         plain: the layer in torch's own operations, where the op adds nothing to them: a compiler is given those.
     """
 
@@ -86,16 +93,19 @@ class LayerOp:
         kept_shapes: Callable[[int, Shapes, Sequence[int]], list[tuple[int, ...]]],
         multiply_adds: Callable[[int, Shapes, Sequence[int]], tuple[int, int]],
         adds_bias: bool = False,
+        why_no_epilogue: Callable[[Sequence[Tensor], Sequence[int]], str] | None = None,
         in_chunks: InChunks | None = None,
         plain: Plain | None = None,
     ) -> None:
         self.name, self.between, self.finish, self.backward = name, between, finish, backward
         self.out_features, self.kept_shapes, self.multiply_adds = out_features, kept_shapes, multiply_adds
-        self.adds_bias, self.plain, self._in_chunks = adds_bias, plain, in_chunks
+        self.adds_bias, self.plain = adds_bias, plain
+        self._why_no_epilogue, self._in_chunks = why_no_epilogue, in_chunks
         forward_name, backward_name = f"structfly::{name}", f"structfly::{name}_backward"
         torch.library.define(
             forward_name,
-            "(Tensor x, Tensor[] factors, Tensor? bias, int[] static, bool keep) -> (Tensor y, Tensor[] kept)",
+            "(Tensor x, Tensor[] factors, Tensor? bias, int[] static, bool keep, str activation)"
+            " -> (Tensor y, Tensor[] kept)",
         )
         torch.library.define(
             backward_name,
@@ -133,19 +143,31 @@ class LayerOp:
         """
         learned = any(tensor.requires_grad for tensor in (x, *factors))
         keep = torch.is_grad_enabled() and learned and not rematerialise
-        y: Tensor = self._forward_op(x, list(factors), bias, list(static), keep)[0]
+        y: Tensor = self._forward_op(x, list(factors), bias, list(static), keep, "")[0]
         return y
 
     def lacks(self, kept: Sequence[Any], rows: int, shapes: Sequence[Any], static: Sequence[int]) -> bool:
         """Whether a backward that was given ``kept`` must make again what the forward makes between."""
         return not kept and bool(self.kept_shapes(rows, shapes, static))
 
+    def why_no_epilogue(self, factors: Sequence[Tensor], static: Sequence[int]) -> str:
+        """Why an activation is not applied within the products, but to what they give, or ""."""
+        return _BY_TORCH if self._why_no_epilogue is None else self._why_no_epilogue(factors, static)
+
     # ---------------------------------------------------------------------------------------------------- kernels
 
     def _forward(
-        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+        self,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        bias: Tensor | None,
+        static: Sequence[int],
+        keep: bool,
+        activation: str,
     ) -> tuple[Tensor, list[Tensor]]:
-        call = Applied(x.reshape(-1, x.shape[-1]), factors, static, bias if self.adds_bias else None)
+        within = bool(activation) and not self.why_no_epilogue(factors, static)
+        own_bias, own_activation = bias if self.adds_bias else None, activation if within else ""
+        call = Applied(x.reshape(-1, x.shape[-1]), factors, static, own_bias, own_activation)
         kept: list[Tensor] = []
         if not keep and (chunks := self._chunks(factors)):
             y = chunks.forward(call)
@@ -154,6 +176,8 @@ class LayerOp:
             y = self.finish(call, kept)
         if bias is not None and not self.adds_bias:
             y += bias
+        if not within:
+            y = activated(y, activation)
         return y.view(*x.shape[:-1], y.shape[1]), kept if keep else []
 
     def _backward(
@@ -184,12 +208,19 @@ class LayerOp:
     # ------------------------------------------------------------------------------------------------------ fakes
 
     def _forward_fake(
-        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+        self,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        bias: Tensor | None,
+        static: Sequence[int],
+        keep: bool,
+        activation: str,
     ) -> tuple[Tensor, list[Tensor]]:
         rows = math.prod(x.shape[:-1])
         shapes = self.kept_shapes(rows, [f.shape for f in factors], static) if keep else []
         width = self.out_features([f.shape for f in factors], static)
-        return x.new_empty(*x.shape[:-1], width), [x.new_empty(shape) for shape in shapes]
+        y = activated(x.new_empty(*x.shape[:-1], width), activation)
+        return y, [x.new_empty(shape) for shape in shapes]
 
     def _backward_fake(
         self,
@@ -206,7 +237,12 @@ class LayerOp:
     # --------------------------------------------------------------------------------------------------- autograd
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, factors, _, static, _ = inputs
+        x, factors, _, static, _, activation = inputs
+        if activation:
+            raise UnsupportedError(
+                f"gradients are wanted of structfly::{self.name} with activation={activation!r}, which keeps nothing "
+                "of what that is applied to; call it with activation='' and apply the activation to what it gives"
+            )
         _, kept = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
@@ -219,7 +255,7 @@ class LayerOp:
         x, *tensors = ctx.saved_tensors
         factors, kept = tensors[: ctx.count], tensors[ctx.count :]
         if grad is None:
-            return None, [None] * ctx.count, None, of_static, None
+            return None, [None] * ctx.count, None, of_static, None, None
         wanted = [need_x, *(need and f.is_floating_point() for need, f in zip(need_factors, factors, strict=True))]
         made: list[Tensor | None] = [None] * len(wanted)
         if any(wanted):
@@ -229,7 +265,7 @@ class LayerOp:
                 found = self._backward_op(grad, x, factors, kept, ctx.static, wanted)
             made = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
-        return made[0], made[1:], of_bias, of_static, None
+        return made[0], made[1:], of_bias, of_static, None, None
 
     def _under_autocast(self, device: str) -> Callable[..., Any]:
         """As autocast treats ``linear``: what is multiplied is cast, float64 is left alone."""
@@ -240,9 +276,14 @@ class LayerOp:
             return tensor.to(torch.get_autocast_dtype(device))
 
         def autocast(
-            x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+            x: Tensor,
+            factors: Sequence[Tensor],
+            bias: Tensor | None,
+            static: Sequence[int],
+            keep: bool,
+            activation: str,
         ) -> Any:
             with torch.autocast(device, enabled=False):
-                return self._forward_op(cast(x), [cast(f) for f in factors], cast(bias), static, keep)
+                return self._forward_op(cast(x), [cast(f) for f in factors], cast(bias), static, keep, activation)
 
         return autocast

@@ -1,4 +1,4 @@
-"""``structfly::blast_v2``: blocks U_i diag(s_ij) V_j; see :mod:`structfly.lowering.blast.reference`.
+"""``structfly::blast_v3``: blocks U_i diag(s_ij) V_j; see :mod:`structfly.lowering.blast.reference`.
 
 Three batches of products:
 
@@ -71,7 +71,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 BLAST = LayerOp(
-    "blast_v2",
+    "blast_v3",
     between=_between,
     finish=_finish,
     backward=_backward,
@@ -79,6 +79,7 @@ BLAST = LayerOp(
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    why_no_epilogue=lambda factors, _: generated.why_not(factors),
     in_chunks=InChunks(generated.why_not, generated.forward_in_chunks, generated.backward_in_chunks),
 )
 """Takes ``right`` (column_blocks, rank, in_block), ``scale`` (rank, row_blocks, column_blocks) and ``left``

@@ -25,6 +25,7 @@ def axis_products(
     batch: int,
     turned: bool = False,
     bias: Tensor | None = None,
+    activation: str = "",
 ) -> None:
     """c[:, o, :, i] = a[:, o, :, i] b[i, o]^T, or, if ``turned``, a[:, o, :, i] b[i, o]; + bias.
 
@@ -35,6 +36,7 @@ def axis_products(
         tiles: how the products are cut.
         batch: matrices of a tile.
         bias: as a row of ``c``, or None.
+        activation: of :data:`~structfly.lowering.activations.ACTIVATIONS`, applied to the float32 sums, or "".
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -52,6 +54,7 @@ def axis_products(
         "side_k": a.shape[2],
         "turned": turned,
         "bias": bias is not None,
+        "activation": activation,
     }
     box_b = (tiles.k, tiles.n) if turned else (tiles.n, tiles.k)
     if inner > 1:

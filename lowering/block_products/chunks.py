@@ -57,6 +57,7 @@ def chunk_products(
     a_turned: bool = False,
     b_turned: bool = False,
     bias: Tensor | None = None,
+    activation: str = "",
 ) -> Step:
     """c[i] = a[i] b[i]^T + bias[i], the chunk being rows of b, and columns of c, or rows of a and c.
 
@@ -67,6 +68,7 @@ def chunk_products(
         rows: which of them holds all rows where the others hold the chunk's: "b" in the place of N, "c" in that of M.
         tiles: how the products are cut.
         bias: (matrices, N), or None.
+        activation: of :data:`~structfly.lowering.activations.ACTIVATIONS`, applied to the float32 sums, or "".
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -77,6 +79,7 @@ def chunk_products(
         "a_turned": a_turned,
         "b_turned": b_turned,
         "bias": bias is not None,
+        "activation": activation,
     }
     operands = [
         descriptor(a, 1, *((tiles.k, tiles.m) if a_turned else (tiles.m, tiles.k))),

@@ -49,7 +49,14 @@ class Cut(NamedTuple):
 
 
 def matrix_products(
-    a: Tensor, b: Tensor, c: Tensor, *, tiles: Tiles, turned: bool = False, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    tiles: Tiles,
+    turned: bool = False,
+    bias: Tensor | None = None,
+    activation: str = "",
 ) -> None:
     """c[:, i] = a[:, i] b[i]^T + bias[i], or, if ``turned``, a[:, i] b[i].
 
@@ -59,6 +66,7 @@ def matrix_products(
         c: (tokens, matrices, high N, low N), written.
         tiles: how the products are cut.
         bias: (matrices, low N), where high N is 1, or None.
+        activation: of :data:`~structfly.lowering.activations.ACTIVATIONS`, applied to the float32 sums, or "".
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -73,6 +81,7 @@ def matrix_products(
     parameters: dict[str, Parameter] = {
         "turned": turned,
         "bias": bias is not None,
+        "activation": activation,
         "k_apart": not k.in_one_run,
         "n_side": n.side,
         "n_box": n.box,

@@ -26,6 +26,7 @@ def block_sums(
     rows: Tensor | None = None,
     beside: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
+    activation: str = "",
 ) -> None:
     """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[blocks[m]]^T, + beside, + bias[i].
 
@@ -40,6 +41,7 @@ def block_sums(
         beside: (tokens, rank), or if ``a_turned`` (rank, tokens), and (parts, side_n, rank), or if ``turned``
             (rank, parts, side_n): a product of low rank that is added, or None.
         bias: (parts, side_n), or None.
+        activation: of :data:`~structfly.lowering.activations.ACTIVATIONS`, applied to the float32 sums, or "".
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -63,6 +65,7 @@ def block_sums(
         "scattered": rows is not None,
         "rank": 0 if beside is None else beside[0].shape[0 if a_turned else 1],
         "bias": bias is not None,
+        "activation": activation,
     }
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
     box_a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)

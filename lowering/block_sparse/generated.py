@@ -27,16 +27,26 @@ Thin = tuple[Tensor, Tensor] | None
 
 
 def product(
-    x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None, bias: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    layout: BlockLayout,
+    grid: Grid,
+    beside: Thin = None,
+    bias: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank), ``bias`` (features)."""
+    """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank), ``bias`` (features).
+
+    ``activation`` is applied to the sums with both, before they are rounded.
+    """
     y = x.new_empty(len(x), grid.rows, grid.block_out)
     source = x.view(len(x), grid.columns, grid.block_in)
     tiles = sum_tiles(values, len(x), grid.rows, grid.block_out, grid.block_in)
     thin = beside and (beside[0], beside[1].view(grid.rows, grid.block_out, -1))
     if bias is not None:
         bias = padded(bias[None], grid.rows * grid.block_out).view(grid.rows, grid.block_out)
-    block_sums(source, values, y, by_rows(layout), beside=thin, bias=bias, tiles=tiles)
+    members = by_rows(layout)
+    block_sums(source, values, y, members, beside=thin, bias=bias, activation=activation, tiles=tiles)
     return y.flatten(1)
 
 

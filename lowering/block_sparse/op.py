@@ -1,4 +1,4 @@
-"""``structfly::block_sparse_v1``: y = W x + bias for W made of blocks; see
+"""``structfly::block_sparse_v2``: y = W x + bias for W made of blocks; see
 :mod:`structfly.lowering.block_sparse.reference`.
 
 With V_k the kept block k, in row r(k) and column c(k) of blocks, x_j and y_i the parts of x and y that belong to a
@@ -36,7 +36,8 @@ def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     if generated.why_not(values):
         y = aten.product(x, values, layout, grid)[:, : call.static[0]].contiguous()
         return y if call.bias is None else y.add_(call.bias)
-    return generated.product(x, values, layout, grid, bias=call.bias)[:, : call.static[0]].contiguous()
+    y = generated.product(x, values, layout, grid, bias=call.bias, activation=call.activation)
+    return y[:, : call.static[0]].contiguous()
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -65,7 +66,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 BLOCK_SPARSE = LayerOp(
-    "block_sparse_v1",
+    "block_sparse_v2",
     between=_between,
     finish=_finish,
     backward=_backward,
@@ -73,6 +74,7 @@ BLOCK_SPARSE = LayerOp(
     kept_shapes=lambda *_: [],
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    why_no_epilogue=lambda factors, _: generated.why_not(factors[0]),
 )
 """Takes ``values`` (nnz, block_out, block_in) and the tensors of a
 :class:`~structfly.lowering.block_sparse.layout.BlockLayout`: ``columns``, and ``starts`` unless every row of blocks

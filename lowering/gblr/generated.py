@@ -35,8 +35,15 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tenso
     return made
 
 
-def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int, bias: Tensor | None = None) -> Tensor:
-    """``components`` (groups * group, N) transposed, times M^T, + bias (features,): (N, features)."""
+def spread(
+    components: Tensor,
+    tiles: Tensor,
+    index: Tensor,
+    features: int,
+    bias: Tensor | None = None,
+    activation: str = "",
+) -> Tensor:
+    """The activation of ``components`` (groups * group, N) transposed, times M^T, + bias (features,): (N, features)."""
     _, tile, group = tiles.shape
     places = -(-features // tile)
     if bias is not None:
@@ -44,7 +51,8 @@ def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int, bias
     made = components.new_empty(components.shape[1], places, tile)
     cut = sum_tiles(tiles, len(made), places, tile, group)
     of_groups = components.unflatten(0, (-1, group))
-    block_sums(of_groups, tiles, made, remembered(_by_place, index, places), a_turned=True, bias=bias, tiles=cut)
+    members = remembered(_by_place, index, places)
+    block_sums(of_groups, tiles, made, members, a_turned=True, bias=bias, activation=activation, tiles=cut)
     return made.flatten(1)[:, :features].contiguous()
 
 

@@ -1,4 +1,4 @@
-"""``structfly::gblr_v2``: y = L P (R^T x) + bias, L and R tile-sparse, P a permutation; see
+"""``structfly::gblr_v3``: y = L P (R^T x) + bias, L and R tile-sparse, P a permutation; see
 :mod:`structfly.lowering.gblr.reference`.
 
 With z = P R^T x and g the gradient with respect to y,
@@ -36,7 +36,7 @@ def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     if _plain(left):
         y = tile_products.spread(z, left, left_index, out_features)
         return y if call.bias is None else y.add_(call.bias)
-    return generated.spread(z, left, left_index, out_features, call.bias)
+    return generated.spread(z, left, left_index, out_features, call.bias, call.activation)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -69,7 +69,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 GBLR = LayerOp(
-    "gblr_v2",
+    "gblr_v3",
     between=_between,
     finish=_finish,
     backward=_backward,
@@ -77,6 +77,7 @@ GBLR = LayerOp(
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    why_no_epilogue=lambda factors, _: generated.why_not(factors[2]),
 )
 """Takes ``right`` (right_tiles, tile, group), ``right_index`` (2, right_tiles), ``left`` (left_tiles, tile, group),
 ``left_index`` (2, left_tiles) and ``order`` (groups * group,); static: out_features."""

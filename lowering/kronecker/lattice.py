@@ -55,7 +55,7 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     shape = FactorShape(*last.shape)
     bias = call.bias if call.bias is None else padded(call.bias[None], shape.features_out)
     features = between[-1].view(len(call.x), shape.features_in) if between else call.x
-    return _product(features, last, bias)[:, :out_features].contiguous()
+    return _product(features, last, bias, call.activation)[:, :out_features].contiguous()
 
 
 def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -76,7 +76,9 @@ def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Seq
     return made
 
 
-def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None, *, turned: bool = False) -> Tensor:
+def _product(
+    features: Tensor, factor: Tensor, bias: Tensor | None = None, activation: str = "", *, turned: bool = False
+) -> Tensor:
     """(tokens, features) of (tokens, features), with the bias (1, features) added; ``turned``: by the transposes."""
     shape = FactorShape(*factor.shape)
     inside, out = (shape.i, shape.j) if turned else (shape.j, shape.i)
@@ -90,6 +92,7 @@ def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None, *, tu
             made.view(tokens, shape.a, 1, out),
             turned=turned,
             bias=None if bias is None else bias.view(shape.a, out),
+            activation=activation,
             tiles=product_tiles(factor, tokens, (1, out), (1, inside)),
         )
         return made
@@ -100,6 +103,7 @@ def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None, *, tu
         made.view(tokens, shape.a, out, shape.d),
         turned=turned,
         bias=bias,
+        activation=activation,
         tiles=tiles,
         batch=batch,
     )

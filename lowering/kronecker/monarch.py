@@ -76,7 +76,14 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     y = call.x.new_empty(tokens, l, outputs)
     bias = call.bias if call.bias is None else _in_blocks(call.bias[None], monarch)[0]
     tiles = product_tiles(second, tokens, (1, outputs), (1, k * r))
-    matrix_products(between[0].view(tokens, l, 1, k * r), second[:, None], y[:, :, None], bias=bias, tiles=tiles)
+    matrix_products(
+        between[0].view(tokens, l, 1, k * r),
+        second[:, None],
+        y[:, :, None],
+        bias=bias,
+        activation=call.activation,
+        tiles=tiles,
+    )
     return (y.mT if monarch.strided else y).flatten(1)[:, :out_features].contiguous()
 
 

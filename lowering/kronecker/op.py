@@ -1,4 +1,4 @@
-"""``structfly::kronecker_v1``: see :mod:`structfly.lowering.kronecker.reference`.
+"""``structfly::kronecker_v2``: see :mod:`structfly.lowering.kronecker.reference`.
 
 With z_t = w_t z_(t-1) for t = 1..T, z_0 = x, and g_t the gradient with respect to z_t, in the small matrices of w_t
 
@@ -55,6 +55,10 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
     return _products_in(call, grad).backward(grad, call, between, wanted)
 
 
+def _why_no_epilogue(factors: Sequence[Tensor], _: Sequence[int]) -> str:
+    return lattice.why_not(factors) if _products(factors) is _BY_TORCH else ""
+
+
 def _products_in(call: Applied, *others: Tensor) -> _Products:
     """Those of a call: torch's, where what it makes is differentiated, for the generated ones leave no trace."""
     traced = torch.is_grad_enabled() and any(each.requires_grad for each in (call.x, *call.factors, *others))
@@ -71,7 +75,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 KRONECKER = LayerOp(
-    "kronecker_v1",
+    "kronecker_v2",
     between=_between,
     finish=_finish,
     backward=_backward,
@@ -79,6 +83,7 @@ KRONECKER = LayerOp(
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    why_no_epilogue=_why_no_epilogue,
 )
 """Takes the factors, the first applied first, of six axes each as :class:`FactorShape` has them, and in ``static`` the
 number of output features."""

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 
+from structfly.lowering.activations import ACTIVATIONS
 from structfly.lowering.blast import mixing
 from structfly.lowering.blast.generated import FEATURES, SUMS
 from structfly.lowering.block_products.matrices import Cut as MatrixCut
@@ -54,7 +55,16 @@ def check_buffers(code: str, tiles: Tiles, abreast: int) -> None:
     assert abreast == 1 or not re.search(r"arith.select .*tensor<\d+x\d+xf32", code)
 
 
-def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int = 0, components: str = "") -> None:
+def sums(
+    kind: str,
+    turned: bool,
+    each: int,
+    listed: bool,
+    bias: bool,
+    rank: int = 0,
+    components: str = "",
+    activation: str = "",
+) -> None:
     """``components``: "read" or "written" with the tokens along each."""
     tiles = TILES
     b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
@@ -75,6 +85,7 @@ def sums(kind: str, turned: bool, each: int, listed: bool, bias: bool, rank: int
         "blocks_listed": listed,
         "rank": rank,
         "bias": bias,
+        "activation": activation,
     }
     compile_template("block_sums", types, kind, tiles, side_n=96, side_k=384, **options)
 
@@ -92,7 +103,13 @@ def gradients(kind: str, split: bool, turned: bool, rank: int = 0, abreast: int 
 
 
 def matrix_products(
-    kind: str, n_side: tuple[int, int], k_side: tuple[int, int], turned: bool, bias: bool, tiles: Tiles = TILES
+    kind: str,
+    n_side: tuple[int, int],
+    k_side: tuple[int, int],
+    turned: bool,
+    bias: bool,
+    tiles: Tiles = TILES,
+    activation: str = "",
 ) -> None:
     n, k = MatrixCut.of(*n_side, tiles.n), MatrixCut.of(*k_side, tiles.k)
     part = max(n.box[0] // tiles.parts, 1), min(n.box[1], tiles.part)
@@ -102,7 +119,8 @@ def matrix_products(
     types |= {"c": box(kind, 1, tiles.m, *part)}
     of_n: dict[str, Parameter] = {"n_side": n.side, "n_box": n.box, "n_tiles": n.tiles, "part_box": part}
     of_k: dict[str, Parameter] = {"k_side": k.side, "k_box": k.box, "k_tiles": k.tiles, "k_apart": not k.in_one_run}
-    compile_template("matrix_products", types, kind, tiles, turned=turned, bias=bias, **of_n, **of_k)
+    options: dict[str, Parameter] = {"turned": turned, "bias": bias, "activation": activation}
+    compile_template("matrix_products", types, kind, tiles, **options, **of_n, **of_k)
 
 
 def matrix_gradients(kind: str, m_side: tuple[int, int], tiles: Tiles = TILES) -> None:
@@ -112,14 +130,16 @@ def matrix_gradients(kind: str, m_side: tuple[int, int], tiles: Tiles = TILES) -
     compile_template("matrix_gradients", types, kind, tiles, m_side=m.side, m_box=m.box, m_tiles=m.tiles)
 
 
-def chunk_products(kind: str, rows: str, a_turned: bool, b_turned: bool, bias: bool, tiles: Tiles) -> None:
+def chunk_products(
+    kind: str, rows: str, a_turned: bool, b_turned: bool, bias: bool, tiles: Tiles, activation: str = ""
+) -> None:
     a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
     b = (1, tiles.k, tiles.n) if b_turned else (1, tiles.n, tiles.k)
     types = {"a": box(kind, *a), "b": box(kind, *b)}
     types |= {"bias": f"*{kind}"} if bias else {}
     types |= {"c": box(kind, 1, tiles.m, tiles.part), "start": "i32", "matrices": "i32"}
-    options: dict[str, Parameter] = {"rows": rows, "a_turned": a_turned, "b_turned": b_turned, "bias": bias}
-    compile_template("chunk_products", types, kind, tiles, **options)
+    turned: dict[str, Parameter] = {"a_turned": a_turned, "b_turned": b_turned}
+    compile_template("chunk_products", types, kind, tiles, rows=rows, bias=bias, activation=activation, **turned)
 
 
 def chunk_gradients(kind: str, rows: str, tiles: Tiles) -> None:
@@ -144,7 +164,7 @@ def blast_mixing(kind: str, blocks: tuple[int, int], gradients: bool, ragged: bo
     assert "st.global.v4" in made.asm["ptx"]  # in as few pieces as can be
 
 
-def axis_products(kind: str, inner: bool, turned: bool, bias: bool) -> None:
+def axis_products(kind: str, inner: bool, turned: bool, bias: bool, activation: str = "") -> None:
     tiles, batch = AXIS, BATCH
     b = (tiles.k, tiles.n) if turned else (tiles.n, tiles.k)
     types = {"a": box(kind, tiles.m, 1, tiles.k, batch) if inner else box(kind, tiles.m, batch, tiles.k)}
@@ -152,7 +172,8 @@ def axis_products(kind: str, inner: bool, turned: bool, bias: bool) -> None:
     types |= {"bias": f"*{kind}"} if bias else {}
     types |= {"c": box(kind, tiles.m, 1, tiles.n, batch) if inner else box(kind, tiles.m, batch, tiles.n)}
     sides: dict[str, Parameter] = {"side_n": 48, "side_k": 96, "count": 24, "runs": 2, "batch": batch}
-    compile_template("axis_products", types, kind, tiles, inner=inner, turned=turned, bias=bias, **sides)
+    options: dict[str, Parameter] = {"inner": inner, "turned": turned, "bias": bias, "activation": activation}
+    compile_template("axis_products", types, kind, tiles, **options, **sides)
 
 
 def axis_gradients(kind: str, inner: bool) -> None:
@@ -200,6 +221,12 @@ if __name__ == "__main__":
     for number, (inner, turned) in enumerate(itertools.product((False, True), (False, True))):
         axis_products(list(KINDS)[number % 2], inner, turned, bias=inner != turned)
         axis_gradients(list(KINDS)[number % 2], inner)
+    for number, activation in enumerate(ACTIVATIONS):
+        kind, other = list(KINDS)[number % 2], list(KINDS)[1 - number % 2]
+        sums(kind, turned=False, each=4, listed=False, bias=True, activation=activation)
+        matrix_products(other, (1, 256), (1, 1024), turned=False, bias=True, tiles=PRODUCTS, activation=activation)
+        axis_products(kind, number % 2 == 0, turned=False, bias=True, activation=activation)
+        chunk_products(other, "c", a_turned=True, b_turned=False, bias=True, tiles=FEATURES, activation=activation)
     for few in (PRODUCTS, FEW_TOKENS):
         matrix_products("bf16", (4, 256), (1, 1024), turned=False, bias=False, tiles=few)
         matrix_products("bf16", (1, 1024), (16, 16), turned=True, bias=False, tiles=few)

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.activations import activated
 from structfly.lowering.block_products.matrices import Cut, matrix_gradients, matrix_products
 from structfly.lowering.block_products.matrix_tiles import gradient_tiles, product_tiles
 from structfly.lowering.gemm import Tiles
-from tests.lowering.block_products.test_products import DEVICE, DTYPES, LARGE, SIDES, cuts, random
+from tests.lowering.block_products.test_products import DEVICE, DTYPES, LARGE, NAMES, SIDES, cuts, random
 from tests.oracle import assert_as_accurate
 
 HIGH = st.integers(1, 5)
@@ -32,21 +33,29 @@ def axes(draw: st.DrawFn) -> tuple[int, int]:
     n=axes(),
     k=SIDES,
     bias=st.booleans(),
+    activation=NAMES,
     dtype=st.sampled_from(DTYPES),
     tiles=cuts(),
 )
 def test_products_are_as_accurate_as_eager(
-    tokens: int, matrices: int, n: tuple[int, int], k: int, bias: bool, dtype: torch.dtype, tiles: Tiles
+    tokens: int,
+    matrices: int,
+    n: tuple[int, int],
+    k: int,
+    bias: bool,
+    activation: str,
+    dtype: torch.dtype,
+    tiles: Tiles,
 ) -> None:
     n = (1, n[1]) if bias else n
     a, b = random(dtype, 0, tokens, matrices, 1, k), random(dtype, 1, matrices, *reversed(n), k).transpose(1, 2)
     added = random(dtype, 2, matrices, n[1]) if bias else None
     c = torch.full((tokens, n[0], matrices, n[1]), float("nan"), dtype=dtype, device=DEVICE).transpose(1, 2)
-    matrix_products(a, b, c, tiles=tiles, bias=added)
+    matrix_products(a, b, c, tiles=tiles, bias=added, activation=activation)
 
     def reference(wide: torch.dtype) -> Tensor:
         made = torch.einsum("tmk,mhlk->tmhl", a[:, :, 0].to(wide), b.to(wide))
-        return made if added is None else made + added[:, None].to(wide)
+        return activated(made if added is None else made + added[:, None].to(wide), activation)
 
     assert_as_accurate(c, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "products")
 

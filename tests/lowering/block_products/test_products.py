@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.activations import ACTIVATIONS, activated
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.products import block_sums
 from structfly.lowering.gemm import Tiles
@@ -17,6 +18,7 @@ from tests.oracle import assert_as_accurate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16)
+NAMES = st.sampled_from(("", *ACTIVATIONS))
 SIDES = st.integers(1, 6).map(lambda eights: 8 * eights)
 _NUMBERS = torch.arange(2, dtype=torch.int32, device=DEVICE)
 ONE = Listing(_NUMBERS[:1], None, _NUMBERS, each=1)
@@ -55,6 +57,7 @@ def with_tokens_along(a: Tensor) -> Tensor:
     scattered=st.booleans(),
     rank=st.integers(0, 5).map(lambda eights: 8 * eights),
     bias=st.booleans(),
+    activation=NAMES,
     dtype=st.sampled_from(DTYPES),
     tiles=cuts(),
     seed=st.integers(0, 100),
@@ -71,6 +74,7 @@ def test_sums_are_as_accurate_as_eager(
     scattered: bool,
     rank: int,
     bias: bool,
+    activation: str,
     dtype: torch.dtype,
     tiles: Tiles,
     seed: int,
@@ -111,6 +115,7 @@ def test_sums_are_as_accurate_as_eager(
             thin[1].permute(2, 0, 1).contiguous() if turned else thin[1],
         ),
         bias=added,
+        activation=activation,
     )
 
     def reference(wide: torch.dtype) -> Tensor:
@@ -120,7 +125,7 @@ def test_sums_are_as_accurate_as_eager(
             made[:, part] += a[:, of_members[member]].to(wide) @ b[order[member]].to(wide).t()
         if thin is not None:
             made += torch.einsum("tr,pnr->tpn", *(each.to(wide) for each in thin))
-        return made if added is None else made + added.to(wide)
+        return activated(made if added is None else made + added.to(wide), activation)
 
     if rows is not None:
         assert c.isfinite().all()
