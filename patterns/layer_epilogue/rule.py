@@ -14,7 +14,7 @@ from torch import fx
 from structfly import compat
 from structfly.config import SiteSettings
 from structfly.lowering.activations import ACTIVATIONS
-from structfly.lowering.layer_op import FORWARD_OPS, LayerOp
+from structfly.lowering.layer_op import FORWARD_OPS
 from structfly.patterns.head.logits import example_of
 from structfly.patterns.layer_epilogue.activations import activation_of, is_written
 from structfly.patterns.layer_epilogue.menu import epilogue_menu
@@ -40,7 +40,7 @@ class LayerEpilogue:
                 continue
             y = next((user for user in node.users if user.args[1] == 0), None)
             activation = None if y is None else next(filter(activation_of, y.users), None)
-            if y is None or activation is None:
+            if y is None or activation is None or _why_no_epilogue(node, y):  # torch's products have none to miss
                 continue
             result, name = self._site(node, y, activation), qualified_name(node)
             found.append(
@@ -60,8 +60,6 @@ class LayerEpilogue:
 
     def _site(self, call: fx.Node, y: fx.Node, node: fx.Node) -> EpilogueSite | str:
         """The site, or why there is none."""
-        arguments: Any = call.args
-        _, factors, _, static, _, _ = arguments
         op, name = FORWARD_OPS[call.target], activation_of(node)
         others = [user.name for user in (*y.users, *call.users) if user not in (y, node)]
         if name not in ACTIVATIONS:
@@ -71,8 +69,6 @@ class LayerEpilogue:
         if needs_gradient(y):
             return f"this graph trains, and the gradient of {name} takes what it is applied to"
         example = example_of(y)
-        if why := _why_no_epilogue(op, factors, static, y):
-            return f"{op.name} has no epilogue here: {why}"
         hints = compat.size_hints(example)
         elements = math.prod(int(at_sizes(compat.expression(size), hints)) for size in example.shape)
         return EpilogueSite(
@@ -90,8 +86,10 @@ class LayerEpilogue:
         )
 
 
-def _why_no_epilogue(op: LayerOp, factors: Sequence[fx.Node], static: Sequence[int], y: fx.Node) -> str:
+def _why_no_epilogue(call: fx.Node, y: fx.Node) -> str:
     """Why an activation is not applied within the products, or ""; in the dtype of y, to which autocast casts them."""
-    dtype, given = example_of(y).dtype, [example_of(each) for each in factors]
+    arguments: Any = call.args
+    _, factors, _, static, _, _ = arguments
+    op, dtype, given = FORWARD_OPS[call.target], example_of(y).dtype, [example_of(each) for each in factors]
     with compat.example_mode(compat.fake_mode_of(given)):
         return op.why_no_epilogue([each.to(dtype) if each.is_floating_point() else each for each in given], static)

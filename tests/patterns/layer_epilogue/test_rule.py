@@ -227,21 +227,12 @@ def test_the_rule_can_be_switched_off() -> None:
     assert [site.status for site in fast.sites] == ["kept"]
 
 
-@pytest.mark.parametrize(
-    ("structure", "reason"),
-    [
-        (MONARCH, "kronecker_v2 has no epilogue here: they are on cpu"),
-        (LowRank(rank=8), "low_rank_v2 has no epilogue here: its products are torch's, and Inductor gives them their"),
-        (BlockSparse(block_in=16, block_out=16, density=0.5), "block_sparse_v2 has no epilogue here: they are on cpu"),
-    ],
-)
-def test_products_by_torch_have_no_epilogue(structure: Structure, reason: str) -> None:
+@pytest.mark.parametrize("structure", [MONARCH, LowRank(rank=8), BlockSparse(block_in=16, block_out=16, density=0.5)])
+def test_products_by_torch_have_no_epilogue(structure: Structure) -> None:
     layer = layer_of(structure)
     _, fast = run(lambda x: torch.relu(layer(x)), torch.randn(3, 32).bfloat16())
     assert activations_of(fast) == [""]
-    (site,) = fast.sites
-    assert site.status == "missed"
-    assert site.reason.startswith(reason)
+    assert fast.sites == []
 
 
 @pytest.mark.parametrize("structure", [MONARCH, LowRank(rank=8), PivotedLowRank(rank=8)])
