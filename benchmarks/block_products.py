@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import recording
-from benchmarks.busy import host_times, other_work
+from benchmarks.busy import times_behind_work
 from benchmarks.recording import Row
 from structfly import measure
 from structfly.lowering.block_products.gradient_places import Gradients, Places, gradient_places
@@ -117,8 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 **{name_of(cut): partial(product, cut) for cut in cuts},
             }
             mode = f"{name} {tokens}x{inside}x{out} bfloat16, blocks {inside // grid}x{out // grid}"
-            before = other_work(host_times(calls, repeats=3).values())
-            times = measure.times_in_rotation(calls, "cuda", repeats=chosen.repeats, before=before)
+            times = times_behind_work(calls, "cuda", repeats=chosen.repeats).device
             console.print(mode, *(f"{who}: {time.median * 1e3:.4f} ms" for who, time in times.items()), sep="\n  ")
             rows += [Row.of_timing(time, kernel=KERNEL, provider=who, mode=mode) for who, time in times.items()]
     if chosen.output:

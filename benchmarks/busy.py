@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -39,12 +40,41 @@ def host_rows(kernel: str, mode: str, times: Mapping[str, measure.Timing]) -> li
     ]
 
 
-def other_work(host: Iterable[measure.Timing]) -> Callable[[], object]:
-    """Products that keep a GPU busy for longer than the host takes for any of these: what a program does before it
-    comes to what is measured."""
+class Times(NamedTuple):
+    """Of several calls, by name: of the device behind other work, and of the host, which a CPU has none of."""
+
+    device: dict[str, measure.Timing]
+    host: dict[str, measure.Timing]
+
+
+def times_behind_work(
+    calls: Mapping[str, Callable[[], object]],
+    device: str,
+    *,
+    repeats: int,
+    warmups: int = 2,
+    longest: float = math.inf,
+) -> Times:
+    """Times in rotation, on a GPU behind work that keeps it busy for longer than the host needs for any of the calls.
+
+    Args:
+        calls: without arguments, by name.
+        device: "cpu", where a call is timed as it is, or "cuda".
+        repeats, warmups: rounds that count, and that come first.
+        longest: seconds of the host's that are hidden; of calls that take it longer they are not.
+    """
+    if device != "cuda":
+        return Times(measure.times_in_rotation(calls, device, repeats=repeats, warmups=warmups), {})
+    host = host_times(calls, repeats)
+    before = _work_for(max((each.p80 for each in host.values() if each.p80 <= longest), default=longest))
+    return Times(measure.times_in_rotation(calls, device, repeats=repeats, warmups=warmups, before=before), host)
+
+
+def _work_for(seconds: float) -> Callable[[], object]:
+    """Products that keep a GPU busy for longer than so: what a program does before it comes to what is measured."""
     a, b, c = (torch.randn(_SIZE, _SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     once = measure.median_time(lambda: torch.mm(a, b, out=c), "cuda", repeats=5).median
-    count = math.ceil(_MARGIN * max(each.p80 for each in host) / once)
+    count = math.ceil(_MARGIN * seconds / once)
 
     def work() -> None:
         for _ in range(count):

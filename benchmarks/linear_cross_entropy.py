@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import busy, head, recording
+from benchmarks.arguments import fill_in, sizes
 from benchmarks.head import LOSSES, PROVIDERS, Case, Inputs
 from benchmarks.matmul import matmul_rate
 from benchmarks.peers import PEERS
 from benchmarks.recording import Row
-from benchmarks.sizes import sizes
 from structfly import measure
 
 KERNEL = "linear_cross_entropy"
@@ -92,10 +92,8 @@ def measure_case(
     timings = measure.times_in_rotation(steps, case.device, repeats=repeats)
     rows += [Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode) for name, timing in timings.items()]
     if behind_work:
-        host = busy.host_times(steps, repeats)
+        behind, host = busy.times_behind_work(steps, case.device, repeats=repeats)
         rows += busy.host_rows(KERNEL, mode, host)
-        before = busy.other_work(host.values())
-        behind = measure.times_in_rotation(steps, case.device, repeats=repeats, before=before)
         rows += [
             Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode, metric="time_behind_work_s")
             for name, timing in behind.items()
@@ -203,9 +201,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)
-    for name, value in DEFAULTS[chosen.device].items():
-        if getattr(chosen, name, None) is None:
-            setattr(chosen, name, value)
+    fill_in(chosen, DEFAULTS[chosen.device])
     if chosen.behind_work and chosen.device != "cuda":
         parser.error("--behind-work is for GPUs; a CPU works on one call at a time")
     return chosen

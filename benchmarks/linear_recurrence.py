@@ -31,11 +31,11 @@ import torch
 from rich.console import Console
 
 from benchmarks import busy, recording
+from benchmarks.arguments import sizes
 from benchmarks.recording import Row
 from benchmarks.recurrence_case import GATES, PASSES, Case
 from benchmarks.recurrence_layer import Layer
 from benchmarks.recurrence_providers import OURS, PROVIDERS
-from benchmarks.sizes import sizes
 from structfly import measure
 
 KERNEL = "linear_recurrence"
@@ -111,13 +111,11 @@ class Bench:
                 self.leave_out(who, mode, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
             else:
                 working[who] = call
-        before = None
-        if self.device == "cuda":
-            host = busy.host_times(working, self.repeats)
-            for row in busy.host_rows(KERNEL, mode, host):
-                self.note(row)
-            before = busy.other_work(each for each in host.values() if each.p80 <= _LONGEST_LAUNCH)
-        timings = measure.times_in_rotation(working, self.device, repeats=self.repeats, warmups=1, before=before)
+        timings, host = busy.times_behind_work(
+            working, self.device, repeats=self.repeats, warmups=1, longest=_LONGEST_LAUNCH
+        )
+        for row in busy.host_rows(KERNEL, mode, host):
+            self.note(row)
         for who, timing in timings.items():
             self.note(Row.of_timing(timing, kernel=KERNEL, provider=who, mode=mode))
         return {who: timing.median for who, timing in timings.items()}

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 import structfly
 from benchmarks import busy, recording
 from benchmarks.accuracy import relative_error
+from benchmarks.arguments import fill_in
 from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
-from benchmarks.sizes import sizes
-from benchmarks.structured_case import PASSES, Case, Layer, clear, make_inputs, peak_memory, step
+from benchmarks.structured_case import PASSES, Case, Layer, add_case_arguments, clear, make_inputs, peak_memory, step
 from benchmarks.structured_layers import Place
 from benchmarks.structured_linear import precise
 from structfly import measure
@@ -224,12 +224,8 @@ def _measured(
         del y
         clear(layer, x)
     calls = {provider: partial(step, layer, x, upstream, training=case.training) for provider, layer in layers.items()}
-    before = None
-    if case.device == "cuda":
-        host = busy.host_times(calls, repeats)
-        rows += busy.host_rows(name, case.mode, host)
-        before = busy.other_work(host.values())
-    timings = measure.times_in_rotation(calls, case.device, repeats=repeats, before=before)
+    timings, host = busy.times_behind_work(calls, case.device, repeats=repeats)
+    rows += busy.host_rows(name, case.mode, host)
     for layer in layers.values():
         clear(layer, x)
     for provider, timing in timings.items():
@@ -273,18 +269,12 @@ def case_table(rows: Sequence[Row]) -> Table:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; what is not given depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", type=sizes("tokens x in x out"), metavar="TOKENSxINxOUT")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    add_case_arguments(parser, DEFAULTS)
     parser.add_argument("--layers", nargs="+", choices=LAYERS, metavar="NAME", default=list(LAYERS))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)
-    for name, value in DEFAULTS[chosen.device].items():
-        if getattr(chosen, name, None) is None:
-            setattr(chosen, name, value)
-    return chosen
+    return fill_in(chosen, DEFAULTS[chosen.device])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

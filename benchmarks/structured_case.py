@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import relative_error
+from benchmarks.arguments import sizes
 from benchmarks.structured_layers import BARS, Bar, Place, Provider, dense_weight
 from structfly import StructuredLinear, measure
 from structfly.records.layer import LayerSizes
 
 PASSES = ("forward", "forward+backward")
+
+
+def add_case_arguments(parser: argparse.ArgumentParser, devices: Iterable[str]) -> None:
+    """The options that say which cases are measured."""
+    parser.add_argument("--device", choices=devices, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", type=sizes("tokens x in x out"), metavar="TOKENSxINxOUT")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,21 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import busy, recording, structured_layers
+from benchmarks.arguments import fill_in
 from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
-from benchmarks.sizes import sizes
-from benchmarks.structured_case import PASSES, Case, Layer, clear, errors, make_inputs, make_layer, peak_memory, step
+from benchmarks.structured_case import (
+    PASSES,
+    Case,
+    Layer,
+    add_case_arguments,
+    clear,
+    errors,
+    make_inputs,
+    make_layer,
+    peak_memory,
+    step,
+)
 from benchmarks.structured_layers import BARS, DENSE, OURS, Place, Provider
 from benchmarks.structured_peers import PEERS
 from structfly import measure
@@ -100,12 +111,8 @@ def measure_case(
     torch.compiler.reset()
     layers, rows = layers_of(case, providers, x, upstream, say)
     calls = {name: partial(step, layer, x, upstream, training=case.training) for name, layer in layers.items()}
-    before = None
-    if case.device == "cuda":
-        host = busy.host_times(calls, repeats)
-        rows += busy.host_rows(KERNEL, case.mode, host)
-        before = busy.other_work(host.values())
-    timings = measure.times_in_rotation(calls, case.device, repeats=repeats, before=before)
+    timings, host = busy.times_behind_work(calls, case.device, repeats=repeats)
+    rows += busy.host_rows(KERNEL, case.mode, host)
     ratios = {
         name: measure.summarize([d / t for d, t in zip(timings[DENSE].samples, timing.samples, strict=True)])
         for name, timing in timings.items()
@@ -180,10 +187,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line; what is not given depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = (*OURS, *PEERS)
-    parser.add_argument("--device", choices=DEFAULTS, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", type=sizes("tokens x in x out"), metavar="TOKENSxINxOUT")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    add_case_arguments(parser, DEFAULTS)
     parser.add_argument(
         "--providers",
         nargs="+",
@@ -196,10 +200,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)
-    for name, value in DEFAULTS[chosen.device].items():
-        if getattr(chosen, name, None) is None:
-            setattr(chosen, name, value)
-    return chosen
+    return fill_in(chosen, DEFAULTS[chosen.device])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

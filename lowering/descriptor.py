@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ def has_descriptor(tensor: Tensor) -> bool:
 
 
 _MOST = 4096  # shapes that are remembered, a few hundred bytes each
-_CHECKED: dict[tuple[torch.Size, tuple[int, ...], torch.dtype, Hashable], dict[str, Any]] = {}
+_CHECKED: dict[tuple[torch.Size, tuple[int, ...], torch.dtype, tuple[int, ...]], dict[str, Any]] = {}
 
 
 def _has_steps(tensor: Tensor) -> bool:

@@ -48,15 +48,43 @@ Shapes = Sequence[Sequence[int]]
 Plain = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[int]], Tensor]
 
 
-class InChunks(NamedTuple):
-    """A forward and a backward that never have all of what is made between, for calls that keep nothing of it.
+class Products(NamedTuple):
+    """One way of making an op's products."""
 
-    ``why_not`` says of factors why they are not for them, or ""; ``forward`` gives y, as ``finish`` does.
+    between: Between
+    finish: Finish
+    backward: Backward
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether what is made of these is differentiated, which leaves no trace in generated products."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def chosen(generated: Callable[[Sequence[Tensor]], Products | None], by_torch: Products) -> Products:
+    """What ``generated`` has for a call's factors; torch's where it has nothing, or what is made is differentiated."""
+
+    def of(call: Applied, *others: Tensor) -> Products:
+        made = None if is_traced(call.x, *call.factors, *others) else generated(call.factors)
+        return made or by_torch
+
+    return Products(
+        lambda call: of(call).between(call),
+        lambda call, between: of(call).finish(call, between),
+        lambda grad, call, between, wanted: of(call, grad).backward(grad, call, between, wanted),
+    )
+
+
+class InChunks(NamedTuple):
+    """A backward, and perhaps a forward, that never has all of what is made between, for calls that keep nothing of it.
+
+    ``why_not`` says of factors why they are not for it, or ""; ``forward`` gives y, as ``finish`` does, and is None
+    where a forward may as well have all.
     """
 
     why_not: Callable[[Sequence[Tensor]], str]
-    forward: Callable[[Applied], Tensor]
     backward: Callable[[Tensor, Applied, Sequence[bool]], list[Tensor | None]]
+    forward: Callable[[Applied], Tensor] | None = None
 
 
 FORWARD_OPS: dict[Any, LayerOp] = {}
@@ -74,11 +102,11 @@ class LayerOp:
         kept_shapes: of N rows, the factors' shapes and the static numbers: the shapes of what is made between.
         multiply_adds: of the same: those of each of the two steps; the backward has as many as both for x, and again
             for the factors.
-        adds_bias: whether ``finish``, and the forward in chunks, add the bias within their products; else it is added
+        adds_bias: whether ``finish``, and a forward in chunks, add the bias within their products; else it is added
             to what they give.
-        in_chunks: takes the place of all three where nothing is kept and it has nothing against the factors, or None.
-        why_no_epilogue: says of the factors and the static numbers why ``finish``, and the forward in chunks, do not
+        why_no_epilogue: says of the factors and the static numbers why ``finish``, and a forward in chunks, do not
             apply an activation within their products, or "" where they do; None where they never do.
+        in_chunks: takes their place where nothing is kept and it has nothing against the factors, or None.
         plain: the layer in torch's own operations, where the op adds nothing to them: a compiler is given those.
     """
 
@@ -169,7 +197,7 @@ class LayerOp:
         own_bias, own_activation = bias if self.adds_bias else None, activation if within else ""
         call = Applied(x.reshape(-1, x.shape[-1]), factors, static, own_bias, own_activation)
         kept: list[Tensor] = []
-        if not keep and (chunks := self._chunks(factors)):
+        if not keep and (chunks := self._chunks(factors)) and chunks.forward:
             y = chunks.forward(call)
         else:
             kept = self.between(call)

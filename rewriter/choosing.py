@@ -94,8 +94,8 @@ def _explained(order: Order, costs: Sequence[CostValues], number: int, relaxed: 
     kept = next(values for candidate, values in zip(candidates, costs, strict=True) if not candidate.rewrites)
     chosen, values = candidates[number], costs[number]
     fast = [v.seconds for c, v in zip(candidates, costs, strict=True) if c.rewrites]
-    if order.menu.settled or order.menu.reason:
-        reason = order.menu.settled or order.menu.reason
+    if order.menu.settled:
+        reason = order.menu.settled
     elif relaxed:
         least = format_bytes(values.transient_bytes)
         reason = f"nothing fits the limit of {format_bytes(order.menu.peak_limit)}; this takes the least, {least}"

@@ -48,7 +48,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     declared = compat.written_arguments(node)
     if declared is not None:
         return _nodes(declared)
-    named = node.args[:1] if _names_a_write(getattr(node.target, "__name__", "")) else ()
+    named = node.args[:1] if _is_named_a_write(node.target) else ()
     return _nodes((named, node.kwargs.get("out")))
 
 
@@ -64,6 +64,12 @@ def _is_told_to_write(node: fx.Node) -> bool:
 def _place_of_inplace(function: FunctionType) -> int | None:
     parameters = list(inspect.signature(function).parameters)
     return parameters.index("inplace") if "inplace" in parameters else None
+
+
+def _is_named_a_write(function: Any) -> bool:
+    """By its name; ``operator.or_`` and its like end in what tells them from keywords."""
+    of_python = getattr(function, "__module__", "") == "_operator"
+    return not of_python and _names_a_write(getattr(function, "__name__", ""))
 
 
 def _names_a_write(name: str) -> bool:
@@ -99,12 +105,13 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
     """
     order = region.order
     first, last = min(map(order.__getitem__, nodes)), max(map(order.__getitem__, nodes))
-    read = {operand for node in nodes for operand in node.all_input_nodes} - set(nodes)
+    members = set(nodes)
+    read = {operand for node in nodes for operand in node.all_input_nodes} - members
     storages = {key for operand in read for key in _storages(operand)}
     # What the site makes and reads, and where it reads it last.
     used: dict[int, int] = {}
     for node in nodes:
-        for operand in set(node.all_input_nodes).intersection(nodes):
+        for operand in members.intersection(node.all_input_nodes):
             for key in _storages(operand):
                 used[key] = max(used.get(key, 0), order[node])
     found: dict[int, int] = {}
@@ -113,8 +120,8 @@ def why_pinned(region: Region, nodes: Collection[fx.Node]) -> tuple[fx.Node, str
             found[key] = found.get(key, 0) + 1
         if not first <= place <= last:
             continue
-        if node in nodes:
-            if target not in nodes:
+        if node in members:
+            if target not in members:
                 return node, f"{node.name} writes into {target.name}, which stays in the graph"
         elif storages.intersection(_storages(target)):
             return node, (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from types import FunctionType
 from typing import Any, cast
 
@@ -322,7 +323,10 @@ def original_callable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own, so that nothing compiled before answers for it."""
+    """The same function with a code object of its own, so that nothing compiled before answers for it.
+
+    Its name is its own, too: by file, line and name Dynamo remembers which sizes varied, and takes them for dynamic.
+    """
     if not isinstance(function, FunctionType):
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -338,8 +342,12 @@ def with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
             function.__closure__,
         )
         fresh.__kwdefaults__ = function.__kwdefaults__
-    fresh.__code__ = fresh.__code__.replace()
+    code = fresh.__code__
+    fresh.__code__ = code.replace(co_name=f"{code.co_name}_{next(_NUMBERS)}")
     return fresh
+
+
+_NUMBERS = count(1)
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from structfly.backend import read_config, rewrite, with_inputs
 from structfly.lowering.linear_cross_entropy.arguments import Arguments
-from structfly.records import SiteReport
+from structfly.patterns import DEFAULT_RULES
+from structfly.records import DeviceProfile, SiteReport
+from structfly.rewriter.engine import rewrite_graph
+from structfly.rewriter.rule import Rule
 
 ALWAYS: Mapping[str, object] = {"rewrite": "always", "strict": True}
 
@@ -64,3 +67,22 @@ class Rewritten:
         """Calls of an op in all graphs and their bodies."""
         bodies = [module for gm in self.graphs for module in gm.modules() if isinstance(module, fx.GraphModule)]
         return [node for body in bodies for node in body.graph.nodes if node.target is op]
+
+
+def sites_on(
+    profile: DeviceProfile,
+    model: nn.Module,
+    *shape: int,
+    dtype: torch.dtype = torch.bfloat16,
+    rules: Sequence[Rule[Any]] = DEFAULT_RULES,
+) -> list[SiteReport]:
+    """What the rules would do to a model that is given zeros of such a shape, on a device that is not there."""
+    sites: list[SiteReport] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        sites.extend(rewrite_graph(gm, rules, read_config({"strict": True}), lambda device: profile).sites)
+        return lambda *arguments: (torch.empty(1),)
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend)(torch.zeros(shape, dtype=dtype))
+    return sites

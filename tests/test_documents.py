@@ -54,8 +54,8 @@ def test_the_page_of_the_ops_runs() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch's own deprecations
 def test_the_page_on_structured_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", page)  # for torch.compile to find
+    page = ModuleType("page_on_structured_code")
+    monkeypatch.setitem(sys.modules, "page_on_structured_code", page)  # for torch.compile to find
     for block in code(ROOT / "docs" / "structured_code.md", "python"):
         exec(compile(block, "docs/structured_code.md", "exec"), vars(page))
 
@@ -63,8 +63,8 @@ def test_the_page_on_structured_code_runs(monkeypatch: pytest.MonkeyPatch) -> No
 # Inductor's workers warn about torch's own deprecations.
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_on_restructuring_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", page)  # for torch.compile to find
+    page = ModuleType("page_on_restructuring")
+    monkeypatch.setitem(sys.modules, "page_on_restructuring", page)  # for torch.compile to find
     torch.manual_seed(0)
     for block in code(ROOT / "docs" / "restructure.md", "python"):
         exec(compile(block, "docs/restructure.md", "exec"), vars(page))

@@ -99,8 +99,8 @@ def _outputs(call: Applied, first: list[Step], z: Tensor, w: Tensor) -> Tensor:
         return call.x.new_empty(0, out_features)
     y = call.x.new_empty(len(call.x), rows, outer)
     bias = None if call.bias is None else padded(call.bias[None], rows * outer).view(rows, outer)
-    outputs = _features(w, left, y, bias=bias, activation=call.activation)
-    _run([*first, mixing(z, w, scale), outputs], len(y), z.shape[2])
+    steps = [*first, mixing(z, w, scale), _features(w, left, y, bias=bias, activation=call.activation)]
+    _run(steps, len(y), z.shape[2])
     return y.flatten(1)[:, :out_features].contiguous()
 
 

@@ -20,44 +20,20 @@ of tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from structfly.lowering.blast import aten, generated
 from structfly.lowering.block_products.support import padded_rows
-from structfly.lowering.layer_op import Applied, Backward, Between, Finish, InChunks, LayerOp
+from structfly.lowering.layer_op import InChunks, LayerOp, Products, chosen
+
+_BY_TORCH = Products(aten.between, aten.finish, aten.backward)
+_GENERATED = Products(generated.between, generated.finish, generated.backward)
 
 
-class _Products(NamedTuple):
-    """One way of making them."""
-
-    between: Between
-    finish: Finish
-    backward: Backward
-
-
-_BY_TORCH = _Products(aten.between, aten.finish, aten.backward)
-_GENERATED = _Products(generated.between, generated.finish, generated.backward)
-
-
-def _products(call: Applied) -> _Products:
-    """Torch's where they are to be differentiated, or it must make them."""
-    differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in (call.x, *call.factors))
-    return _BY_TORCH if differentiated or generated.why_not(call.factors) else _GENERATED
-
-
-def _between(call: Applied) -> list[Tensor]:
-    return _products(call).between(call)
-
-
-def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    return _products(call).finish(call, between)
-
-
-def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return _products(call).backward(grad, call, between, wanted)
+def _generated(factors: Sequence[Tensor]) -> Products | None:
+    return None if generated.why_not(factors) else _GENERATED
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
@@ -72,15 +48,13 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 BLAST = LayerOp(
     "blast_v3",
-    between=_between,
-    finish=_finish,
-    backward=_backward,
+    **chosen(_generated, _BY_TORCH)._asdict(),
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
     why_no_epilogue=lambda factors, _: generated.why_not(factors),
-    in_chunks=InChunks(generated.why_not, generated.forward_in_chunks, generated.backward_in_chunks),
+    in_chunks=InChunks(generated.why_not, generated.backward_in_chunks, generated.forward_in_chunks),
 )
 """Takes ``right`` (column_blocks, rank, in_block), ``scale`` (rank, row_blocks, column_blocks) and ``left``
 (row_blocks, out_block, rank); static: out_features."""

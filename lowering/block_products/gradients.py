@@ -94,11 +94,17 @@ def block_gradients(
         add_ranges(sums, results)
 
 
+def about(tokens: int) -> int:
+    """So many tokens as tiles are placed for, of which few numbers are told apart."""
+    return 1 << tokens.bit_length()
+
+
 def placed(rows: Tensor, columns: Tensor, made: Gradients, tokens: int) -> Places:
     """The tiles of gradients summed over about so many tokens, cut for the device of ``rows``.
 
     Args:
         rows, columns: int32 (blocks,), the parts of a and b that each block's gradient takes; the host reads them.
+        tokens: as :func:`about` has them, for callers that remember what is found.
     """
     members = torch.bincount(rows, minlength=made.rows).tolist()
     cut = gradient_cut(rows.device, tokens, members, made)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.gradient_places import Gradients, Places
-from structfly.lowering.block_products.gradients import placed
+from structfly.lowering.block_products.gradients import about, placed
 from structfly.lowering.block_products.listing import Listing, in_each, listed
 from structfly.lowering.block_sparse.layout import BlockLayout
 from structfly.lowering.remembered import remembered
@@ -27,8 +27,7 @@ def by_columns(layout: BlockLayout, columns: int) -> Listing:
 
 def of_gradients(layout: BlockLayout, made: Gradients, tokens: int) -> Places:
     """For the gradients of the blocks and what ``made`` has beside them, summed over so many tokens."""
-    about = 1 << tokens.bit_length()  # so that few numbers of tokens are told apart
-    return remembered(_gradients, *layout, made, about)
+    return remembered(_gradients, *layout, made, about(tokens))
 
 
 def _gradients(columns: Tensor, starts: Tensor | None, made: Gradients, tokens: int) -> Places:

@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.support import padded
 from structfly.lowering.block_sparse import aten, generated
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
-from structfly.lowering.layer_op import Applied, LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp, is_traced
 
 
 def _between(call: Applied) -> list[Tensor]:
@@ -43,7 +42,7 @@ def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     values, layout, grid = _read(call)
     grad = padded(grad, grid.rows * grid.block_out)
-    plain = bool(generated.why_not(values)) or torch.is_grad_enabled()  # with it on, this is differentiated
+    plain = is_traced(grad, call.x, values) or bool(generated.why_not(values))
     made: list[Tensor | None] = [None] * (1 + len(call.factors))
     # The blocks' gradients come first: what is held for their sums is free again when that of x is made.
     if wanted[1]:

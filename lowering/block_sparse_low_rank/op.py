@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.gradients import LowRankGradients
 from structfly.lowering.block_products.support import padded
 from structfly.lowering.block_sparse import aten, generated
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
-from structfly.lowering.layer_op import Applied, LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp, is_traced
 
 
 def _between(call: Applied) -> list[Tensor]:
@@ -52,7 +51,7 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
     made: list[Tensor | None] = [None] * (1 + len(call.factors))
     dz = grad @ left if wanted[0] or wanted[2] else None
     spread = padded(grad, grid.rows * grid.block_out)
-    plain = bool(generated.why_not(values, len(right))) or torch.is_grad_enabled()  # then this is differentiated
+    plain = is_traced(grad, call.x, values, right, left) or bool(generated.why_not(values, len(right)))
     # The factors' gradients come first: what is held for their sums is free again when that of x is made.
     x = padded(call.x, grid.columns * grid.block_in) if wanted[1] else call.x
     if wanted[1] and plain:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.gradient_places import Gradients, Places
-from structfly.lowering.block_products.gradients import block_gradients, placed
+from structfly.lowering.block_products.gradients import about, block_gradients, placed
 from structfly.lowering.block_products.listing import Listing, listed
 from structfly.lowering.block_products.products import block_sums
 from structfly.lowering.block_products.support import padded, padded_rows, why_no_products
@@ -62,7 +62,7 @@ def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) ->
     made = torch.empty_like(tiles)
     in_tiles, of_groups = _in_tiles(dense, tile), components.unflatten(0, (-1, group))
     shape = Gradients(in_tiles.shape[1], len(of_groups), tile, group)
-    places = remembered(_placed, index, shape, 1 << len(dense).bit_length())  # few numbers of tokens are told apart
+    places = remembered(_placed, index, shape, about(len(dense)))
     block_gradients(in_tiles, of_groups, made, places, b_turned=True)
     return made
 

@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.support import padded_rows
 from structfly.lowering.gblr import generated, tile_products
 from structfly.lowering.gblr.tile_products import inverse
-from structfly.lowering.layer_op import Applied, LayerOp
+from structfly.lowering.layer_op import Applied, LayerOp, is_traced
 from structfly.lowering.remembered import remembered
 
 
@@ -54,8 +53,7 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
 
 def _plain(tiles: Tensor, *others: Tensor) -> bool:
     """Whether torch makes the products, because it must or because they are to be differentiated."""
-    again = torch.is_grad_enabled() and any(each.requires_grad for each in (tiles, *others))
-    return again or bool(generated.why_not(tiles))
+    return is_traced(tiles, *others) or bool(generated.why_not(tiles))
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:

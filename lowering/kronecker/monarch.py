@@ -63,8 +63,10 @@ def worth_a_copy(factors: Sequence[Tensor]) -> bool:
 
 def between(call: Applied) -> list[Tensor]:
     """z, under the shape in which torch's products keep it."""
-    shape = FactorShape(*call.factors[0].shape)
-    return [_between(call, _read(call)).view(shape.matrices, shape.rows, len(call.x))]
+    shape, first = FactorShape(*call.factors[0].shape), _read(call).first
+    blocks, _, _, inputs = first.shape
+    x = padded(call.x, blocks * inputs).view(len(call.x), blocks, inputs)
+    return [_between(x, first).view(shape.matrices, shape.rows, len(call.x))]
 
 
 def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
@@ -89,34 +91,64 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
 
 def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """The gradients that are wanted, of x and each factor."""
+    k, l, r = _read(call).axes  # noqa: E741
+    return _gradients(grad, call, wanted, k, between[0].view(len(call.x), l, k * r))
+
+
+def backward_in_groups(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The same where nothing was kept: of a group of the first factor's blocks at a time.
+
+    A block of inputs leads to numbers of its own between the factors.  So z and dz of a group are made, used, and let
+    go; no sum is cut, and only the first factor's product is made twice.
+    """
+    k, l, r = _read(call).axes  # noqa: E741
+    return _gradients(grad, call, wanted, blocks_at_a_time(call, len(call.x) * l * r, k), None)
+
+
+def _gradients(
+    grad: Tensor, call: Applied, wanted: Sequence[bool], size: int, kept: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients that are wanted, ``size`` blocks at a time; ``kept`` is z (tokens, l, k r), or None."""
     monarch = _read(call)
     k, l, r = monarch.axes  # noqa: E741
     first, second, _ = monarch
     tokens, inputs, outputs = len(call.x), first.shape[3], second.shape[1]
-    made: list[Tensor | None] = [None] * len(wanted)
     grad = _in_blocks(grad, monarch)
-    if wanted[2]:
-        of_second = second.new_empty(l, 1, outputs, k * r)
-        tiles = gradient_tiles(second, tokens, l, (1, outputs), k * r)
-        matrix_gradients(grad, between[0].view(tokens, l, k * r), of_second, tiles=tiles)
-        made[2] = of_second
-    if not wanted[0] and not wanted[1]:
-        return made
-    dz = grad.new_empty(tokens, k, l, r)
-    tiles = product_tiles(second, tokens, (k, r), (1, outputs))
-    matrix_products(grad[:, :, None], second[:, None], dz.transpose(1, 2), turned=True, tiles=tiles)
-    if wanted[1]:
-        of_first = first.new_empty(k, r, l, inputs)
-        x = padded(call.x, k * inputs).view(tokens, k, inputs)
-        tiles = gradient_tiles(first, tokens, k, (l, r), inputs)
-        matrix_gradients(dz.flatten(2), x, of_first.transpose(1, 2), tiles=tiles)
-        made[1] = of_first
-    if wanted[0]:
-        dx = grad.new_empty(tokens, k, inputs)
-        tiles = product_tiles(first, tokens, (1, inputs), (l, r))
-        matrix_products(dz, first, dx[:, :, None], turned=True, tiles=tiles)
-        made[0] = dx.flatten(1)[:, : call.x.shape[1]]
-    return made
+    x = padded(call.x, k * inputs).view(tokens, k, inputs)
+    dx = grad.new_empty(tokens, k, inputs) if wanted[0] else None
+    of_first = first.new_empty(k, r, l, inputs) if wanted[1] else None
+    of_second = second.new_empty(l, 1, outputs, k * r) if wanted[2] else None
+    for start in range(0, k, size):
+        blocks = slice(start, min(start + size, k))
+        columns = slice(start * r, blocks.stop * r)
+        count = blocks.stop - start
+        if of_second is not None:
+            z = _between(x[:, blocks], first[blocks]).flatten(2) if kept is None else kept[..., columns]
+            tiles = gradient_tiles(second, tokens, l, (1, outputs), count * r)
+            matrix_gradients(grad, z, of_second[..., columns], tiles=tiles)
+            del z
+        if of_first is None and dx is None:
+            continue
+        dz = grad.new_empty(tokens, count, l, r)
+        tiles = product_tiles(second, tokens, (count, r), (1, outputs))
+        matrix_products(grad[:, :, None], second[:, None, :, columns], dz.transpose(1, 2), turned=True, tiles=tiles)
+        if of_first is not None:
+            tiles = gradient_tiles(first, tokens, count, (l, r), inputs)
+            matrix_gradients(dz.flatten(2), x[:, blocks], of_first[blocks].transpose(1, 2), tiles=tiles)
+        if dx is not None:
+            tiles = product_tiles(first, tokens, (1, inputs), (l, r))
+            matrix_products(dz, first[blocks], dx[:, blocks, None], turned=True, tiles=tiles)
+        del dz
+    return [None if dx is None else dx.flatten(1)[:, : call.x.shape[1]], of_first, of_second]
+
+
+def blocks_at_a_time(call: Applied, numbers: int, blocks: int) -> int:
+    """Blocks of a group, whose z has ``numbers`` each, so that groups are about equal and take no more than the dense
+    layer's gradient of its weight would beyond those of the factors; one block where that is less."""
+    dense = call.x.shape[1] * call.static[0]
+    room = dense - sum(factor.numel() for factor in call.factors)
+    groups = -(-blocks // max(1, room // max(numbers, 1)))
+    return -(-blocks // groups)
 
 
 def _read(call: Applied) -> _Monarch:
@@ -129,15 +161,12 @@ def _strided(second: FactorShape) -> bool:
     return second.i > 1 and second.d > 1
 
 
-def _between(call: Applied, monarch: _Monarch) -> Tensor:
-    """(tokens, l, k, r)."""
-    k, l, r = monarch.axes  # noqa: E741
-    first = monarch.first
-    tokens, inputs = len(call.x), first.shape[3]
-    z = call.x.new_empty(tokens, l, k, r)
-    x = padded(call.x, k * inputs).view(tokens, k, 1, inputs)
+def _between(x: Tensor, first: Tensor) -> Tensor:
+    """(tokens, l, k, r) of x (tokens, k, inputs)."""
+    tokens, (k, l, r, inputs) = len(x), first.shape  # noqa: E741
+    z = x.new_empty(tokens, l, k, r)
     tiles = product_tiles(first, tokens, (l, r), (1, inputs))
-    matrix_products(x, first, z.transpose(1, 2), tiles=tiles)
+    matrix_products(x[:, :, None], first, z.transpose(1, 2), tiles=tiles)
     return z
 
 

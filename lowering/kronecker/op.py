@@ -13,56 +13,33 @@ worth a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from structfly.lowering.kronecker import aten, lattice, monarch
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import Applied, Backward, Between, Finish, LayerOp
+from structfly.lowering.layer_op import InChunks, LayerOp, Products, chosen
+
+_BY_TORCH = Products(aten.between, aten.finish, aten.backward)
+_WITH_MONARCH = Products(monarch.between, monarch.finish, monarch.backward)
+_ALONG_AXES = Products(lattice.between, lattice.finish, lattice.backward)
 
 
-class _Products(NamedTuple):
-    """One way of making them."""
-
-    between: Between
-    finish: Finish
-    backward: Backward
-
-
-_BY_TORCH = _Products(aten.between, aten.finish, aten.backward)
-_WITH_MONARCH = _Products(monarch.between, monarch.finish, monarch.backward)
-_ALONG_AXES = _Products(lattice.between, lattice.finish, lattice.backward)
-
-
-def _products(factors: Sequence[Tensor]) -> _Products:
+def _generated(factors: Sequence[Tensor]) -> Products | None:
     along_axes = not lattice.why_not(factors)
     if not monarch.why_not(factors) and (monarch.worth_a_copy(factors) or not along_axes):
         return _WITH_MONARCH
-    return _ALONG_AXES if along_axes else _BY_TORCH
-
-
-def _between(call: Applied) -> list[Tensor]:
-    return _products_in(call).between(call)
-
-
-def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
-    return _products_in(call).finish(call, between)
-
-
-def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return _products_in(call, grad).backward(grad, call, between, wanted)
+    return _ALONG_AXES if along_axes else None
 
 
 def _why_no_epilogue(factors: Sequence[Tensor], _: Sequence[int]) -> str:
-    return lattice.why_not(factors) if _products(factors) is _BY_TORCH else ""
+    return "" if _generated(factors) else lattice.why_not(factors)
 
 
-def _products_in(call: Applied, *others: Tensor) -> _Products:
-    """Those of a call: torch's, where what it makes is differentiated, for the generated ones leave no trace."""
-    traced = torch.is_grad_enabled() and any(each.requires_grad for each in (call.x, *call.factors, *others))
-    return _BY_TORCH if traced else _products(call.factors)
+def _why_not_in_groups(factors: Sequence[Tensor]) -> str:
+    groups = _generated(factors) is _WITH_MONARCH
+    return "" if groups else "what is between the factors is not made of a group of blocks at a time"
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
@@ -76,14 +53,13 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 KRONECKER = LayerOp(
     "kronecker_v2",
-    between=_between,
-    finish=_finish,
-    backward=_backward,
+    **chosen(_generated, _BY_TORCH)._asdict(),
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
     why_no_epilogue=_why_no_epilogue,
+    in_chunks=InChunks(_why_not_in_groups, monarch.backward_in_groups),
 )
 """Takes the factors, the first applied first, of six axes each as :class:`FactorShape` has them, and in ``static`` the
 number of output features."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from structfly import compat
 from structfly.config import SiteSettings
 from structfly.lowering.layer_op import DEVICES
 from structfly.patterns.batched_chain.axes import sizes_of
@@ -18,8 +17,8 @@ from structfly.patterns.batched_chain.reader import Chain, read_chain
 from structfly.patterns.batched_chain.rewrite import rewrite_chain
 from structfly.patterns.batched_chain.site import ChainSite
 from structfly.patterns.head.logits import example_of
+from structfly.patterns.linear.reads import rows_of
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
-from structfly.records.cost import at_sizes
 from structfly.records.layer import TOKENS
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region, needs_gradient, qualified_name
@@ -68,9 +67,6 @@ class BatchedChain:
             reason = "the rows that the products give have several sizes that vary, and are not those that they take"
         if reason:
             return Miss(self.name, last, reason, 1, last, name)
-        hints, rows = compat.size_hints(x), 1
-        for size in x.shape[: chain.rows]:
-            rows *= int(at_sizes(compat.expression(size), hints))
         learns = needs_gradient(chain.result)
         of_factors = any(needs_gradient(factor) for product in chain.products for factor in product.given)
         return ChainSite(
@@ -78,7 +74,7 @@ class BatchedChain:
             name=name,
             node=chain.result,
             device=x.device,
-            sizes={TOKENS: max(rows, 1)},
+            sizes={TOKENS: max(rows_of(chain.x, chain.rows), 1)},
             chain=chain,
             shape=shape,
             dtype=dtypes.pop(),

@@ -36,7 +36,7 @@ def factored_menu(site: FactoredSite) -> Menu:
             (candidates[1],),
             peak_limit=math.inf,
             own_bytes=int(at_sizes(saved, site.sizes)),
-            reason=f"two products by way of rank {rank}; those of structfly's low rank are the same two",
+            settled=f"two products by way of rank {rank}; those of structfly's low rank are the same two",
         )
     if site.masks is not None:
         structure = site.masks.cut.structure

@@ -13,6 +13,6 @@ def epilogue_menu(site: EpilogueSite, *, always: bool) -> Menu:
     passes = (Stage(0, 2 * site.read_bytes),) if site.stands_alone else ()
     as_it_is = Candidate("as it is", Cost(passes), rewrites=False)
     if not site.stands_alone and not always:
-        reason = f"Inductor makes {site.activation} in one kernel with the elementwise work that reads it"
-        return Menu((as_it_is,), peak_limit=math.inf, reason=reason)
+        settled = f"Inductor makes {site.activation} in one kernel with the elementwise work that reads it"
+        return Menu((as_it_is,), peak_limit=math.inf, settled=settled)
     return Menu((as_it_is, Candidate(f"epilogue of {site.op.name}", Cost(()))), peak_limit=math.inf)

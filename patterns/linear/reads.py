@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
@@ -56,13 +57,12 @@ def transposes(linear: LinearLike) -> list[fx.Node]:
     return [node for node in linear.node.all_input_nodes if node not in (linear.x, linear.weight, linear.bias)]
 
 
-def rows_of(x: fx.Node) -> int:
-    """How many rows a layer is applied to, at the example's sizes."""
+def rows_of(x: fx.Node, dims: int | None = None) -> int:
+    """How many rows a layer is applied to, at the example's sizes; ``dims`` are those of rows, all but the last if
+    None."""
     value = example_of(x)
-    rows = 1
-    for size in value.shape[:-1]:
-        rows *= int(at_sizes(compat.expression(size), compat.size_hints(value)))
-    return rows
+    hints, sizes = compat.size_hints(value), value.shape[: -1 if dims is None else dims]
+    return math.prod(int(at_sizes(compat.expression(size), hints)) for size in sizes)
 
 
 def why_not(weight: fx.Node, calls: Sequence[LinearLike], region: Region) -> str | None:

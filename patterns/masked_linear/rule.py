@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from structfly import compat
 from structfly.config import SiteSettings
 from structfly.errors import ArgumentError
 from structfly.lowering.block_sparse.layout import layout_of_mask
@@ -14,12 +13,12 @@ from structfly.lowering.layer_op import DEVICES
 from structfly.patterns.head.chain import describe
 from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear.projection import plainly
+from structfly.patterns.linear.reads import rows_of
 from structfly.patterns.masked_linear.masks import Masked, masked_weights
 from structfly.patterns.masked_linear.menu import masked_menu
 from structfly.patterns.masked_linear.rewrite import rewrite_masked
 from structfly.patterns.masked_linear.site import MaskedSite
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
-from structfly.records.cost import at_sizes
 from structfly.records.layer import TOKENS, LayerSizes
 from structfly.rewriter.constants import Constant, read_constant
 from structfly.rewriter.editor import Editor
@@ -75,10 +74,6 @@ class MaskedLinear:
         except ArgumentError as error:
             is_mask = bool(((value == 0) | (value == 1)).all())
             return miss(masked.mask, str(error), _MASK if is_mask else _CONSTANT)
-        x = example_of(linear.x)
-        hints, rows = compat.size_hints(x), 1
-        for size in x.shape[:-1]:
-            rows *= int(at_sizes(compat.expression(size), hints))
         out_features, in_features = value.shape
         learns = needs_gradient(linear.node)
         weight_gradient = learns and needs_gradient(masked.weight)
@@ -87,7 +82,7 @@ class MaskedLinear:
             name=name,
             node=linear.node,
             device=product.device,
-            sizes={TOKENS: max(rows, 1)},
+            sizes={TOKENS: max(rows_of(linear.x), 1)},
             linear=linear,
             masked=masked,
             mask=mask,

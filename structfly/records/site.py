@@ -140,15 +140,13 @@ class Menu:
         peak_limit: transient bytes a candidate may take; infinite for any.
         own_bytes: saved bytes that are this site's own in any case (the gradients of its activations).
         shared_bytes: saved bytes that are needed once however many sites share them (a tied weight's gradient), by key.
-        reason: why nothing but leaving it alone is offered, where that is so.
-        settled: why one of the rewrites is taken whatever it costs, or "".
+        settled: why costs do not matter, or "": one of the rewrites is taken whatever it costs, or none is offered.
     """
 
     candidates: tuple[Candidate, ...]
     peak_limit: float
     own_bytes: int = 0
     shared_bytes: Mapping[str, int] = field(default_factory=dict)
-    reason: str = ""
     settled: str = ""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import structfly
+from structfly import backend
 from structfly.lowering.linear_cross_entropy import chunked, kernels
 from structfly.patterns.linear_cross_entropy import LinearCrossEntropy
 from tests.compiling import Rewritten
@@ -309,3 +310,18 @@ def test_a_stale_compile_cache_is_never_served(tmp_path: Path) -> None:
     doubled = run_cached(tmp_path, 200 * 304 * 4)
     assert doubled[0] == first[0]
     assert doubled[1] == pytest.approx(2 * first[1], rel=1e-6)
+
+
+def test_explaining_modules_of_other_sizes_makes_none_dynamic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo remembers sizes by where code stands, which for all modules that are explained is one place."""
+    seen: list[torch.Size] = []
+    original = backend.rewrite
+
+    def noted(gm: torch.fx.GraphModule, config: Any) -> Any:
+        seen.extend(node.meta["example_value"].shape for node in gm.graph.find_nodes(op="placeholder"))
+        return original(gm, config)
+
+    monkeypatch.setattr("structfly.explanation.rewrite", noted)
+    for size in (8, 12, 16):
+        structfly.explain(torch.nn.Softmax(-1))(torch.randn(size, size))
+    assert [tuple(shape) for shape in seen] == [(8, 8), (12, 12), (16, 16)]

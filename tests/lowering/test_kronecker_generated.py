@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from structfly import StructuredLinear, measure
 from structfly.lowering.kronecker import aten, lattice, monarch
-from structfly.lowering.kronecker import op as kronecker_op
 from structfly.lowering.kronecker.op import KRONECKER
 from structfly.lowering.kronecker.reference import FactorShape, kronecker_reference
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_op import Applied, Products, chosen
 from structfly.patterns.chain import Chain
 from structfly.patterns.kronecker import KroneckerSparse
 from structfly.patterns.monarch import Monarch
@@ -23,10 +24,16 @@ from structfly.records.layer import LayerSizes
 from tests.oracle import assert_as_accurate, assert_like_eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 def compare(
-    products: ModuleType, shapes: Sequence[FactorShape], sizes: LayerSizes, tokens: int, bias: bool, dtype: torch.dtype
+    products: ModuleType | SimpleNamespace,
+    shapes: Sequence[FactorShape],
+    sizes: LayerSizes,
+    tokens: int,
+    bias: bool,
+    dtype: torch.dtype,
 ) -> None:
     """Value and gradients that ``products`` makes, with float64's and those of torch in the same dtype."""
     generator = torch.Generator().manual_seed(0)
@@ -85,6 +92,52 @@ def test_value_and_gradients_are_those_of_the_reference(
 ) -> None:
     structure, sizes = layer
     compare(monarch, structure.shapes(sizes), sizes, tokens, bias, dtype)
+
+
+@settings(max_examples=12, deadline=None)
+@given(layer=monarchs(), tokens=st.integers(0, 40), size=st.integers(1, 4), dtype=st.sampled_from(DTYPES))
+def test_gradients_of_groups_of_blocks_are_those_of_the_reference(
+    layer: tuple[Monarch, LayerSizes], tokens: int, size: int, dtype: torch.dtype
+) -> None:
+    structure, sizes = layer
+
+    def backward(grad: Tensor, call: Applied, _: object, wanted: Sequence[bool]) -> list[Tensor | None]:
+        return monarch.backward_in_groups(grad, call, wanted)
+
+    products = SimpleNamespace(between=monarch.between, finish=monarch.finish, backward=backward)
+    with mock.patch.object(monarch, "blocks_at_a_time", return_value=size):
+        compare(products, structure.shapes(sizes), sizes, tokens, False, dtype)
+
+
+@pytest.mark.parametrize("blocks", [4, 16])
+@pytest.mark.parametrize("out_features", [4096, 16384])
+def test_a_group_takes_no_more_than_a_dense_gradient_would_beyond_the_factors(blocks: int, out_features: int) -> None:
+    structure = Monarch(blocks_in=blocks, blocks_out=blocks, block_rank=4096 // blocks**2, strided=False)
+    factors = [torch.empty(shape, device="meta") for shape in structure.shapes(LayerSizes(4096, out_features))]
+    call = Applied(torch.empty(16384, 4096, device="meta"), factors, [out_features])
+    numbers = 16384 * 4096 // blocks  # of z, of a block
+    size = monarch.blocks_at_a_time(call, numbers, blocks)
+    room = 4096 * out_features - sum(factor.numel() for factor in factors)
+    assert size == 1 or size * numbers <= room
+    assert -(-blocks // size) == -(-blocks // max(1, min(blocks, room // numbers)))
+
+
+@pytest.mark.gpu
+def test_memory_of_layers_that_keep_nothing_is_below_the_dense_ones() -> None:
+    sizes = LayerSizes(1024, 4096)
+    structure = Monarch(blocks_in=4, blocks_out=4, block_rank=64, strided=False, rematerialise=True)
+    x = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    peaks = []
+    for layer in (StructuredLinear(structure, *sizes, bias=False), torch.nn.Linear(*sizes, bias=False)):
+        layer.to("cuda", torch.bfloat16)
+        leaves = [x, *layer.parameters()]
+
+        def step(layer: torch.nn.Module = layer, leaves: list[Tensor] = leaves) -> object:
+            return torch.autograd.grad(layer(x), leaves, upstream)
+
+        peaks.append(measure.peak_extra_memory(step, "cuda"))
+    assert peaks[0] < peaks[1]
 
 
 @st.composite
@@ -220,13 +273,14 @@ def second_derivative(device: str) -> tuple[Tensor, Tensor]:
 def test_what_is_differentiated_is_made_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Generated products leave no trace to differentiate."""
     traced: list[bool] = []
-    choose = kronecker_op._products
 
-    def noted(factors: Sequence[Tensor]) -> kronecker_op._Products:
+    def noted(factors: Sequence[Tensor]) -> Products | None:
         traced.append(torch.is_grad_enabled() and any(factor.requires_grad for factor in factors))
-        return choose(factors)
+        return None
 
-    monkeypatch.setattr(kronecker_op, "_products", noted)
+    with_torch = chosen(noted, Products(aten.between, aten.finish, aten.backward))
+    for name, function in with_torch._asdict().items():
+        monkeypatch.setattr(KRONECKER, name, function)
     found, exact = second_derivative("cpu")
     assert traced
     assert not any(traced)

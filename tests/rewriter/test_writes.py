@@ -25,6 +25,7 @@ from structfly.rewriter.writes import why_late, written
         ("call_function", operator.iadd, ("x", "y"), {}, ["x"]),
         ("call_function", operator.setitem, ("x", 0, "y"), {}, ["x"]),
         ("call_function", operator.add, ("x", "y"), {}, []),
+        ("call_function", operator.or_, ("x", "y"), {}, []),
         ("call_function", torch.relu_, ("x",), {}, ["x"]),
         ("call_function", torch.relu, ("x",), {}, []),
         ("call_function", F.relu, ("x",), {"inplace": True}, ["x"]),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import structfly
-from structfly.backend import read_config
-from structfly.patterns import DEFAULT_RULES
 from structfly.records import SiteReport
-from structfly.rewriter.engine import rewrite_graph
+from tests.compiling import sites_on
 from tests.patterns.batched_chain.forms import by_bmm as monarch_by_bmm
 from tests.patterns.batched_chain.test_butterfly import butterfly, by_bmm, by_sum
 from tests.patterns.linear_cross_entropy.test_menu import H100
@@ -33,15 +30,7 @@ class Monarch(nn.Module):
 
 
 def site_of(model: nn.Module, *shape: int) -> SiteReport:
-    sites: list[SiteReport] = []
-
-    def backend(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        sites.extend(rewrite_graph(gm, DEFAULT_RULES, read_config({"strict": True}), lambda device: H100).sites)
-        return lambda *arguments: (torch.empty(1),)
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=backend)(torch.empty(shape, dtype=torch.bfloat16))
-    (site,) = sites
+    (site,) = sites_on(H100, model, *shape)
     return site
 
 

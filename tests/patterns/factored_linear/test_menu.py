@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from structfly.backend import read_config
-from structfly.patterns import DEFAULT_RULES
 from structfly.patterns.factored_linear import cuts
 from structfly.patterns.factored_linear.menu import DENSE, TILES
 from structfly.patterns.gblr_tiles import GPU_TILES
-from structfly.records import SiteReport
-from structfly.rewriter.engine import rewrite_graph
-from tests.compiling import Rewritten
+from tests.compiling import Rewritten, sites_on
 from tests.patterns.factored_linear.layers import Factored, intervals, only
 from tests.patterns.linear_cross_entropy.test_menu import H100
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own deprecations
-
-
-def sites_of(model: nn.Module, *shape: int, dtype: torch.dtype = torch.bfloat16) -> list[SiteReport]:
-    sites: list[SiteReport] = []
-
-    def backend(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
-        sites.extend(rewrite_graph(gm, DEFAULT_RULES, read_config({"strict": True}), lambda device: H100).sites)
-        return lambda *arguments: (torch.empty(1),)
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=backend)(torch.empty(shape, dtype=dtype))
-    return sites
 
 
 def masked(rank: int, features: int, width: int, form: str) -> Factored:
@@ -44,12 +25,12 @@ def masked(rank: int, features: int, width: int, form: str) -> Factored:
 @pytest.mark.parametrize("form", ["weight first", "one by one"])
 def test_masks_that_leave_little_are_multiplied_by_their_tiles(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuts, "USUAL_TILES", GPU_TILES)  # as on the device whose profile decides
-    (site,) = sites_of(masked(1024, 4096, 256, form), 16384, 4096)
+    (site,) = sites_on(H100, masked(1024, 4096, 256, form), 16384, 4096)
     assert (site.rule, site.status, site.candidate) == ("factored_linear", "rewritten", "gblr")
 
 
 def test_masks_that_leave_most_are_not() -> None:
-    (site,) = sites_of(masked(4096, 4096, 4000, "weight first"), 16384, 4096)
+    (site,) = sites_on(H100, masked(4096, 4096, 4000, "weight first"), 16384, 4096)
     assert (site.status, site.candidate) == ("kept", "dense")
     assert "predicted to be fastest as it is" in site.reason
 
@@ -75,7 +56,7 @@ class Products(nn.Module):
     ],
 )
 def test_the_order_of_products(rank: int, tokens: int, first: bool, status: str, candidate: str) -> None:
-    (site,) = sites_of(Products(rank, first=first), tokens, 4096)
+    (site,) = sites_on(H100, Products(rank, first=first), tokens, 4096)
     assert (site.rule, site.status, site.candidate) == ("factored_linear", status, candidate)
 
 

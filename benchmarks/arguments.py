@@ -1,9 +1,10 @@
-"""Shapes as command lines write them: positive integers with an x between them."""
+"""What benchmarks' command lines share: shapes, and defaults that depend on the device."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 
 def sizes(names: str) -> Callable[[str], tuple[int, ...]]:
@@ -21,3 +22,11 @@ def sizes(names: str) -> Callable[[str], tuple[int, ...]]:
         return found
 
     return parse
+
+
+def fill_in(chosen: argparse.Namespace, defaults: Mapping[str, Any]) -> argparse.Namespace:
+    """Give what was not chosen, or cannot be, the value that ``defaults`` has."""
+    for name, value in defaults.items():
+        if getattr(chosen, name, None) is None:
+            setattr(chosen, name, value)
+    return chosen
