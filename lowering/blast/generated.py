@@ -35,13 +35,13 @@ FEATURES = replace(PRODUCTS, parts=4)
 SUMS = (Tiles(m=128, n=128, k=64, group=8, parts=4, warps=4, stages=3, resident=2), *GRADIENTS[2:])
 
 
-def why_not(factors: Sequence[Tensor]) -> str:
-    """Why products with these factors are not generated, or ""."""
+def why_not(factors: Sequence[Tensor], tf32: bool) -> str:
+    """Why products with these factors are not generated, or ""; ``tf32`` as :func:`why_no_products` has it."""
     right, scale, left = factors
     blocks = max(scale.shape[1:])
     if blocks > MOST_BLOCKS:
         return f"there are {blocks} blocks along a side; generated are products with {MOST_BLOCKS} at most"
-    return why_no_products(right, (right.shape[2], right.shape[1], left.shape[1]))
+    return why_no_products(right, (right.shape[2], right.shape[1], left.shape[1]), tf32)
 
 
 def between(call: Applied) -> list[Tensor]:

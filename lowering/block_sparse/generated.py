@@ -13,13 +13,14 @@ from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.block_sparse.listing import by_columns, by_rows, of_gradients
 
 
-def why_not(values: Tensor, *ranks: int) -> str:
+def why_not(values: Tensor, tf32: bool, *ranks: int) -> str:
     """Why products of blocks like these (nnz, block_out, block_in) are not generated, or "".
 
     Args:
+        tf32: as :func:`why_no_products` has it.
         ranks: of what is added to them.
     """
-    return why_no_products(values, sides=(*values.shape[1:], *ranks))
+    return why_no_products(values, (*values.shape[1:], *ranks), tf32)
 
 
 Thin = tuple[Tensor, Tensor] | None
@@ -68,6 +69,6 @@ def gradient_of_values(
     made = values.new_empty(values.shape)
     of_rows, of_columns = grad.unflatten(1, (-1, block_out)), x.unflatten(1, (-1, block_in))
     rank = 0 if beside is None else beside.dz.shape[1]
-    shape = Gradients(of_rows.shape[1], of_columns.shape[1], block_out, block_in, rank)
+    shape = Gradients(of_rows.shape[1], of_columns.shape[1], block_out, block_in, rank, values.element_size())
     block_gradients(of_rows, of_columns, made, of_gradients(layout, shape, len(x)), beside=beside)
     return made

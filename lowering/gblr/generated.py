@@ -18,9 +18,10 @@ from structfly.lowering.block_products.tiles import sum_tiles
 from structfly.lowering.remembered import remembered
 
 
-def why_not(tiles: Tensor) -> str:
-    """Why products with tiles (count, tile, group) are not generated, or ""."""
-    return why_no_products(tiles, sides=tiles.shape[1:])
+def why_not(tiles: Tensor, tf32: bool) -> str:
+    """Why products with tiles (count, tile, group) are not generated, or ""; ``tf32`` as :func:`why_no_products` has
+    it."""
+    return why_no_products(tiles, tiles.shape[1:], tf32)
 
 
 def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) ->
     _, tile, group = tiles.shape
     made = torch.empty_like(tiles)
     in_tiles, of_groups = _in_tiles(dense, tile), components.unflatten(0, (-1, group))
-    shape = Gradients(in_tiles.shape[1], len(of_groups), tile, group)
+    shape = Gradients(in_tiles.shape[1], len(of_groups), tile, group, itemsize=tiles.element_size())
     places = remembered(_placed, index, shape, about(len(dense)))
     block_gradients(in_tiles, of_groups, made, places, b_turned=True)
     return made

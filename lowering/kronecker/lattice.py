@@ -16,7 +16,7 @@ from structfly.lowering.block_products.matrices import matrix_gradients, matrix_
 from structfly.lowering.block_products.matrix_tiles import (
     axis_gradient_tiles,
     axis_tiles,
-    gradient_tiles,
+    matrix_gradient_cut,
     product_tiles,
 )
 from structfly.lowering.block_products.support import padded, why_no_products
@@ -26,14 +26,14 @@ from structfly.lowering.layer_op import Applied
 _LARGE = 64  # the least side of a matrix that a tile is of alone
 
 
-def why_not(factors: Sequence[Tensor]) -> str:
-    """Why products with these factors are not made so, or ""."""
+def why_not(factors: Sequence[Tensor], tf32: bool) -> str:
+    """Why products with these factors are not made so, or ""; ``tf32`` as :func:`why_no_products` has it."""
     for factor in factors:
         shape = FactorShape(*factor.shape)
         if shape.p > 1 or shape.q > 1:
             return f"{shape} has p or q above 1; generated are products along one axis"
         sides = (shape.columns, shape.rows) if shape.d == 1 else (shape.columns, shape.d)
-        if why := why_no_products(factor, sides):
+        if why := why_no_products(factor, sides, tf32):
             return why
     return ""
 
@@ -116,7 +116,7 @@ def _gradient(grad: Tensor, features: Tensor, factor: Tensor) -> Tensor:
     tokens = len(grad)
     if _is_large(shape):
         made = factor.new_empty(shape.a, 1, shape.i, shape.j)
-        tiles = gradient_tiles(factor, tokens, shape.a, (1, shape.i), shape.j)
+        tiles = matrix_gradient_cut(factor, tokens, shape.a, (1, shape.i), shape.j)
         of_outputs, of_inputs = grad.view(tokens, shape.a, shape.i), features.view(tokens, shape.a, shape.j)
         matrix_gradients(of_outputs, of_inputs, made, tiles=tiles)
         return made

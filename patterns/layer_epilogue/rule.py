@@ -14,7 +14,7 @@ from torch import fx
 from structfly import compat
 from structfly.config import SiteSettings
 from structfly.lowering.activations import ACTIVATIONS
-from structfly.lowering.layer_op import FORWARD_OPS
+from structfly.lowering.layer_op import FORWARD_OPS, Applied
 from structfly.patterns.head.logits import example_of
 from structfly.patterns.layer_epilogue.activations import activation_of, is_written
 from structfly.patterns.layer_epilogue.menu import epilogue_menu
@@ -52,9 +52,10 @@ class LayerEpilogue:
         return epilogue_menu(site, always=settings.rewrite == "always")
 
     def rewrite(self, site: EpilogueSite, candidate: Candidate, editor: Editor) -> None:
-        *arguments, _ = site.call.args
+        *arguments, _, tf32 = site.call.args
         editor.before(site.call)
-        made = editor.getitem(editor.call(site.call.target, *arguments, site.activation), 0)  # type: ignore[arg-type]
+        applied = editor.call(site.call.target, *arguments, site.activation, tf32)  # type: ignore[arg-type]
+        made = editor.getitem(applied, 0)
         editor.replace(site.node, made)
         editor.erase(site.dead_nodes)
 
@@ -89,7 +90,8 @@ class LayerEpilogue:
 def _why_no_epilogue(call: fx.Node, y: fx.Node) -> str:
     """Why an activation is not applied within the products, or ""; in the dtype of y, to which autocast casts them."""
     arguments: Any = call.args
-    _, factors, _, static, _, _ = arguments
-    op, dtype, given = FORWARD_OPS[call.target], example_of(y).dtype, [example_of(each) for each in factors]
+    x, factors, _, static, _, _, tf32 = arguments
+    dtype, given = example_of(y).dtype, [example_of(each) for each in (x, *factors)]
     with compat.example_mode(compat.fake_mode_of(given)):
-        return op.why_no_epilogue([each.to(dtype) if each.is_floating_point() else each for each in given], static)
+        x, *factors = (each.to(dtype) if each.is_floating_point() else each for each in given)
+        return FORWARD_OPS[call.target].why_no_epilogue(Applied(x, factors, static, tf32=tf32))

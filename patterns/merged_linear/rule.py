@@ -109,7 +109,7 @@ class MergedLinear:
     def _site(self, call: fx.Node, inputs: Sequence[fx.Node], region: Region) -> MergedSite | str:
         """The site, or why there is none."""
         arguments: Any = call.args
-        x, factors, bias, static, _, activation = arguments
+        x, factors, bias, static, _, activation, _ = arguments
         outputs = list(call.users)
         if len(outputs) != 1 or outputs[0].args[1] != 0:
             return "something else than the layer's output is read"

@@ -12,7 +12,7 @@ from structfly.errors import UnsupportedError
 from structfly.lowering.activations import activated
 from structfly.lowering.block_products.axes import axis_gradients, axis_products
 from structfly.lowering.gemm import Tiles
-from tests.lowering.block_products.test_products import DEVICE, DTYPES, NAMES, random
+from tests.lowering.block_products.test_products import DEVICE, DTYPES, NAMES, random, roundings
 from tests.oracle import assert_as_accurate
 
 SIDES = st.sampled_from((8, 16, 24, 40))
@@ -58,7 +58,9 @@ def test_products_are_as_accurate_as_eager(
         made = torch.einsum("toki,ionk->toni", a.to(wide), b.to(wide))
         return activated(made if added is None else made + added.to(wide), activation)
 
-    assert_as_accurate(c, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "products")
+    assert_as_accurate(
+        c, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "products", roundings(dtype)
+    )
 
 
 @settings(max_examples=12, deadline=None)
@@ -80,7 +82,9 @@ def test_gradients_are_as_accurate_as_eager(
     def reference(wide: torch.dtype) -> Tensor:
         return torch.einsum("tomi,toni->iomn", a.to(wide), b.to(wide))
 
-    assert_as_accurate(made, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "gradients")
+    assert_as_accurate(
+        made, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "gradients", roundings(dtype)
+    )
 
 
 def test_ranges_of_tokens_are_summed_with_the_same_bits_every_time() -> None:

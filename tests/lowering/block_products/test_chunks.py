@@ -12,7 +12,7 @@ from structfly.errors import UnsupportedError
 from structfly.lowering.activations import activated
 from structfly.lowering.block_products.chunks import chunk_gradients, chunk_products, rows_of_chunk
 from structfly.lowering.gemm import Tiles
-from tests.lowering.block_products.test_products import DEVICE, DTYPES, NAMES, SIDES, cuts, random
+from tests.lowering.block_products.test_products import DEVICE, DTYPES, NAMES, SIDES, cuts, random, roundings
 from tests.oracle import assert_as_accurate
 
 WIDTH = 64  # rows of a chunk
@@ -45,7 +45,7 @@ def test_rows_become_columns_of_what_is_held(
         step(start)
         there = slice(start, start + WIDTH)
         count = exact[..., there].shape[2]
-        assert_as_accurate(held[..., :count], eager[..., there], exact[..., there], dtype, "held")
+        assert_as_accurate(held[..., :count], eager[..., there], exact[..., there], dtype, "held", roundings(dtype))
         assert not held[..., count:].any()
 
 
@@ -76,7 +76,7 @@ def test_columns_of_what_is_held_become_rows(
         held[..., : chunk.shape[2]] = chunk
         step(start)
     eager, exact = in_float64(dtype, "ikr,ink->irn", every, b, bias, activation)
-    assert_as_accurate(c.transpose(0, 1), eager, exact, dtype, "rows")
+    assert_as_accurate(c.transpose(0, 1), eager, exact, dtype, "rows", roundings(dtype))
 
 
 @settings(max_examples=15, deadline=None)
@@ -110,7 +110,7 @@ def test_gradients_are_added_up(
     assert torch.equal(*found)
     exact = torch.einsum("irm,irn->imn", a.double(), b.double()) + before.double()
     eager = torch.einsum("irm,irn->imn", a.float(), b.float()) + before
-    assert_as_accurate(found[0], eager, exact, torch.float32, "gradients")
+    assert_as_accurate(found[0], eager, exact, torch.float32, "gradients", roundings(dtype))
 
 
 def test_operands_without_descriptors_are_refused() -> None:

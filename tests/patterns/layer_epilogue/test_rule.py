@@ -41,9 +41,9 @@ MONARCH = Monarch(blocks_in=2, blocks_out=2, block_rank=8)
 def _generated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in 16 bits are generated, and interpreted, on CPUs."""
 
-    def why(values: Tensor, sides: Iterable[int]) -> str:
+    def why(values: Tensor, sides: Iterable[int], tf32: bool) -> str:
         on_gpu: Any = SimpleNamespace(is_cuda=True, dtype=values.dtype, element_size=values.element_size)
-        return why_no_products(on_gpu, sides)
+        return why_no_products(on_gpu, sides, tf32)
 
     modules: tuple[ModuleType, ...] = (blast, block_sparse, gblr, lattice, monarch)
     for module in modules:
@@ -66,7 +66,7 @@ def run(function: Callable[..., Any], *arguments: Any, options: Mapping[str, obj
 
 def activations_of(fast: Rewritten) -> list[str]:
     """Those that the calls of layers' ops were given."""
-    return [str(call.args[-1]) for op in FORWARD_OPS for call in fast.calls_of(op)]
+    return [str(call.args[-2]) for op in FORWARD_OPS for call in fast.calls_of(op)]
 
 
 STRUCTURES: tuple[Structure, ...] = (
@@ -116,7 +116,7 @@ def test_spellings(spelling: str) -> None:
     _, fast = run(lambda x: function(layer(x)), torch.randn(3, 32).bfloat16())
     assert activations_of(fast) == [name]
     (site,) = fast.sites
-    assert (site.candidate, site.status) == ("epilogue of kronecker_v2", "rewritten")
+    assert (site.candidate, site.status) == ("epilogue of kronecker_v3", "rewritten")
     assert site.seconds is not None
     assert site.seconds_kept is not None
     assert site.seconds < site.seconds_kept
@@ -250,7 +250,7 @@ def test_ops_apply_it_to_products_by_torch(structure: Structure, activation: str
 
 def test_gradients_of_an_activation_are_refused() -> None:
     layer, x = layer_of(MONARCH, torch.float32), torch.randn(3, 32)
-    with _Told("tanh"), pytest.raises(UnsupportedError, match=r"of structfly::kronecker_v2 with activation='tanh'"):
+    with _Told("tanh"), pytest.raises(UnsupportedError, match=r"of structfly::kronecker_v3 with activation='tanh'"):
         layer(x)
 
 
@@ -264,5 +264,5 @@ class _Told(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FORWARD_OPS:
             self.ops += 1
-            args = (*args[:-1], self.activation)
+            args = (*args[:-2], self.activation, args[-1])
         return func(*args, **(kwargs or {}))
