@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from structfly.lowering.direct_launch import DirectKernel, direct_kernel, has_launch_hooks
 
 
 class Launch:
     """A kernel with its grid, its compile-time constants, and the arguments that stay the same.
 
     The first launch with arguments of some kinds goes through Triton's dispatch, which compiles the kernel or finds it
-    compiled.  Later ones go straight to what it found, which takes the host less time.  Within a launch, calls may
-    differ only in arguments that the kernel's ``do_not_specialize`` names.
+    compiled.  Later ones go straight to what it found, which takes the host less time: by the CUDA driver where that is
+    possible (:mod:`~structfly.lowering.direct_launch`), else by Triton's launcher.  Within a launch, calls may differ
+    only in arguments that the kernel's ``do_not_specialize`` names.
 
     Args:
         kernel: a function of :func:`triton.jit`.
@@ -36,23 +39,36 @@ class Launch:
     ) -> None:
         self._kernel, self._grid = kernel, grid
         self._constants, self._arguments, self._options = constants, tuple(arguments), options
-        self._again: Callable[..., None] | None = None
+        self._straight: Callable[[tuple[Any, ...]], None] | None = None
 
     def __call__(self, *arguments: Any) -> None:
         """Launch it on the current device and stream with the call's own arguments."""
-        if self._again is None:
-            kinds = tuple(map(_kind, (*arguments, *self._arguments)))
+        every = (*arguments, *self._arguments)
+        if self._straight is None:
             options = tuple(self._options.items())
-            key = (self._kernel, tuple(self._constants.values()), options, kinds, _current_device())
-            compiled = _COMPILED.get(key)
-            if compiled is None:
-                launch = self._kernel[self._grid]
-                compiled = launch(*arguments, *self._arguments, **self._constants, **self._options)
+            key = (self._kernel, tuple(self._constants.values()), options, tuple(map(_kind, every)), _current_device())
+            found = _COMPILED.get(key)
+            if found is None:
+                compiled = self._kernel[self._grid](*every, **self._constants, **self._options)
                 if compiled is not None:  # the interpreter compiles nothing
-                    _COMPILED[key] = compiled
+                    _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled))
                 return
-            self._again = compiled[(*self._grid, 1, 1)[:3]]
-        self._again(*arguments, *self._arguments, *self._constants.values())
+            self._straight = found.bind((*self._grid, 1, 1)[:3], tuple(self._constants.values()))
+        self._straight(every)
+
+
+class _Compiled(NamedTuple):
+    """What Triton's dispatch found."""
+
+    kernel: Any
+    direct: DirectKernel | None
+
+    def bind(self, grid: tuple[int, ...], constants: tuple[int, ...]) -> Callable[[tuple[Any, ...]], None]:
+        """Launches on so many programs, each given all arguments but the constants."""
+        if self.direct is not None and not has_launch_hooks():
+            return self.direct.bind(grid)
+        launch = self.kernel[grid]
+        return lambda arguments: launch(*arguments, *constants)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -71,7 +87,7 @@ class _Thread(threading.local):
 
 
 _THREAD = _Thread()
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+_COMPILED: dict[tuple[Any, ...], _Compiled] = {}
 
 
 def _current_device() -> int:
@@ -79,9 +95,9 @@ def _current_device() -> int:
 
 
 def _kind(argument: Any) -> tuple[Any, ...]:
-    """What of an argument Triton compiles a kernel anew for."""
+    """What of an argument Triton compiles a kernel anew for, or refuses."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
+        return argument.dtype, argument.data_ptr() % 16 == 0, argument.is_cuda
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return argument.base.dtype, tuple(argument.block_shape)  # a tensor descriptor

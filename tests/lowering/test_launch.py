@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ class Kernel:
 
 
 class Compiled:
-    """Stands for a compiled kernel, which takes every argument by position and three axes."""
+    """Stands for a compiled kernel, which takes every argument by position and three axes, of no CUDA device."""
+
+    metadata = SimpleNamespace(target=SimpleNamespace(backend="none"))
 
     def __init__(self, calls: list[tuple[Any, ...]]) -> None:
         self.calls = calls
