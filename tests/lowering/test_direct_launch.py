@@ -127,6 +127,18 @@ def test_the_driver_is_given_what_the_kernel_declares(driver: Driver, maps: list
         assert given == encoded.bytes + struct.pack("@iiqqi4xQf4xQQ", rows, 640, 640, 1, start, address, 0.5, 0, 0)
 
 
+def test_a_map_that_rounds_to_tf32_is_another(driver: Driver, maps: list[TensorMap]) -> None:
+    kernel = direct_kernel(compiled())
+    assert kernel is not None
+    run = kernel.bind((1, 1, 1))
+    for rounded in (False, True, False):
+        given = descriptor(1024, 100)
+        given.round_f32_to_tf32 = rounded
+        run((given, 1, 4096, 1, 0.5))
+    assert len(maps) == 2
+    assert [packed[:128] == maps[1].bytes for _, packed in driver.launches] == [False, True, False]
+
+
 def test_an_argument_that_is_the_same_is_not_packed_again(driver: Driver, maps: list[TensorMap]) -> None:
     kernel = direct_kernel(compiled())
     assert kernel is not None
