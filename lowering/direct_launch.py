@@ -1,4 +1,4 @@
-"""Launches of compiled Triton kernels by CUDA's driver, with parameters that are packed where they change.
+"""Launches of compiled Triton kernels by CUDA's driver, with arguments that are read once where they stay the same.
 
 Triton's own launcher encodes every tensor descriptor anew at each launch and calls hooks, which takes the host 15 to
 40 us where the driver needs 2.  What a kernel takes is what Triton's signature of it says: scalars and addresses, a
@@ -110,7 +110,7 @@ class DirectKernel:
         from triton.runtime import driver as active_driver
 
         metadata = compiled.metadata
-        self._before_grid, self._after_grid = compiled.function, (32 * metadata.num_warps, 1, 1, metadata.shared)
+        self._function, self._program = compiled.function, (32 * metadata.num_warps, 1, 1, metadata.shared)
         self._launch: Callable[..., int] = driver().cuLaunchKernel
         device, current_stream = torch.cuda.current_device(), active_driver.active.get_current_stream
         self._stream: Callable[[], int] = lambda: current_stream(device)
@@ -122,30 +122,37 @@ class DirectKernel:
         self._buffer = _Buffer(places[-1].offset + places[-1].size)
         self._arguments = [(each.position, _numbers_of(each)) for each in arguments]
 
-    def bind(self, grid: tuple[int, ...]) -> Callable[[Sequence[Any]], None]:
-        """Launches of so many programs along each of three axes, each given all arguments up to the constants.
+    def bind(self, grid: tuple[int, ...], first: Sequence[Any], own: int, last: Sequence[Any]) -> Callable[..., None]:
+        """Launches of so many programs along each of three axes.
 
-        What an argument says is not read again while it is the same object as in the launch before.
+        Args:
+            first, last: the arguments before and after a launch's own, up to the constants: they are read now.
+            own: how many those are.
         """
-        seen: list[Any] = [_UNSEEN] * len(self._arguments)
-        numbers: list[Sequence[Any]] = [()] * len(self._arguments)
-        before, after, empty = (self._before_grid, *grid), self._after_grid, 0 in grid
+        begin, end = len(first), len(first) + own
+        given = (*first, *[None] * own, *last)
+        readers = [numbers_of for position, numbers_of in self._arguments if begin <= position < end]
+        places = [position - begin for position, _ in self._arguments if begin <= position < end]
+        before, after = (
+            list(chain.from_iterable(numbers_of(given[position]) for position, numbers_of in some))
+            for some in (
+                [each for each in self._arguments if each[0] < begin],
+                [each for each in self._arguments if each[0] >= end],
+            )
+        )
+        fixed, empty = (self._function, *grid, *self._program), 0 in grid
 
-        def launch(arguments: Sequence[Any]) -> None:
-            for number, (position, numbers_of) in enumerate(self._arguments):
-                value = arguments[position]
-                if value is not seen[number]:
-                    seen[number], numbers[number] = value, numbers_of(value)
+        def launch(*own: Any) -> None:
             if empty:
                 return
+            numbers = before.copy()
+            for place, numbers_of in zip(places, readers, strict=True):
+                numbers += numbers_of(own[place])
             buffer = self._buffer
-            self._pack(buffer.bytes, 0, *chain.from_iterable(numbers))
-            check(self._launch(*before, *after, self._stream(), None, buffer.extra), "the launch of a kernel")
+            self._pack(buffer.bytes, 0, *numbers, *after)
+            check(self._launch(*fixed, self._stream(), None, buffer.extra), "the launch of a kernel")
 
         return launch
-
-
-_UNSEEN = object()
 
 
 def _numbers_of(argument: Argument) -> Callable[[Any], Sequence[Any]]:

@@ -25,7 +25,8 @@ class Launch:
         kernel: a function of :func:`triton.jit`.
         grid: programs along each axis.
         constants: the kernel's compile-time constants, which stand last in its signature, in its order.
-        arguments: those before them that stay the same; a call's own come first.
+        arguments: those before them that stay the same.
+        first: those that stay the same and stand before a call's own.
         options: Triton's options, such as ``num_warps``.
     """
 
@@ -35,16 +36,17 @@ class Launch:
         grid: tuple[int, ...],
         constants: Mapping[str, int],
         arguments: Sequence[Any] = (),
+        first: Sequence[Any] = (),
         **options: int,
     ) -> None:
-        self._kernel, self._grid = kernel, grid
-        self._constants, self._arguments, self._options = constants, tuple(arguments), options
-        self._straight: Callable[[tuple[Any, ...]], None] | None = None
+        self._kernel, self._grid, self._first, self._arguments = kernel, grid, tuple(first), tuple(arguments)
+        self._constants, self._options = constants, options
+        self._straight: Callable[..., None] | None = None
 
     def __call__(self, *arguments: Any) -> None:
         """Launch it on the current device and stream with the call's own arguments."""
-        every = (*arguments, *self._arguments)
         if self._straight is None:
+            every = (*self._first, *arguments, *self._arguments)
             options = tuple(self._options.items())
             key = (self._kernel, tuple(self._constants.values()), options, tuple(map(_kind, every)), _current_device())
             found = _COMPILED.get(key)
@@ -53,8 +55,16 @@ class Launch:
                 if compiled is not None:  # the interpreter compiles nothing
                     _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled))
                 return
-            self._straight = found.bind((*self._grid, 1, 1)[:3], tuple(self._constants.values()))
-        self._straight(every)
+            self._straight = self._bound(found, len(arguments))
+        self._straight(*arguments)
+
+    def _bound(self, found: _Compiled, own: int) -> Callable[..., None]:
+        """Launches of what was found, each given so many arguments of its own."""
+        grid = (*self._grid, 1, 1)[:3]
+        if found.direct is not None and not has_launch_hooks():
+            return found.direct.bind(grid, self._first, own, self._arguments)
+        launch, first, last = found.kernel[grid], self._first, (*self._arguments, *self._constants.values())
+        return lambda *arguments: launch(*first, *arguments, *last)
 
 
 class _Compiled(NamedTuple):
@@ -62,13 +72,6 @@ class _Compiled(NamedTuple):
 
     kernel: Any
     direct: DirectKernel | None
-
-    def bind(self, grid: tuple[int, ...], constants: tuple[int, ...]) -> Callable[[tuple[Any, ...]], None]:
-        """Launches on so many programs, each given all arguments but the constants."""
-        if self.direct is not None and not has_launch_hooks():
-            return self.direct.bind(grid)
-        launch = self.kernel[grid]
-        return lambda arguments: launch(*arguments, *constants)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -282,7 +282,7 @@ def _launch_of(
     limit: dict[str, int] = {} if shape.registers is None else {"maxnreg": shape.registers}
     grid = (chunks * -(-sizes.width // shape.block),)
     function = getattr(module, kernel.name)
-    return Launch(function, grid, constants, (*strides, *sizes), num_warps=shape.warps, **limit)
+    return Launch(function, grid, constants, (*strides, *sizes), (), num_warps=shape.warps, **limit)
 
 
 @lru_cache(maxsize=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -106,57 +107,83 @@ def compiled(signature: dict[str, str] = SIGNATURE, **changed: Any) -> Any:
     return SimpleNamespace(function=FUNCTION, metadata=metadata, src=SimpleNamespace(signature=signature))
 
 
-def descriptor(address: int, rows: int) -> Any:
-    base = SimpleNamespace(data_ptr=lambda: address)
-    return SimpleNamespace(base=base, shape=(rows, 640), strides=(640, 1), padding="zero")
+@dataclass(eq=False)
+class Descriptor:
+    """Stands for a tensor descriptor of matrices with 640 columns."""
+
+    address: int
+    rows: int
+    round_f32_to_tf32: bool = False
+    strides = (640, 1)
+    padding = "zero"
+
+    @property
+    def base(self) -> Any:
+        return SimpleNamespace(data_ptr=lambda: self.address)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, 640
 
 
-def test_the_driver_is_given_what_the_kernel_declares(driver: Driver, maps: list[TensorMap]) -> None:
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 3), (0, 4), (4, 0), (5, 0)])
+def test_the_driver_is_given_what_the_kernel_declares(
+    driver: Driver, maps: list[TensorMap], first: int, last: int
+) -> None:
+    """Whatever of it stays the same from launch to launch."""
     kernel = direct_kernel(compiled())
     assert kernel is not None
-    run = kernel.bind((132, 2, 1))
-    run((descriptor(1024, 100), -3, 4096, 1, 0.5))
-    run((descriptor(1024, 100), 5, 8192, 1, 0.5))
-    run((descriptor(1024, 101), 5, 8192, 1, 0.5))
-    assert len(maps) == 2  # the same descriptor is not encoded again, another size is
-    for (fixed, given), (encoded, rows, start, address) in zip(
-        driver.launches, [(maps[0], 100, -3, 4096), (maps[0], 100, 5, 8192), (maps[1], 101, 5, 8192)], strict=True
-    ):
+    rows = (100, 100, 101) if first == last == 0 else (100, 100)
+    calls: list[tuple[Any, ...]] = [(Descriptor(1024, n), 5 - step, 4096, 1, 0.5) for step, n in enumerate(rows)]
+    calls = [(*calls[0][:first], *call[first : 5 - last], *calls[0][5 - last :]) for call in calls]
+    run = kernel.bind((132, 2, 1), calls[0][:first], 5 - first - last, calls[0][5 - last :])
+    for call in calls:
+        run(*call[first : 5 - last])
+    assert len(maps) == len(set(rows))  # the same descriptor is not encoded again, another size is
+    for (fixed, given), (box, start, address, *_) in zip(driver.launches, calls, strict=True):
         assert fixed == (FUNCTION, 132, 2, 1, 128, 1, 1, 1024, STREAM)
-        # The last 16 bytes are of scratch spaces that are not there.
-        assert given == encoded.bytes + struct.pack("@iiqqi4xQf4xQQ", rows, 640, 640, 1, start, address, 0.5, 0, 0)
+        numbers = struct.pack("@iiqqi4xQf4xQQ", *box.shape, *box.strides, start, address, 0.5, 0, 0)
+        assert given == maps[box.shape[0] - 100].bytes + numbers  # ending with scratch spaces that are not there
 
 
 def test_a_map_that_rounds_to_tf32_is_another(driver: Driver, maps: list[TensorMap]) -> None:
     kernel = direct_kernel(compiled())
     assert kernel is not None
-    run = kernel.bind((1, 1, 1))
+    run = kernel.bind((1, 1, 1), (), 5, ())
     for rounded in (False, True, False):
-        given = descriptor(1024, 100)
-        given.round_f32_to_tf32 = rounded
-        run((given, 1, 4096, 1, 0.5))
+        run(Descriptor(1024, 100, rounded), 1, 4096, 1, 0.5)
     assert len(maps) == 2
     assert [packed[:128] == maps[1].bytes for _, packed in driver.launches] == [False, True, False]
 
 
-def test_an_argument_that_is_the_same_is_not_packed_again(driver: Driver, maps: list[TensorMap]) -> None:
+def test_kernels_that_are_bound_twice_do_not_mix_their_parameters(driver: Driver, maps: list[TensorMap]) -> None:
     kernel = direct_kernel(compiled())
     assert kernel is not None
-    given = descriptor(1024, 100)
-    run, other = kernel.bind((1, 1, 1)), kernel.bind((2, 1, 1))
-    run((given, 1, 4096, 1, 0.5))
-    given.shape = (1, 1)  # would be seen if it were packed
-    run((given, 2, 4096, 1, 0.5))
-    other((given, 2, 4096, 1, 0.5))  # has parameters of its own
-    first, second, third = (packed for _, packed in driver.launches)
-    assert first[:144] == second[:144] != third[:144]
-    assert first[152:156] != second[152:156]
+    one, other = (
+        kernel.bind((grid, 1, 1), (Descriptor(1024, rows),), 1, (64, 1, 0.5)) for grid, rows in ((1, 9), (2, 8))
+    )
+    for start in (1, 2):
+        one(start)
+        other(-start)
+    given = [(fixed[1], *struct.unpack("@iiqqi", packed[128:156])) for fixed, packed in driver.launches]
+    assert given == [(1, 9, 640, 640, 1, 1), (2, 8, 640, 640, 1, -1), (1, 9, 640, 640, 1, 2), (2, 8, 640, 640, 1, -2)]
+
+
+def test_nothing_of_a_launch_is_kept(driver: Driver, maps: list[TensorMap]) -> None:
+    kernel = direct_kernel(compiled())
+    assert kernel is not None
+    run = kernel.bind((1, 1, 1), (), 5, ())
+    given = Descriptor(1024, 100)
+    gone = weakref.ref(given)
+    run(given, 1, 64, 1, 0.5)
+    del given
+    assert gone() is None
 
 
 def test_no_program_is_no_launch(driver: Driver, maps: list[TensorMap]) -> None:
     kernel = direct_kernel(compiled())
     assert kernel is not None
-    kernel.bind((4, 0, 1))((descriptor(1024, 100), 1, 4096, 1, 0.5))
+    kernel.bind((4, 0, 1), (), 5, ())(Descriptor(1024, 100), 1, 4096, 1, 0.5)
     assert not driver.launches
 
 
@@ -165,7 +192,7 @@ def test_what_the_driver_refuses_is_an_error(driver: Driver, maps: list[TensorMa
     kernel = direct_kernel(compiled())
     assert kernel is not None
     with pytest.raises(RuntimeError, match="the launch of a kernel failed: CUDA error 700, no such thing"):
-        kernel.bind((1, 1, 1))((descriptor(1024, 100), 1, 4096, 1, 0.5))
+        kernel.bind((1, 1, 1), (), 5, ())(Descriptor(1024, 100), 1, 4096, 1, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +235,9 @@ def test_products_are_launched_by_the_driver_unless_triton_has_hooks(monkeypatch
     bound: list[str] = []
     real = direct_launch.DirectKernel.bind
 
-    def bind(self: direct_launch.DirectKernel, grid: tuple[int, ...]) -> Any:
+    def bind(self: direct_launch.DirectKernel, *arguments: Any) -> Any:
         bound.append("driver")
-        return real(self, grid)
+        return real(self, *arguments)
 
     monkeypatch.setattr(direct_launch.DirectKernel, "bind", bind)
     b = torch.randn(1, 1, 64, 64, device="cuda").bfloat16()
