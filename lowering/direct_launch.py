@@ -183,7 +183,8 @@ class _Descriptors:
 
     def __call__(self, value: Any) -> tuple[Any, ...]:
         """The map, sizes and strides, which depend on nothing but what they are remembered by."""
-        key = (value.base.data_ptr(), value.shape, value.strides, value.padding)
+        rounded = getattr(value, "round_f32_to_tf32", False)  # which Triton's have from 3.7 on
+        key = (value.base.data_ptr(), value.shape, value.strides, value.padding, rounded)
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= _MOST_MAPS:

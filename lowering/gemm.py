@@ -62,6 +62,16 @@ class Tiles:
         """The same in so many parts, or as many as leave a part what a descriptor moves at least."""
         return replace(self, parts=cast(Parts, min(parts, self.n // 16)))
 
+    def for_itemsize(self, itemsize: int) -> Tiles:
+        """For operands of so many bytes a number what these are for those of 2.
+
+        With 4, in TF32, a step of half the length takes as many bytes, and tensor cores as long; the result's parts are
+        as many bytes when they are half as wide.  So both take as much shared memory, and as long for each step, as far
+        as operands have their inner side last: others go through registers in TF32.
+        """
+        times = itemsize // 2
+        return replace(self, k=max(16, self.k // times)).with_parts(self.parts * times)
+
     @property
     def step_work(self) -> int:
         """Multiplications of a tile's step, which its time is in proportion to."""

@@ -113,6 +113,7 @@ class Descriptor:
 
     address: int
     rows: int
+    round_f32_to_tf32: bool = False
     strides = (640, 1)
     padding = "zero"
 
@@ -143,6 +144,16 @@ def test_the_driver_is_given_what_the_kernel_declares(
         assert fixed == (FUNCTION, 132, 2, 1, 128, 1, 1, 1024, STREAM)
         numbers = struct.pack("@iiqqi4xQf4xQQ", *box.shape, *box.strides, start, address, 0.5, 0, 0)
         assert given == maps[box.shape[0] - 100].bytes + numbers  # ending with scratch spaces that are not there
+
+
+def test_a_map_that_rounds_to_tf32_is_another(driver: Driver, maps: list[TensorMap]) -> None:
+    kernel = direct_kernel(compiled())
+    assert kernel is not None
+    run = kernel.bind((1, 1, 1), (), 5, ())
+    for rounded in (False, True, False):
+        run(Descriptor(1024, 100, rounded), 1, 4096, 1, 0.5)
+    assert len(maps) == 2
+    assert [packed[:128] == maps[1].bytes for _, packed in driver.launches] == [False, True, False]
 
 
 def test_kernels_that_are_bound_twice_do_not_mix_their_parameters(driver: Driver, maps: list[TensorMap]) -> None:
