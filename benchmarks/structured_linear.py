@@ -195,7 +195,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         choices=names,
         metavar="NAME",
         default=list(names),
-        help=f"those besides the dense layer: {', '.join(map(repr, names))}",
+        help=f"those besides the dense layer: {', '.join(map(repr, names))}".replace("%", "%%"),
     )
     parser.add_argument("--tf32", action="store_true", help="products of float32 may round their operands to TF32")
     parser.add_argument("--masks", type=Path, help="learned masks of the GBLR layers, a result of gblr_training")
