@@ -20,10 +20,11 @@ from structfly.patterns.kronecker import KroneckerSparse
 from structfly.patterns.monarch import Monarch
 from structfly.patterns.pixelfly import Pixelfly
 from structfly.patterns.structure import Structure
-from tests.oracle import TF32, assert_as_accurate, errors
+from tests.oracle import FEW, TF32, assert_as_accurate, errors
 from tests.precision import matmul_precision
 
-pytestmark = pytest.mark.gpu
+# Torch's own products, where they are the first thing that autograd's thread does.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")]
 SIZE = 512
 STRUCTURES: tuple[Structure, ...] = (
     Monarch(blocks_in=4, blocks_out=4, block_rank=32),
@@ -67,7 +68,7 @@ def gradients_of(
         call: the layer, compiled.
     """
     leaves = [x.detach().requires_grad_(), *layer.parameters()]
-    y = (call or layer)(leaves[0])
+    y = (layer if call is None else call)(leaves[0])
     if after:
         torch.backends.cuda.matmul.fp32_precision = after
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
@@ -93,7 +94,8 @@ def test_they_are_within_roundings_to_tf32(structure: Structure, tokens: int, la
     for mine, single, reference in zip(made, whole, exact, strict=True):
         assert errors(single, reference)[0] < 1e-5
         # A chain of products has each of its operands rounded.
-        assert_as_accurate(mine, single, reference, torch.float32, str(structure), roundings=2 * TF32)
+        roundings = 2 * TF32 * (1 if reference.ndim else FEW)
+        assert_as_accurate(mine, single, reference, torch.float32, str(structure), roundings=roundings)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
