@@ -30,13 +30,17 @@ def add_case_arguments(parser: argparse.ArgumentParser, devices: Iterable[str]) 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: x (tokens, in), of which and of the factors gradients are taken in training."""
+    """One problem: x (tokens, in), of which and of the factors gradients are taken in training.
+
+    ``tf32``: products of float32 may round their operands to TF32.
+    """
 
     tokens: int
     sizes: LayerSizes
     dtype: str
     device: str
     training: bool
+    tf32: bool = False
 
     @property
     def shape(self) -> str:
@@ -46,7 +50,7 @@ class Case:
     @property
     def mode(self) -> str:
         """The conditions in one line."""
-        return f"{self.shape} {self.dtype}, {PASSES[self.training]}"
+        return f"{self.shape} {self.dtype}{' as TF32' * self.tf32}, {PASSES[self.training]}"
 
     @property
     def bars(self) -> Mapping[str, Bar]:

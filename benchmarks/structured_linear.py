@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks import busy, recording, structured_layers
 from benchmarks.arguments import fill_in
+from benchmarks.head import precision
 from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
 from benchmarks.structured_case import (
@@ -53,10 +54,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def precise() -> Iterator[None]:
-    """Products of float32 in float32."""
+def precise(*, tf32: bool = False) -> Iterator[None]:
+    """Products of float32 in float32, or if ``tf32`` in TF32."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision(tf32=tf32))
     yield
     torch.set_float32_matmul_precision(before)
 
@@ -194,13 +195,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         choices=names,
         metavar="NAME",
         default=list(names),
-        help=f"those besides the dense layer: {', '.join(map(repr, names))}",
+        help=f"those besides the dense layer: {', '.join(map(repr, names))}".replace("%", "%%"),
     )
+    parser.add_argument("--tf32", action="store_true", help="products of float32 may round their operands to TF32")
     parser.add_argument("--masks", type=Path, help="learned masks of the GBLR layers, a result of gblr_training")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)
-    return fill_in(chosen, DEFAULTS[chosen.device])
+    fill_in(chosen, DEFAULTS[chosen.device])
+    if chosen.tf32 and chosen.dtype != "float32":
+        parser.error(f"--tf32 is about products of float32; --dtype is {chosen.dtype}")
+    return chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -213,12 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = measure.environment(chosen.device)
     command = recording.command_line("benchmarks.structured_linear", given)
     rows: list[Row] = []
-    with precise(), torch._dynamo.config.patch(recompile_limit=64):  # layers share the code of one module
+    many = torch._dynamo.config.patch(recompile_limit=64)  # layers share the code of one module
+    with precise(tf32=chosen.tf32), many:
         rate = matmul_rate(chosen.device, chosen.dtype, chosen.matmul, chosen.repeats)
         console.print(f"{rate.mode} matmul: {rate.p50 * 1e-12:.3g} TFLOP/s")
         for tokens, *of_layer in chosen.shapes:
             for passes in chosen.passes:
-                case = Case(tokens, LayerSizes(*of_layer), chosen.dtype, chosen.device, passes == PASSES[True])
+                training = passes == PASSES[True]
+                case = Case(tokens, LayerSizes(*of_layer), chosen.dtype, chosen.device, training, chosen.tf32)
                 measured = measure_case(case, providers, chosen.repeats, console.print)
                 console.print(case_table(measured))
                 rows += measured

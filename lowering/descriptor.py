@@ -43,6 +43,21 @@ def descriptor(tensor: Tensor, *box: int) -> Any:
     return made
 
 
+def operand(tensor: Tensor, *box: int) -> Any:
+    """The :func:`descriptor` of what a product takes: of float32, numbers that may be rounded to TF32.
+
+    They are rounded to nearest as they are loaded, where Triton's descriptors can (from 3.7 on); else tensor cores cut
+    them off, for they read 10 bits of a mantissa.
+
+    Raises:
+        UnsupportedError: as :func:`descriptor`.
+    """
+    made = descriptor(tensor, *box)
+    if tensor.dtype == torch.float32 and hasattr(made, "round_f32_to_tf32"):
+        made.round_f32_to_tf32 = True
+    return made
+
+
 def has_descriptor(tensor: Tensor) -> bool:
     """Whether its last dimension is contiguous and all else begins at multiples of 16 bytes."""
     return tensor.data_ptr() % ALIGNED == 0 and _has_steps(tensor)

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 
+from structfly.lowering.precision import tf32_allowed
 from structfly.records import DeviceModel, DeviceProfile
 
 MIB = 2**20
@@ -68,8 +69,7 @@ def _cuda(device: torch.device) -> DeviceProfile:
         matrix_rate={
             torch.bfloat16: half,
             torch.float16: half,
-            # allow_tf32 cannot be read where the setting was made by fp32_precision.
-            torch.float32: tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else single,
+            torch.float32: tf32 if tf32_allowed() else single,
             torch.float64: double,
         },
         bandwidth=bandwidth,

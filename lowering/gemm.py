@@ -62,6 +62,16 @@ class Tiles:
         """The same in so many parts, or as many as leave a part what a descriptor moves at least."""
         return replace(self, parts=cast(Parts, min(parts, self.n // 16)))
 
+    def for_itemsize(self, itemsize: int) -> Tiles:
+        """For operands of so many bytes a number what these are for those of 2.
+
+        With 4, in TF32, a step of half the length takes as many bytes, and tensor cores as long; the result's parts are
+        as many bytes when they are half as wide.  So both take as much shared memory, and as long for each step, as far
+        as operands have their inner side last: others go through registers in TF32.
+        """
+        times = itemsize // 2
+        return replace(self, k=max(16, self.k // times)).with_parts(self.parts * times)
+
     @property
     def step_work(self) -> int:
         """Multiplications of a tile's step, which its time is in proportion to."""
@@ -137,17 +147,18 @@ class Product:
             "b_transposed": b_transposed,
             "interpreted": not a.is_cuda,
         }
-        self._operands = (
+        operands = (
             descriptor(a_stored, *((tiles.k, tiles.m) if a_transposed else (tiles.m, tiles.k))),
             descriptor(b_stored, *((tiles.n, tiles.k) if b_transposed else (tiles.k, tiles.n))),
         )
-        self._arguments = [
+        given = [
             descriptor(each.tensor, tiles.m, tiles.part if each.cut else tiles.n) if isinstance(each, Blocks) else each
             for each in arguments
         ]
         self._sizes = (rows, columns, inner)
         count = -(-rows // tiles.m) * -(-columns // tiles.n)
-        self._launch = launch_of(template, {**layout, **(parameters or {})}, tiles, count, split, a.device)
+        own, last = {**layout, **(parameters or {})}, (*given, *self._sizes)
+        self._launch = launch_of(template, own, tiles, count, split, a.device, first=operands, arguments=last)
 
     @property
     def rounds(self) -> Rounds:
@@ -158,7 +169,7 @@ class Product:
 
     def __call__(self, *arguments: Tensor | int) -> None:
         """Launch it on the current device and stream with the launch's own arguments."""
-        self._launch(*self._operands, *arguments, *self._arguments, *self._sizes)
+        self._launch(*arguments)
 
 
 class LibraryProduct:
@@ -228,7 +239,15 @@ def _stored(matrix: Tensor) -> tuple[Tensor, bool]:
 
 
 def launch_of(
-    template: str, parameters: Mapping[str, Parameter], tiles: Tiles, count: int, split: int, device: torch.device
+    template: str,
+    parameters: Mapping[str, Parameter],
+    tiles: Tiles,
+    count: int,
+    split: int,
+    device: torch.device,
+    *,
+    first: Sequence[Any] = (),
+    arguments: Sequence[Any] = (),
 ) -> Launch:
     """A product's kernel with as many programs as run at once, and no more than it has tiles.
 
@@ -238,6 +257,7 @@ def launch_of(
         tiles: how it is cut up.
         count: tiles of the result.
         split: programs that share the inner dimension of a tile.
+        first, arguments: those that stay the same and stand before and after a launch's own.
     """
     programs = min(programs_on(device, tiles), count * split)
     constants = {
@@ -250,7 +270,8 @@ def launch_of(
     }
     shared: dict[str, Parameter] = {"name": template, "split": split > 1, "parts": tiles.parts}
     kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
-    return Launch(kernel, (programs,), constants, num_warps=tiles.warps, num_stages=tiles.stages)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    return Launch(kernel, (programs,), constants, arguments, first, **options)
 
 
 @lru_cache(maxsize=256)

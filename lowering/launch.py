@@ -5,24 +5,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from structfly.lowering.direct_launch import DirectKernel, direct_kernel, has_launch_hooks
 
 
 class Launch:
     """A kernel with its grid, its compile-time constants, and the arguments that stay the same.
 
     The first launch with arguments of some kinds goes through Triton's dispatch, which compiles the kernel or finds it
-    compiled.  Later ones go straight to what it found, which takes the host less time.  Within a launch, calls may
-    differ only in arguments that the kernel's ``do_not_specialize`` names.
+    compiled.  Later ones go straight to what it found, which takes the host less time: by the CUDA driver where that is
+    possible (:mod:`~structfly.lowering.direct_launch`), else by Triton's launcher.  Within a launch, calls may differ
+    only in arguments that the kernel's ``do_not_specialize`` names.
 
     Args:
         kernel: a function of :func:`triton.jit`.
         grid: programs along each axis.
         constants: the kernel's compile-time constants, which stand last in its signature, in its order.
-        arguments: those before them that stay the same; a call's own come first.
+        arguments: those before them that stay the same.
+        first: those that stay the same and stand before a call's own.
         options: Triton's options, such as ``num_warps``.
     """
 
@@ -32,27 +36,42 @@ class Launch:
         grid: tuple[int, ...],
         constants: Mapping[str, int],
         arguments: Sequence[Any] = (),
+        first: Sequence[Any] = (),
         **options: int,
     ) -> None:
-        self._kernel, self._grid = kernel, grid
-        self._constants, self._arguments, self._options = constants, tuple(arguments), options
-        self._again: Callable[..., None] | None = None
+        self._kernel, self._grid, self._first, self._arguments = kernel, grid, tuple(first), tuple(arguments)
+        self._constants, self._options = constants, options
+        self._straight: Callable[..., None] | None = None
 
     def __call__(self, *arguments: Any) -> None:
         """Launch it on the current device and stream with the call's own arguments."""
-        if self._again is None:
-            kinds = tuple(map(_kind, (*arguments, *self._arguments)))
+        if self._straight is None:
+            every = (*self._first, *arguments, *self._arguments)
             options = tuple(self._options.items())
-            key = (self._kernel, tuple(self._constants.values()), options, kinds, _current_device())
-            compiled = _COMPILED.get(key)
-            if compiled is None:
-                launch = self._kernel[self._grid]
-                compiled = launch(*arguments, *self._arguments, **self._constants, **self._options)
+            key = (self._kernel, tuple(self._constants.values()), options, tuple(map(_kind, every)), _current_device())
+            found = _COMPILED.get(key)
+            if found is None:
+                compiled = self._kernel[self._grid](*every, **self._constants, **self._options)
                 if compiled is not None:  # the interpreter compiles nothing
-                    _COMPILED[key] = compiled
+                    _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled))
                 return
-            self._again = compiled[(*self._grid, 1, 1)[:3]]
-        self._again(*arguments, *self._arguments, *self._constants.values())
+            self._straight = self._bound(found, len(arguments))
+        self._straight(*arguments)
+
+    def _bound(self, found: _Compiled, own: int) -> Callable[..., None]:
+        """Launches of what was found, each given so many arguments of its own."""
+        grid = (*self._grid, 1, 1)[:3]
+        if found.direct is not None and not has_launch_hooks():
+            return found.direct.bind(grid, self._first, own, self._arguments)
+        launch, first, last = found.kernel[grid], self._first, (*self._arguments, *self._constants.values())
+        return lambda *arguments: launch(*first, *arguments, *last)
+
+
+class _Compiled(NamedTuple):
+    """What Triton's dispatch found."""
+
+    kernel: Any
+    direct: DirectKernel | None
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -71,7 +90,7 @@ class _Thread(threading.local):
 
 
 _THREAD = _Thread()
-_COMPILED: dict[tuple[Any, ...], Any] = {}
+_COMPILED: dict[tuple[Any, ...], _Compiled] = {}
 
 
 def _current_device() -> int:
@@ -79,9 +98,9 @@ def _current_device() -> int:
 
 
 def _kind(argument: Any) -> tuple[Any, ...]:
-    """What of an argument Triton compiles a kernel anew for."""
+    """What of an argument Triton compiles a kernel anew for, or refuses."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
+        return argument.dtype, argument.data_ptr() % 16 == 0, argument.is_cuda
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
     return argument.base.dtype, tuple(argument.block_shape)  # a tensor descriptor

@@ -2,7 +2,11 @@
 
 Every structure has one such op.  It takes ``x`` (*rows, in), the factors and a bias (out,) and gives ``y`` (*rows, out)
 with what its backward needs of the way there; nothing of the size of the dense weight is ever made.  What is kept for
-backward is a choice of each call: with ``keep`` off the backward makes it again from ``x`` (rematerialisation).
+backward is a choice of each call: with ``keep`` off the backward makes it again from ``x`` (rematerialisation).  So is
+an activation of y, for calls whose gradients nobody wants: a backward would need what it was applied to.
+
+Which products are made, and so how what is kept is stored, may depend on whether TF32 is allowed.  That is an argument,
+too: a backward makes the same products as its forward, and compiled graphs are found again by it.
 """
 
 from __future__ import annotations
@@ -14,9 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from structfly.errors import UnsupportedError
+from structfly.lowering.activations import activated
+from structfly.lowering.precision import tf32_allowed
 from structfly.lowering.vmap import one_by_one
 
 DEVICES = ("cpu", "cuda")
+_BY_TORCH = "its products are torch's, and Inductor gives them their epilogues"
 _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
 
 
@@ -24,13 +32,16 @@ class Applied(NamedTuple):
     """What an op is applied to: hidden states, the weight's factors, and the op's numbers.
 
     ``x`` (N, in); ``factors`` in the op's order, with the integer tensors that say where they stand; ``bias`` (out,)
-    where the op's second step adds it.
+    where the op's second step adds it; ``activation``, where that step applies it, or ""; ``tf32``, whether generated
+    products may round float32 operands to TF32; torch's own products follow the setting themselves.
     """
 
     x: Tensor
     factors: Sequence[Tensor]
     static: Sequence[int]
     bias: Tensor | None = None
+    activation: str = ""
+    tf32: bool = False
 
 
 # What is made on the way to y, and y (N, out) from that, with the bias of what it is applied to.
@@ -56,11 +67,11 @@ def is_traced(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def chosen(generated: Callable[[Sequence[Tensor]], Products | None], by_torch: Products) -> Products:
-    """What ``generated`` has for a call's factors; torch's where it has nothing, or what is made is differentiated."""
+def chosen(generated: Callable[[Applied], Products | None], by_torch: Products) -> Products:
+    """What ``generated`` has for a call; torch's where it has nothing, or what is made is differentiated."""
 
     def of(call: Applied, *others: Tensor) -> Products:
-        made = None if is_traced(call.x, *call.factors, *others) else generated(call.factors)
+        made = None if is_traced(call.x, *call.factors, *others) else generated(call)
         return made or by_torch
 
     return Products(
@@ -73,11 +84,11 @@ def chosen(generated: Callable[[Sequence[Tensor]], Products | None], by_torch: P
 class InChunks(NamedTuple):
     """A backward, and perhaps a forward, that never has all of what is made between, for calls that keep nothing of it.
 
-    ``why_not`` says of factors why they are not for it, or ""; ``forward`` gives y, as ``finish`` does, and is None
-    where a forward may as well have all.
+    ``why_not`` says of a call why it is not for it, or ""; ``forward`` gives y, as ``finish`` does, and is None where a
+    forward may as well have all.
     """
 
-    why_not: Callable[[Sequence[Tensor]], str]
+    why_not: Callable[[Applied], str]
     backward: Callable[[Tensor, Applied, Sequence[bool]], list[Tensor | None]]
     forward: Callable[[Applied], Tensor] | None = None
 
@@ -99,7 +110,9 @@ class LayerOp:
             for the factors.
         adds_bias: whether ``finish``, and a forward in chunks, add the bias within their products; else it is added
             to what they give.
-        in_chunks: takes their place where nothing is kept and it has nothing against the factors, or None.
+        why_no_epilogue: says of a call why ``finish``, and a forward in chunks, do not apply an activation within
+            their products, or "" where they do; None where they never do.
+        in_chunks: takes their place where nothing is kept and it has nothing against the call, or None.
         plain: the layer in torch's own operations, where the op adds nothing to them: a compiler is given those.
     """
 
@@ -114,20 +127,24 @@ class LayerOp:
         kept_shapes: Callable[[int, Shapes, Sequence[int]], list[tuple[int, ...]]],
         multiply_adds: Callable[[int, Shapes, Sequence[int]], tuple[int, int]],
         adds_bias: bool = False,
+        why_no_epilogue: Callable[[Applied], str] | None = None,
         in_chunks: InChunks | None = None,
         plain: Plain | None = None,
     ) -> None:
         self.name, self.between, self.finish, self.backward = name, between, finish, backward
         self.out_features, self.kept_shapes, self.multiply_adds = out_features, kept_shapes, multiply_adds
-        self.adds_bias, self.plain, self._in_chunks = adds_bias, plain, in_chunks
+        self.adds_bias, self.plain = adds_bias, plain
+        self._why_no_epilogue, self._in_chunks = why_no_epilogue, in_chunks
         forward_name, backward_name = f"structfly::{name}", f"structfly::{name}_backward"
         torch.library.define(
             forward_name,
-            "(Tensor x, Tensor[] factors, Tensor? bias, int[] static, bool keep) -> (Tensor y, Tensor[] kept)",
+            "(Tensor x, Tensor[] factors, Tensor? bias, int[] static, bool keep, str activation, bool tf32)"
+            " -> (Tensor y, Tensor[] kept)",
         )
         torch.library.define(
             backward_name,
-            "(Tensor grad, Tensor x, Tensor[] factors, Tensor[] kept, int[] static, bool[] wanted) -> Tensor[]",
+            "(Tensor grad, Tensor x, Tensor[] factors, Tensor[] kept, int[] static, bool[] wanted, bool tf32)"
+            " -> Tensor[]",
         )
         torch.library.impl(forward_name, DEVICES)(self._forward)
         torch.library.impl(backward_name, DEVICES)(self._backward)
@@ -161,27 +178,44 @@ class LayerOp:
         """
         learned = any(tensor.requires_grad for tensor in (x, *factors))
         keep = torch.is_grad_enabled() and learned and not rematerialise
-        y: Tensor = self._forward_op(x, list(factors), bias, list(static), keep)[0]
+        tf32 = x.is_cuda and x.dtype == torch.float32 and tf32_allowed()
+        y: Tensor = self._forward_op(x, list(factors), bias, list(static), keep, "", tf32)[0]
         return y
 
     def lacks(self, kept: Sequence[Any], rows: int, shapes: Sequence[Any], static: Sequence[int]) -> bool:
         """Whether a backward that was given ``kept`` must make again what the forward makes between."""
         return not kept and bool(self.kept_shapes(rows, shapes, static))
 
+    def why_no_epilogue(self, call: Applied) -> str:
+        """Why an activation is not applied within the products, but to what they give, or ""."""
+        return _BY_TORCH if self._why_no_epilogue is None else self._why_no_epilogue(call)
+
     # ---------------------------------------------------------------------------------------------------- kernels
 
     def _forward(
-        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+        self,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        bias: Tensor | None,
+        static: Sequence[int],
+        keep: bool,
+        activation: str,
+        tf32: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        call = Applied(x.reshape(-1, x.shape[-1]), factors, static, bias if self.adds_bias else None)
+        call = Applied(x.reshape(-1, x.shape[-1]), factors, static, bias if self.adds_bias else None, tf32=tf32)
+        within = bool(activation) and not self.why_no_epilogue(call)
+        if within:
+            call = call._replace(activation=activation)
         kept: list[Tensor] = []
-        if not keep and (chunks := self._chunks(factors)) and chunks.forward:
+        if not keep and (chunks := self._chunks(call)) and chunks.forward:
             y = chunks.forward(call)
         else:
             kept = self.between(call)
             y = self.finish(call, kept)
         if bias is not None and not self.adds_bias:
             y += bias
+        if not within:
+            y = activated(y, activation)
         return y.view(*x.shape[:-1], y.shape[1]), kept if keep else []
 
     def _backward(
@@ -192,11 +226,12 @@ class LayerOp:
         kept: Sequence[Tensor],
         static: Sequence[int],
         wanted: Sequence[bool],
+        tf32: bool,
     ) -> list[Tensor]:
-        call = Applied(x.reshape(-1, x.shape[-1]), factors, static)
+        call = Applied(x.reshape(-1, x.shape[-1]), factors, static, tf32=tf32)
         grad = grad.reshape(-1, grad.shape[-1])
         lacks = self.lacks(kept, len(call.x), [factor.shape for factor in factors], static)
-        if lacks and not torch.is_grad_enabled() and (chunks := self._chunks(factors)):
+        if lacks and not torch.is_grad_enabled() and (chunks := self._chunks(call)):
             made = chunks.backward(grad, call, wanted)
         else:
             made = self.backward(grad, call, self.between(call) if lacks else kept, wanted)
@@ -205,19 +240,27 @@ class LayerOp:
             for gradient, source in zip(made, (x, *factors), strict=True)
         ]
 
-    def _chunks(self, factors: Sequence[Tensor]) -> InChunks | None:
+    def _chunks(self, call: Applied) -> InChunks | None:
         """What makes all in chunks, if it does; nothing of that can be differentiated."""
-        return None if self._in_chunks is None or self._in_chunks.why_not(factors) else self._in_chunks
+        return None if self._in_chunks is None or self._in_chunks.why_not(call) else self._in_chunks
 
     # ------------------------------------------------------------------------------------------------------ fakes
 
     def _forward_fake(
-        self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+        self,
+        x: Tensor,
+        factors: Sequence[Tensor],
+        bias: Tensor | None,
+        static: Sequence[int],
+        keep: bool,
+        activation: str,
+        tf32: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         rows = math.prod(x.shape[:-1])
         shapes = self.kept_shapes(rows, [f.shape for f in factors], static) if keep else []
         width = self.out_features([f.shape for f in factors], static)
-        return x.new_empty(*x.shape[:-1], width), [x.new_empty(shape) for shape in shapes]
+        y = activated(x.new_empty(*x.shape[:-1], width), activation)
+        return y, [x.new_empty(shape) for shape in shapes]
 
     def _backward_fake(
         self,
@@ -227,6 +270,7 @@ class LayerOp:
         kept: Sequence[Tensor],
         static: Sequence[int],
         wanted: Sequence[bool],
+        tf32: bool,
     ) -> list[Tensor]:
         pairs = zip((x, *factors), wanted, strict=True)
         return [x.new_empty(source.shape if want else (0,)) for source, want in pairs]
@@ -234,11 +278,16 @@ class LayerOp:
     # --------------------------------------------------------------------------------------------------- autograd
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, factors, _, static, _ = inputs
+        x, factors, _, static, _, activation, tf32 = inputs
+        if activation:
+            raise UnsupportedError(
+                f"gradients are wanted of structfly::{self.name} with activation={activation!r}, which keeps nothing "
+                "of what that is applied to; call it with activation='' and apply the activation to what it gives"
+            )
         _, kept = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept)
-        ctx.static, ctx.count = list(static), len(factors)
+        ctx.static, ctx.count, ctx.tf32 = list(static), len(factors), tf32
         ctx.save_for_backward(x, *factors, *kept)
 
     def _differentiate(self, ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
@@ -247,17 +296,17 @@ class LayerOp:
         x, *tensors = ctx.saved_tensors
         factors, kept = tensors[: ctx.count], tensors[ctx.count :]
         if grad is None:
-            return None, [None] * ctx.count, None, of_static, None
+            return None, [None] * ctx.count, None, of_static, None, None, None
         wanted = [need_x, *(need and f.is_floating_point() for need, f in zip(need_factors, factors, strict=True))]
         made: list[Tensor | None] = [None] * len(wanted)
         if any(wanted):
             if torch.is_grad_enabled():  # create_graph=True: differentiable operations, on nothing made before them
-                found = self._backward(grad, x, factors, [], ctx.static, wanted)
+                found = self._backward(grad, x, factors, [], ctx.static, wanted, ctx.tf32)
             else:
-                found = self._backward_op(grad, x, factors, kept, ctx.static, wanted)
+                found = self._backward_op(grad, x, factors, kept, ctx.static, wanted, ctx.tf32)
             made = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
         of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
-        return made[0], made[1:], of_bias, of_static, None
+        return made[0], made[1:], of_bias, of_static, None, None, None
 
     def _under_autocast(self, device: str) -> Callable[..., Any]:
         """As autocast treats ``linear``: what is multiplied is cast, float64 is left alone."""
@@ -268,9 +317,16 @@ class LayerOp:
             return tensor.to(torch.get_autocast_dtype(device))
 
         def autocast(
-            x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, static: Sequence[int], keep: bool
+            x: Tensor,
+            factors: Sequence[Tensor],
+            bias: Tensor | None,
+            static: Sequence[int],
+            keep: bool,
+            activation: str,
+            tf32: bool,
         ) -> Any:
+            given = cast(x), [cast(f) for f in factors], cast(bias), static, keep, activation, tf32
             with torch.autocast(device, enabled=False):
-                return self._forward_op(cast(x), [cast(f) for f in factors], cast(bias), static, keep)
+                return self._forward_op(*given)
 
         return autocast

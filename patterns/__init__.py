@@ -10,6 +10,7 @@ import torch
 from structfly.config import Config
 from structfly.patterns.batched_chain import BatchedChain
 from structfly.patterns.factored_linear import FactoredLinear
+from structfly.patterns.layer_epilogue import LayerEpilogue
 from structfly.patterns.linear import RestructuredLinear
 from structfly.patterns.linear.menu import Planned
 from structfly.patterns.linear.times import Times as LayerTimes
@@ -29,8 +30,10 @@ DEFAULT_RULES: tuple[Rule[Any], ...] = (
     MaskedLinear(),
     BatchedChain(),
 )
+LATER_RULES: tuple[Rule[Any], ...] = (LayerEpilogue(),)
+"""Those that read what the others wrote."""
 RULE_NAMES = (
-    *(rule.name for rule in DEFAULT_RULES),
+    *(rule.name for rule in (*DEFAULT_RULES, *LATER_RULES)),
     CumulativeRecurrence.name,
     MergedLinear.name,
     RestructuredLinear.name,
@@ -64,10 +67,12 @@ def rules_under(
 
 __all__ = [
     "DEFAULT_RULES",
+    "LATER_RULES",
     "RULE_NAMES",
     "BatchedChain",
     "CumulativeRecurrence",
     "FactoredLinear",
+    "LayerEpilogue",
     "LinearCrossEntropy",
     "LinearDivergence",
     "LinearRecurrence",

@@ -34,7 +34,7 @@ def write_out_plain_layers(gm: fx.GraphModule) -> None:
 def _write_out(call: fx.Node, graph: fx.Graph) -> bool:
     op = FORWARD_OPS[call.target]
     arguments: Any = call.args
-    x, factors, bias, static, keep = arguments
+    x, factors, bias, static, keep, *_ = arguments
     y = next((user for user in call.users if user.args[1] == 0), None)
     others = [user for user in call.users if user is not y]
     if op.plain is None or y is None or any(map(_is_read, others)) or (not keep and needs_gradient(y)):

@@ -96,6 +96,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "lerp": (("input", "end", "weight"), (torch.lerp,), ("lerp", "lerp_")),
     "addcmul": (("input", "tensor1", "tensor2"), (torch.addcmul,), ("addcmul", "addcmul_")),
     "silu": (("input", "inplace"), (F.silu,), ()),
+    "gelu": (("input", "approximate"), (F.gelu,), ()),
     "where": (("condition", "input", "other"), (torch.where,), ()),
     "masked_fill": (("input", "mask", "value"), (torch.masked_fill,), ("masked_fill", "masked_fill_")),
     "setitem": (("input", "index", "value"), (operator.setitem,), ("__setitem__",)),

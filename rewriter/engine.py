@@ -39,7 +39,7 @@ class Outcome:
 
     Attributes:
         module: what to compile: the graph module given, or a copy that takes further inputs.
-        sites: the report's lines, in graph order.
+        sites: the report's lines, in graph order for each run of the engine.
         inputs: graph inputs that rewrites added, after the graph's own.
         original: the graph as it was, where some rewrite does not hold for all arguments, else None.
         changed: whether the graph was changed.

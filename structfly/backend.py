@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from structfly.layer_times.known import LayerTimes
 from structfly.layer_times.rates import profile_on
 from structfly.layer_times.store import keep_times, known_times, origin_on, read_user_times
 from structfly.lowering.device_profile import device_profile
-from structfly.patterns import RULE_NAMES, rules_under
+from structfly.patterns import LATER_RULES, RULE_NAMES, rules_under
 from structfly.patterns.plain_layers import write_out_plain_layers
 from structfly.patterns.structures import STRUCTURES
 from structfly.restructure.plan import Plan
 from structfly.rewriter.engine import Outcome, rewrite_graph
 from structfly.rewriter.inputs import UnfitError
+from structfly.rewriter.rule import Rule
 
 log = logging.getLogger("structfly")
 
@@ -83,7 +85,7 @@ def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
 
     planned = config.plan.layers if isinstance(config.plan, LayerPlan) else None
     if planned is not None or not config.budget.counts_time:
-        return rewrite_graph(gm, rules_under(config, planned), config, device_profile)
+        return _by(rules_under(config, planned), gm, config)
     users, found = read_user_times(), list[LayerTimes]()
 
     @cache
@@ -94,9 +96,21 @@ def rewrite(gm: fx.GraphModule, config: Config) -> Outcome:
         return found[-1]
 
     try:
-        return rewrite_graph(gm, rules_under(config, times=times_on), config, device_profile)
+        return _by(rules_under(config, times=times_on), gm, config)
     finally:
         keep_times(entry for times in found for entry in times.entries())
+
+
+def _by(rules: Sequence[Rule[Any]], gm: fx.GraphModule, config: Config) -> Outcome:
+    """What rules do to a graph, and to what they made of it those that come later."""
+    first = rewrite_graph(gm, rules, config, device_profile)
+    later = rewrite_graph(first.module, LATER_RULES, config, device_profile)
+    return replace(
+        first,
+        sites=[*first.sites, *later.sites],
+        changed=first.changed or later.changed,
+        seconds=first.seconds + later.seconds,
+    )
 
 
 def with_inputs(

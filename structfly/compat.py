@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import sympy
 import torch
@@ -20,6 +20,8 @@ from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------------------------------------ graph vocabulary
 
@@ -334,6 +336,15 @@ def original_callable(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(function, torch._dynamo.OptimizedModule):
         return cast(Callable[..., Any], function._orig_mod)
     return cast(Callable[..., Any], getattr(function, "_torchdynamo_orig_callable", function))
+
+
+def constant_in_graphs(function: FunctionT) -> FunctionT:
+    """Dynamo calls the function while it traces, and takes the result for a constant.
+
+    As :func:`torch.compiler.assume_constant_result`, without importing Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def with_code_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:

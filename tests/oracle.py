@@ -19,6 +19,8 @@ Gradients = tuple[Tensor | None, ...]
 
 # Roundings allowed where a test draws a handful of numbers.
 FEW = 8
+# As many roundings of float32 as two of TF32, one of each operand of a product, which may be cut off there.
+TF32 = 2 * 2**13
 
 
 def in_float64(value: Any) -> Any:

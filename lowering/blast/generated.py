@@ -35,13 +35,13 @@ FEATURES = replace(PRODUCTS, parts=4)
 SUMS = (Tiles(m=128, n=128, k=64, group=8, parts=4, warps=4, stages=3, resident=2), *GRADIENTS[2:])
 
 
-def why_not(factors: Sequence[Tensor]) -> str:
-    """Why products with these factors are not generated, or ""."""
+def why_not(factors: Sequence[Tensor], tf32: bool) -> str:
+    """Why products with these factors are not generated, or ""; ``tf32`` as :func:`why_no_products` has it."""
     right, scale, left = factors
     blocks = max(scale.shape[1:])
     if blocks > MOST_BLOCKS:
         return f"there are {blocks} blocks along a side; generated are products with {MOST_BLOCKS} at most"
-    return why_no_products(right, (right.shape[2], right.shape[1], left.shape[1]))
+    return why_no_products(right, (right.shape[2], right.shape[1], left.shape[1]), tf32)
 
 
 def between(call: Applied) -> list[Tensor]:
@@ -99,7 +99,8 @@ def _outputs(call: Applied, first: list[Step], z: Tensor, w: Tensor) -> Tensor:
         return call.x.new_empty(0, out_features)
     y = call.x.new_empty(len(call.x), rows, outer)
     bias = None if call.bias is None else padded(call.bias[None], rows * outer).view(rows, outer)
-    _run([*first, mixing(z, w, scale), _features(w, left, y, bias=bias)], len(y), z.shape[2])
+    steps = [*first, mixing(z, w, scale), _features(w, left, y, bias=bias, activation=call.activation)]
+    _run(steps, len(y), z.shape[2])
     return y.flatten(1)[:, :out_features].contiguous()
 
 
@@ -168,12 +169,30 @@ def _components(factor: Tensor, blocks: Tensor, held: Tensor, *, turned: bool = 
     return chunk_products(factor, blocks.transpose(0, 1), made, rows="b", a_turned=turned, tiles=tiles)
 
 
-def _features(held: Tensor, factor: Tensor, made: Tensor, *, turned: bool = False, bias: Tensor | None = None) -> Step:
+def _features(
+    held: Tensor,
+    factor: Tensor,
+    made: Tensor,
+    *,
+    turned: bool = False,
+    bias: Tensor | None = None,
+    activation: str = "",
+) -> Step:
     """made[:, i] = held[i]^T factor[i]^T + bias[i] of a chunk, or, if ``turned``, held[i]^T factor[i]."""
     _, rank, width = held.shape
     tiles = product_tiles(factor, width, (1, made.shape[2]), (1, rank), FEATURES)
     taken, by_matrix = held[: len(factor)], made.transpose(0, 1)
-    return chunk_products(taken, factor, by_matrix, rows="c", a_turned=True, b_turned=turned, bias=bias, tiles=tiles)
+    return chunk_products(
+        taken,
+        factor,
+        by_matrix,
+        rows="c",
+        a_turned=True,
+        b_turned=turned,
+        bias=bias,
+        activation=activation,
+        tiles=tiles,
+    )
 
 
 def _added(a: Tensor, b: Tensor, sums: Tensor, *, rows: Literal["a", "b"]) -> Step:

@@ -17,7 +17,7 @@ from structfly.lowering.template import load, render
 MOST_BLOCKS = 64
 """Along a side: a program has a tile of all of them."""
 TILE = 256
-"""Tokens of a tile of 16 blocks; one of more blocks has as many numbers."""
+"""Tokens of a tile of 16 blocks of 16-bit numbers; one of more blocks or wider numbers has as many bytes."""
 _RESIDENT = 8  # programs that share a multiprocessor, so that one waits while another loads
 WARPS, STAGES = 2, 3
 
@@ -25,12 +25,13 @@ WARPS, STAGES = 2, 3
 def ranges(scale: Tensor, width: int) -> int:
     """In how many ranges the tokens are cut, so that the processors have enough programs."""
     components, *blocks = scale.shape
-    return max(1, min(-(-width // tile(blocks, width)), _RESIDENT * processors_of(scale.device) // components))
+    tiles = -(-width // tile(blocks, width, scale.element_size()))
+    return max(1, min(tiles, _RESIDENT * processors_of(scale.device) // components))
 
 
-def tile(blocks: list[int], width: int) -> int:
+def tile(blocks: list[int], width: int, itemsize: int = 2) -> int:
     """Tokens of a tile of so many blocks of the outputs and the inputs, where there are ``width``."""
-    return min(16 * TILE // max(map(side, blocks)), side(width))
+    return min(16 * TILE * 2 // (itemsize * max(map(side, blocks))), side(width))
 
 
 def side(count: int) -> int:
@@ -66,7 +67,7 @@ def mixing_with_gradients(z: Tensor, w: Tensor, above: Tensor, scale: Tensor, su
 def _step(tensors: list[Tensor], scale: Tensor, *, gradients: bool) -> Step:
     z, width = tensors[0], tensors[0].shape[2]
     components, *blocks = scale.shape
-    tokens, parts = tile(blocks, width), ranges(scale, width)
+    tokens, parts = tile(blocks, width, z.element_size()), ranges(scale, width)
     rows, columns = blocks
     kernel = load(
         render(

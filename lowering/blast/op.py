@@ -1,4 +1,4 @@
-"""``structfly::blast_v2``: blocks U_i diag(s_ij) V_j; see :mod:`structfly.lowering.blast.reference`.
+"""``structfly::blast_v4``: blocks U_i diag(s_ij) V_j; see :mod:`structfly.lowering.blast.reference`.
 
 Three batches of products:
 
@@ -22,18 +22,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from structfly.lowering.blast import aten, generated
 from structfly.lowering.block_products.support import padded_rows
-from structfly.lowering.layer_op import InChunks, LayerOp, Products, chosen
+from structfly.lowering.layer_op import Applied, InChunks, LayerOp, Products, chosen
 
 _BY_TORCH = Products(aten.between, aten.finish, aten.backward)
 _GENERATED = Products(generated.between, generated.finish, generated.backward)
 
 
-def _generated(factors: Sequence[Tensor]) -> Products | None:
-    return None if generated.why_not(factors) else _GENERATED
+def _why_not(call: Applied) -> str:
+    return generated.why_not(call.factors, call.tf32)
+
+
+def _generated(call: Applied) -> Products | None:
+    return None if _why_not(call) else _GENERATED
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
@@ -47,13 +49,14 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 BLAST = LayerOp(
-    "blast_v2",
+    "blast_v4",
     **chosen(_generated, _BY_TORCH)._asdict(),
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
-    in_chunks=InChunks(generated.why_not, generated.backward_in_chunks, generated.forward_in_chunks),
+    why_no_epilogue=_why_not,
+    in_chunks=InChunks(_why_not, generated.backward_in_chunks, generated.forward_in_chunks),
 )
 """Takes ``right`` (column_blocks, rank, in_block), ``scale`` (rank, row_blocks, column_blocks) and ``left``
 (row_blocks, out_block, rank); static: out_features."""

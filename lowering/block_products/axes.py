@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structfly.lowering.block_products.products import launch_product
 from structfly.lowering.block_products.ranges import add_ranges, ranges
-from structfly.lowering.descriptor import descriptor
+from structfly.lowering.descriptor import descriptor, operand
 from structfly.lowering.gemm import Tiles, programs_on
 from structfly.lowering.template import Parameter
 
@@ -25,6 +25,7 @@ def axis_products(
     batch: int,
     turned: bool = False,
     bias: Tensor | None = None,
+    activation: str = "",
 ) -> None:
     """c[:, o, :, i] = a[:, o, :, i] b[i, o]^T, or, if ``turned``, a[:, o, :, i] b[i, o]; + bias.
 
@@ -35,6 +36,7 @@ def axis_products(
         tiles: how the products are cut.
         batch: matrices of a tile.
         bias: as a row of ``c``, or None.
+        activation: of :data:`~structfly.lowering.activations.ACTIVATIONS`, applied to the float32 sums, or "".
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -52,13 +54,14 @@ def axis_products(
         "side_k": a.shape[2],
         "turned": turned,
         "bias": bias is not None,
+        "activation": activation,
     }
     box_b = (tiles.k, tiles.n) if turned else (tiles.n, tiles.k)
     if inner > 1:
-        operands = [descriptor(a, tiles.m, 1, tiles.k, batch), descriptor(b, batch, 1, *box_b)]
+        operands = [operand(a, tiles.m, 1, tiles.k, batch), operand(b, batch, 1, *box_b)]
         written = descriptor(c, tiles.m, 1, tiles.n, batch)
     else:
-        operands = [descriptor(a[..., 0], tiles.m, batch, tiles.k), descriptor(b[0], batch, *box_b)]
+        operands = [operand(a[..., 0], tiles.m, batch, tiles.k), operand(b[0], batch, *box_b)]
         written = descriptor(c[..., 0], tiles.m, batch, tiles.n)
     across = runs * (outer if inner > 1 else 1)
     total = -(-tokens // tiles.m) * across * -(-side_n // tiles.n)
@@ -94,13 +97,13 @@ def axis_gradients(a: Tensor, b: Tensor, *, tiles: Tiles, batch: int) -> Tensor:
     }
     tall = runs * (outer if inner > 1 else 1) * -(-side_m // tiles.m)
     total = tall * -(-side_n // tiles.n)
-    split = ranges(total, tokens, tiles.k, programs_on(a.device, tiles))
+    split = ranges(total, tokens, tiles.k, programs_on(a.device, tiles), a.element_size())
     sums = a.new_empty(split, inner, outer, side_m, side_n, dtype=torch.float32)
     if inner > 1:
-        operands = [descriptor(each, tiles.k, 1, wide, batch) for each, wide in ((a, tiles.m), (b, tiles.n))]
+        operands = [operand(each, tiles.k, 1, wide, batch) for each, wide in ((a, tiles.m), (b, tiles.n))]
         written = descriptor(sums, 1, batch, 1, tiles.m, tiles.n)
     else:
-        operands = [descriptor(each[..., 0], tiles.k, batch, wide) for each, wide in ((a, tiles.m), (b, tiles.n))]
+        operands = [operand(each[..., 0], tiles.k, batch, wide) for each, wide in ((a, tiles.m), (b, tiles.n))]
         written = descriptor(sums[:, 0], 1, batch, tiles.m, tiles.n)
     sizes = (tall * tiles.m, side_n, tokens)
     launch_product("axis_gradients", operands, [written], sizes, total, parameters, tiles, a, split)

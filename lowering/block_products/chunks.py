@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.products import product_launch
-from structfly.lowering.block_products.support import padded_rows
-from structfly.lowering.descriptor import descriptor
+from structfly.lowering.block_products.support import padded_rows, with_inner_side_last
+from structfly.lowering.descriptor import descriptor, operand
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.launch import on_device
 from structfly.lowering.template import Parameter
@@ -57,6 +58,7 @@ def chunk_products(
     a_turned: bool = False,
     b_turned: bool = False,
     bias: Tensor | None = None,
+    activation: str = "",
 ) -> Step:
     """c[i] = a[i] b[i]^T + bias[i], the chunk being rows of b, and columns of c, or rows of a and c.
 
@@ -67,20 +69,26 @@ def chunk_products(
         rows: which of them holds all rows where the others hold the chunk's: "b" in the place of N, "c" in that of M.
         tiles: how the products are cut.
         bias: (matrices, N), or None.
+        activation: of :data:`~structfly.lowering.activations.ACTIVATIONS`, applied to the float32 sums, or "".
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
     """
+    if a.dtype == torch.float32 and rows == "b" and a_turned:
+        a, a_turned = with_inner_side_last(a), False
+    if a.dtype == torch.float32 and rows == "c" and b_turned:
+        b, b_turned = with_inner_side_last(b), False
     sizes = (a.shape[2 if a_turned else 1], c.shape[2], a.shape[1 if a_turned else 2])
     parameters: dict[str, Parameter] = {
         "rows": rows,
         "a_turned": a_turned,
         "b_turned": b_turned,
         "bias": bias is not None,
+        "activation": activation,
     }
     operands = [
-        descriptor(a, 1, *((tiles.k, tiles.m) if a_turned else (tiles.m, tiles.k))),
-        descriptor(b, 1, *((tiles.k, tiles.n) if b_turned else (tiles.n, tiles.k))),
+        operand(a, 1, *((tiles.k, tiles.m) if a_turned else (tiles.m, tiles.k))),
+        operand(b, 1, *((tiles.k, tiles.n) if b_turned else (tiles.n, tiles.k))),
         *([] if bias is None else [bias]),
         descriptor(c, 1, tiles.m, tiles.part),
     ]
@@ -102,8 +110,8 @@ def chunk_gradients(a: Tensor, b: Tensor, c: Tensor, *, rows: Literal["a", "b"],
     held = b if rows == "a" else a
     sizes = (c.shape[1], c.shape[2], held.shape[2])
     operands = [
-        descriptor(a, 1, *((tiles.k, tiles.m) if rows == "a" else (tiles.m, tiles.k))),
-        descriptor(b, 1, *((tiles.k, tiles.n) if rows == "b" else (tiles.n, tiles.k))),
+        operand(a, 1, *((tiles.k, tiles.m) if rows == "a" else (tiles.m, tiles.k))),
+        operand(b, 1, *((tiles.k, tiles.n) if rows == "b" else (tiles.n, tiles.k))),
         descriptor(c, 1, tiles.m, tiles.part),
     ]
     return _ready("chunk_gradients", operands, sizes, {"rows": rows}, tiles, a)

@@ -22,6 +22,7 @@ class Gradients(NamedTuple):
         rows, columns: parts of a and b.
         side_m, side_n: of those.
         rank: of the product beside the blocks, or 0.
+        itemsize: bytes of a number of a and b.
     """
 
     rows: int
@@ -29,6 +30,7 @@ class Gradients(NamedTuple):
     side_m: int
     side_n: int
     rank: int = 0
+    itemsize: int = 2
 
 
 class Place(NamedTuple):

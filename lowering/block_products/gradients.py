@@ -12,7 +12,7 @@ from structfly.lowering.block_products.gradient_places import Gradients, Places,
 from structfly.lowering.block_products.products import launch_product
 from structfly.lowering.block_products.ranges import add_ranges, ranges
 from structfly.lowering.block_products.tiles import gradient_cut
-from structfly.lowering.descriptor import descriptor
+from structfly.lowering.descriptor import descriptor, operand
 from structfly.lowering.gemm import programs_on
 from structfly.lowering.template import Parameter
 
@@ -64,20 +64,20 @@ def block_gradients(
     if not len(a) or not len(listed):
         return
     side_m, side_n = c.shape[1:]
-    split = ranges(len(listed), len(a), tiles.k, programs_on(a.device, tiles))
+    split = ranges(len(listed), len(a), tiles.k, programs_on(a.device, tiles), a.element_size())
     sums = c.new_empty(split, sum(each.numel() for each in results), dtype=torch.float32) if split > 1 else None
-    if sums is not None:
+    if sums is not None and c.dtype != torch.float32:
         tiles = tiles.with_parts(2 * tiles.parts)  # for an epilogue of twice the bytes
     box_b = (1, tiles.n, tiles.k) if b_turned else (1, tiles.k, tiles.n)
     operands = [
-        descriptor(a.transpose(0, 1), 1, tiles.k, tiles.m),
-        descriptor(b if b_turned else b.transpose(0, 1), *box_b),
+        operand(a.transpose(0, 1), 1, tiles.k, tiles.m),
+        operand(b if b_turned else b.transpose(0, 1), *box_b),
     ]
     written = [each[None] for each in results] if sums is None else _of_ranges(sums, results)
     if not len(c):  # of which there is no descriptor
         written[0] = written[0].new_empty(1, 1, side_m, side_n)
     if beside is not None:
-        operands += [descriptor(beside.dz[None], 1, tiles.k, tiles.m), descriptor(beside.z[None], *box_b)]
+        operands += [operand(beside.dz[None], 1, tiles.k, tiles.m), operand(beside.z[None], *box_b)]
         written[1] = written[1].unflatten(1, (-1, side_m))
         written[2] = written[2].unflatten(2, (-1, side_n)).transpose(1, 2)
     parameters: dict[str, Parameter] = {

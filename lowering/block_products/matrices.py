@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.products import launch_product
-from structfly.lowering.descriptor import descriptor
-from structfly.lowering.gemm import Tiles
+from structfly.lowering.block_products.support import with_inner_side_last
+from structfly.lowering.descriptor import descriptor, operand
+from structfly.lowering.gemm import TORCH_MM, Library, Tiles
 from structfly.lowering.template import Parameter
 
 
@@ -49,7 +51,14 @@ class Cut(NamedTuple):
 
 
 def matrix_products(
-    a: Tensor, b: Tensor, c: Tensor, *, tiles: Tiles, turned: bool = False, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *,
+    tiles: Tiles,
+    turned: bool = False,
+    bias: Tensor | None = None,
+    activation: str = "",
 ) -> None:
     """c[:, i] = a[:, i] b[i]^T + bias[i], or, if ``turned``, a[:, i] b[i].
 
@@ -59,6 +68,7 @@ def matrix_products(
         c: (tokens, matrices, high N, low N), written.
         tiles: how the products are cut.
         bias: (matrices, low N), where high N is 1, or None.
+        activation: of :data:`~structfly.lowering.activations.ACTIVATIONS`, applied to the float32 sums, or "".
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -66,6 +76,8 @@ def matrix_products(
     tokens, matrices, n_high, n_low = c.shape
     if not c.numel():
         return
+    if turned and b.dtype == torch.float32:
+        b, turned = with_inner_side_last(b.flatten(1, 2)).unflatten(1, (n_high, n_low)), False
     # A run of K is cut as one axis, unless it is two of b's.
     k_high, k_low = a.shape[2:] if turned else (1, a.shape[2] * a.shape[3])
     n, k = Cut.of(n_high, n_low, tiles.n), Cut.of(k_high, k_low, tiles.k)
@@ -73,6 +85,7 @@ def matrix_products(
     parameters: dict[str, Parameter] = {
         "turned": turned,
         "bias": bias is not None,
+        "activation": activation,
         "k_apart": not k.in_one_run,
         "n_side": n.side,
         "n_box": n.box,
@@ -83,24 +96,24 @@ def matrix_products(
         "part_box": part,
     }
     if k.in_one_run:
-        of_a = descriptor(a.flatten(2).transpose(0, 1), 1, tiles.m, tiles.k)
+        of_a = operand(a.flatten(2).transpose(0, 1), 1, tiles.m, tiles.k)
     else:
-        of_a = descriptor(a.permute(1, 2, 0, 3), 1, 1, tiles.m, tiles.k)
-    of_b = descriptor(b, 1, *k.box, tiles.n) if turned else descriptor(b, 1, *n.box, tiles.k)
+        of_a = operand(a.permute(1, 2, 0, 3), 1, 1, tiles.m, tiles.k)
+    of_b = operand(b, 1, *k.box, tiles.n) if turned else operand(b, 1, *n.box, tiles.k)
     written = descriptor(c.transpose(0, 1), 1, tiles.m, *part)
     count = -(-tokens // tiles.m) * matrices * n.tiles[0] * n.tiles[1]
     arguments = [written] if bias is None else [bias, written]
     launch_product("matrix_products", [of_a, of_b], arguments, (tokens, matrices, 0), count, parameters, tiles, a)
 
 
-def matrix_gradients(a: Tensor, b: Tensor, c: Tensor, *, tiles: Tiles) -> None:
+def matrix_gradients(a: Tensor, b: Tensor, c: Tensor, *, tiles: Tiles | Library) -> None:
     """c[i] = a[:, i]^T b[:, i], summed over the tokens.
 
     Args:
         a: (tokens, matrices, rows).
         b: (tokens, matrices, N).
         c: (matrices, high rows, low rows, N), written.
-        tiles: how the products are cut.
+        tiles: how the products are cut, or that torch makes them.
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -111,11 +124,14 @@ def matrix_gradients(a: Tensor, b: Tensor, c: Tensor, *, tiles: Tiles) -> None:
     if not len(a):
         c.zero_()
         return
+    if tiles == TORCH_MM:
+        c.copy_(torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1)).view(c.shape))
+        return
     m = Cut.of(m_high, m_low, tiles.m)
     parameters: dict[str, Parameter] = {"m_side": m.side, "m_box": m.box, "m_tiles": m.tiles}
     operands = [
-        descriptor(a.transpose(0, 1), 1, tiles.k, tiles.m),
-        descriptor(b.transpose(0, 1), 1, tiles.k, tiles.n),
+        operand(a.transpose(0, 1), 1, tiles.k, tiles.m),
+        operand(b.transpose(0, 1), 1, tiles.k, tiles.n),
     ]
     tall = matrices * m.tiles[0] * m.tiles[1]
     count = tall * -(-side_n // tiles.n)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.listing import Listing
-from structfly.lowering.descriptor import descriptor
+from structfly.lowering.block_products.support import with_inner_side_last
+from structfly.lowering.descriptor import descriptor, operand
 from structfly.lowering.gemm import Tiles, launch_of
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.template import Parameter
@@ -26,6 +27,7 @@ def block_sums(
     rows: Tensor | None = None,
     beside: tuple[Tensor, Tensor] | None = None,
     bias: Tensor | None = None,
+    activation: str = "",
 ) -> None:
     """c[:, i] = sum over the members m of part i of a[:, sources[m]] b[blocks[m]]^T, + beside, + bias[i].
 
@@ -40,6 +42,7 @@ def block_sums(
         beside: (tokens, rank), or if ``a_turned`` (rank, tokens), and (parts, side_n, rank), or if ``turned``
             (rank, parts, side_n): a product of low rank that is added, or None.
         bias: (parts, side_n), or None.
+        activation: of :data:`~structfly.lowering.activations.ACTIVATIONS`, applied to the float32 sums, or "".
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -49,6 +52,9 @@ def block_sums(
     if not c.numel():
         return
     sources, blocks, starts, each = members
+    if turned and b.dtype == torch.float32:
+        b, turned = with_inner_side_last(b), False
+        beside = beside and (beside[0], with_inner_side_last(beside[1].transpose(0, 1)))
     if not len(b):  # of which there is no descriptor
         b, sources = b.new_zeros(1, *b.shape[1:]), sources.new_zeros(1)
         blocks = None if blocks is None else sources
@@ -63,13 +69,14 @@ def block_sums(
         "scattered": rows is not None,
         "rank": 0 if beside is None else beside[0].shape[0 if a_turned else 1],
         "bias": bias is not None,
+        "activation": activation,
     }
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
     box_a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
-    operands = [descriptor(a if a_turned else a.transpose(0, 1), *box_a), descriptor(b, *box_b)]
+    operands = [operand(a if a_turned else a.transpose(0, 1), *box_a), operand(b, *box_b)]
     if beside is not None:
         thin = beside[1].transpose(0, 1) if turned else beside[1]
-        operands += [descriptor(beside[0][None], *box_a), descriptor(thin, *box_b)]
+        operands += [operand(beside[0][None], *box_a), operand(thin, *box_b)]
     written = [descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)] if rows is None else [rows, c.stride(0), c]
     count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
     launch_product("block_sums", operands, [*arguments, *written], (tokens, parts, 0), count, parameters, tiles, a)

@@ -12,26 +12,29 @@ from structfly.lowering.gemm import kernel_of
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.template import Parameter
 
-# Additions and multiplications that a device does while it moves a byte: about 600 TFLOP/s against 3 TB/s.
+# Additions and multiplications of 16-bit numbers that a device does while it moves a byte: about 600 TFLOP/s against
+# 3 TB/s.
 _BALANCE = 200
 _MOST_ROUNDS = 4  # of ranges, where whole sums have none: it bounds what they hold
 _BLOCK = 1024
 
 
 @lru_cache(maxsize=1024)
-def ranges(tiles: int, tokens: int, step: int, programs: int) -> int:
+def ranges(tiles: int, tokens: int, step: int, programs: int, itemsize: int = 2) -> int:
     """In how many ranges ``tokens`` are cut, of ``step`` or more, so that the sums of ``tiles`` take least time."""
     most = min(-(-tokens // step), _MOST_ROUNDS * programs // tiles)
-    return min(range(1, max(most, 1) + 1), key=lambda split: rounds(split, tiles, tokens, programs))
+    return min(range(1, max(most, 1) + 1), key=lambda split: rounds(split, tiles, tokens, programs, itemsize))
 
 
-def rounds(split: int, tiles: int, tokens: int, programs: int) -> float:
+def rounds(split: int, tiles: int, tokens: int, programs: int, itemsize: int = 2) -> float:
     """The time that ``tiles`` take in so many ranges, against a round of whole sums.
 
     A round takes 2 * area * tokens / rate for each program.  A range is written and read once more in float32: 8 bytes
     an entry, which take 8 * area * tiles / bandwidth, so 4 * balance / tokens of a round for as many tiles as programs.
+    Numbers of twice the bytes, in TF32, are multiplied at half the rate.
     """
-    of_ranges = 4 * _BALANCE / tokens * tiles / programs * split if split > 1 else 0.0
+    balance = 2 * _BALANCE / itemsize
+    of_ranges = 4 * balance / tokens * tiles / programs * split if split > 1 else 0.0
     return -(-tiles * split // programs) / split + of_ranges
 
 

@@ -62,22 +62,23 @@ GRADIENTS = (
 
 def sum_tiles(like: Tensor, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
     """Of sums (tokens, parts, side_n) of products with blocks ``side_k`` long."""
-    return _sum_tiles(like.device, tokens, parts, side_n, side_k)
+    return _sum_tiles(like.device, like.element_size(), tokens, parts, side_n, side_k)
 
 
 @lru_cache(maxsize=1024)  # every call asks for some
-def _sum_tiles(device: torch.device, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
+def _sum_tiles(device: torch.device, itemsize: int, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
     def time(cut: Cut, processors: int) -> float:
         tiles = cut.tiles
         count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
         return -(-count // processors) * tiles.m * tiles.n * cut.cost
 
-    return _best(device, sum_cuts(side_k), time).tiles
+    return _best(device, itemsize, sum_cuts(side_k, itemsize), time).tiles
 
 
-def sum_cuts(side_k: int) -> Sequence[Cut]:
-    """Those among which sums over inner sides so long choose."""
-    shorter = _padded(side_k, _SHORT_STEP) < _padded(side_k, _WHOLE_STEP)
+def sum_cuts(side_k: int, itemsize: int = 2) -> Sequence[Cut]:
+    """Those among which sums over inner sides of so many numbers choose, as they are for 2 bytes a number."""
+    halves = side_k * itemsize // 2
+    shorter = _padded(halves, _SHORT_STEP) < _padded(halves, _WHOLE_STEP)
     return SHORT_SUMS if shorter else SUMS
 
 
@@ -86,19 +87,23 @@ def gradient_cut(device: torch.device, tokens: int, members: Sequence[int], made
 
     def time(cut: Cut, processors: int) -> float:
         count = count_tiles(members, made, cut.tiles, cut.abreast)
-        split = ranges(count, tokens, cut.tiles.k, programs_on(device, cut.tiles)) if count else 1
-        return rounds(split, count, tokens, processors) * cut.tiles.m * cut.tiles.n * cut.abreast * cut.cost
+        programs, step = programs_on(device, cut.tiles), cut.tiles.for_itemsize(made.itemsize).k
+        split = ranges(count, tokens, step, programs, made.itemsize) if count else 1
+        area = cut.tiles.m * cut.tiles.n * cut.abreast
+        return rounds(split, count, tokens, processors, made.itemsize) * area * cut.cost
 
-    return _best(device, GRADIENTS, time)
+    return _best(device, made.itemsize, GRADIENTS, time)
 
 
-def _best(device: torch.device, cuts: Sequence[Cut], time: Callable[[Cut, int], float]) -> Cut:
-    """What takes the busiest of so many multiprocessors least."""
+def _best(device: torch.device, itemsize: int, cuts: Sequence[Cut], time: Callable[[Cut, int], float]) -> Cut:
+    """What takes the busiest of so many multiprocessors least, for operands of so many bytes a number."""
     capability = device_model(device).capability
-    if capability != _HOPPER:
-        return Cut(INTERPRETED if capability is None else SAFE, 1.0)
-    processors = processors_of(device)
-    return min(cuts, key=lambda cut: time(cut, processors))
+    if capability == _HOPPER:
+        processors = processors_of(device)
+        best = min(cuts, key=lambda cut: time(cut, processors))
+    else:
+        best = Cut(INTERPRETED if capability is None else SAFE, 1.0)
+    return best._replace(tiles=best.tiles.for_itemsize(itemsize))
 
 
 def _padded(side: int, step: int) -> int:

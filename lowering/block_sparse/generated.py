@@ -13,13 +13,14 @@ from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.block_sparse.listing import by_columns, by_rows, of_gradients
 
 
-def why_not(values: Tensor, *ranks: int) -> str:
+def why_not(values: Tensor, tf32: bool, *ranks: int) -> str:
     """Why products of blocks like these (nnz, block_out, block_in) are not generated, or "".
 
     Args:
+        tf32: as :func:`why_no_products` has it.
         ranks: of what is added to them.
     """
-    return why_no_products(values, sides=(*values.shape[1:], *ranks))
+    return why_no_products(values, (*values.shape[1:], *ranks), tf32)
 
 
 Thin = tuple[Tensor, Tensor] | None
@@ -27,16 +28,26 @@ Thin = tuple[Tensor, Tensor] | None
 
 
 def product(
-    x: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None, bias: Tensor | None = None
+    x: Tensor,
+    values: Tensor,
+    layout: BlockLayout,
+    grid: Grid,
+    beside: Thin = None,
+    bias: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
-    """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank), ``bias`` (features)."""
+    """As :func:`structfly.lowering.block_sparse.aten.product`; ``beside`` has (features, rank), ``bias`` (features).
+
+    ``activation`` is applied to the sums with both, before they are rounded.
+    """
     y = x.new_empty(len(x), grid.rows, grid.block_out)
     source = x.view(len(x), grid.columns, grid.block_in)
     tiles = sum_tiles(values, len(x), grid.rows, grid.block_out, grid.block_in)
     thin = beside and (beside[0], beside[1].view(grid.rows, grid.block_out, -1))
     if bias is not None:
         bias = padded(bias[None], grid.rows * grid.block_out).view(grid.rows, grid.block_out)
-    block_sums(source, values, y, by_rows(layout), beside=thin, bias=bias, tiles=tiles)
+    members = by_rows(layout)
+    block_sums(source, values, y, members, beside=thin, bias=bias, activation=activation, tiles=tiles)
     return y.flatten(1)
 
 
@@ -58,6 +69,6 @@ def gradient_of_values(
     made = values.new_empty(values.shape)
     of_rows, of_columns = grad.unflatten(1, (-1, block_out)), x.unflatten(1, (-1, block_in))
     rank = 0 if beside is None else beside.dz.shape[1]
-    shape = Gradients(of_rows.shape[1], of_columns.shape[1], block_out, block_in, rank)
+    shape = Gradients(of_rows.shape[1], of_columns.shape[1], block_out, block_in, rank, values.element_size())
     block_gradients(of_rows, of_columns, made, of_gradients(layout, shape, len(x)), beside=beside)
     return made

@@ -1,4 +1,4 @@
-"""``structfly::block_sparse_v1``: y = W x + bias for W made of blocks; see
+"""``structfly::block_sparse_v3``: y = W x + bias for W made of blocks; see
 :mod:`structfly.lowering.block_sparse.reference`.
 
 With V_k the kept block k, in row r(k) and column c(k) of blocks, x_j and y_i the parts of x and y that belong to a
@@ -32,16 +32,17 @@ def _between(call: Applied) -> list[Tensor]:
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     values, layout, grid = _read(call)
     x = padded(call.x, grid.columns * grid.block_in)
-    if generated.why_not(values):
+    if generated.why_not(values, call.tf32):
         y = aten.product(x, values, layout, grid)[:, : call.static[0]].contiguous()
         return y if call.bias is None else y.add_(call.bias)
-    return generated.product(x, values, layout, grid, bias=call.bias)[:, : call.static[0]].contiguous()
+    y = generated.product(x, values, layout, grid, bias=call.bias, activation=call.activation)
+    return y[:, : call.static[0]].contiguous()
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     values, layout, grid = _read(call)
     grad = padded(grad, grid.rows * grid.block_out)
-    plain = is_traced(grad, call.x, values) or bool(generated.why_not(values))
+    plain = is_traced(grad, call.x, values) or bool(generated.why_not(values, call.tf32))
     made: list[Tensor | None] = [None] * (1 + len(call.factors))
     # The blocks' gradients come first: what is held for their sums is free again when that of x is made.
     if wanted[1]:
@@ -64,7 +65,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 BLOCK_SPARSE = LayerOp(
-    "block_sparse_v1",
+    "block_sparse_v3",
     between=_between,
     finish=_finish,
     backward=_backward,
@@ -72,6 +73,7 @@ BLOCK_SPARSE = LayerOp(
     kept_shapes=lambda *_: [],
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    why_no_epilogue=lambda call: generated.why_not(call.factors[0], call.tf32),
 )
 """Takes ``values`` (nnz, block_out, block_in) and the tensors of a
 :class:`~structfly.lowering.block_sparse.layout.BlockLayout`: ``columns``, and ``starts`` unless every row of blocks

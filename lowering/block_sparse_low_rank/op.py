@@ -1,4 +1,4 @@
-"""``structfly::block_sparse_low_rank_v1``: y = (B + U V^T) x + bias; see
+"""``structfly::block_sparse_low_rank_v3``: y = (B + U V^T) x + bias; see
 :mod:`structfly.lowering.block_sparse_low_rank.reference`.
 
 With z = V^T x and g the gradient with respect to y,
@@ -30,10 +30,19 @@ def _between(call: Applied) -> list[Tensor]:
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     (values, _, left), layout, grid = _read(call)
     x = padded(call.x, grid.columns * grid.block_in)
-    if generated.why_not(values, left.shape[1]) or grid.rows * grid.block_out != len(left):
+    if _why_not_generated(call):
         y = aten.product(x, values, layout, grid)[:, : len(left)].addmm(between[0], left.t())
         return y if call.bias is None else y.add_(call.bias)
-    return generated.product(x, values, layout, grid, (between[0], left), call.bias)
+    return generated.product(x, values, layout, grid, (between[0], left), call.bias, call.activation)
+
+
+def _why_not_generated(call: Applied) -> str:
+    """Why y is not one generated product, or ""."""
+    values, _, left, *index = call.factors
+    rows = BlockLayout(*index).block_rows * values.shape[1]
+    if rows != len(left):
+        return f"the grid has {rows} rows, and the product of low rank that is added has {len(left)}"
+    return generated.why_not(values, call.tf32, left.shape[1])
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -42,7 +51,7 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
     made: list[Tensor | None] = [None] * (1 + len(call.factors))
     dz = grad @ left if wanted[0] or wanted[2] else None
     spread = padded(grad, grid.rows * grid.block_out)
-    plain = is_traced(grad, call.x, values, right, left) or bool(generated.why_not(values, len(right)))
+    plain = is_traced(grad, call.x, values, right, left) or bool(generated.why_not(values, call.tf32, len(right)))
     # The factors' gradients come first: what is held for their sums is free again when that of x is made.
     x = padded(call.x, grid.columns * grid.block_in) if wanted[1] else call.x
     if wanted[1] and plain:
@@ -79,7 +88,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 BLOCK_SPARSE_LOW_RANK = LayerOp(
-    "block_sparse_low_rank_v1",
+    "block_sparse_low_rank_v3",
     between=_between,
     finish=_finish,
     backward=_backward,
@@ -87,6 +96,7 @@ BLOCK_SPARSE_LOW_RANK = LayerOp(
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[1][0])],
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    why_no_epilogue=_why_not_generated,
 )
 """Takes ``values`` (nnz, block_out, block_in), ``right`` (rank, in), ``left`` (out, rank), and the tensors of a
 :class:`~structfly.lowering.block_sparse.layout.BlockLayout`; static: out_features, and the columns of the grid of

@@ -18,9 +18,10 @@ from structfly.lowering.block_products.tiles import sum_tiles
 from structfly.lowering.remembered import remembered
 
 
-def why_not(tiles: Tensor) -> str:
-    """Why products with tiles (count, tile, group) are not generated, or ""."""
-    return why_no_products(tiles, sides=tiles.shape[1:])
+def why_not(tiles: Tensor, tf32: bool) -> str:
+    """Why products with tiles (count, tile, group) are not generated, or ""; ``tf32`` as :func:`why_no_products` has
+    it."""
+    return why_no_products(tiles, tiles.shape[1:], tf32)
 
 
 def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tensor:
@@ -35,8 +36,15 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tenso
     return made
 
 
-def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int, bias: Tensor | None = None) -> Tensor:
-    """``components`` (groups * group, N) transposed, times M^T, + bias (features,): (N, features)."""
+def spread(
+    components: Tensor,
+    tiles: Tensor,
+    index: Tensor,
+    features: int,
+    bias: Tensor | None = None,
+    activation: str = "",
+) -> Tensor:
+    """The activation of ``components`` (groups * group, N) transposed, times M^T, + bias (features,): (N, features)."""
     _, tile, group = tiles.shape
     places = -(-features // tile)
     if bias is not None:
@@ -44,7 +52,8 @@ def spread(components: Tensor, tiles: Tensor, index: Tensor, features: int, bias
     made = components.new_empty(components.shape[1], places, tile)
     cut = sum_tiles(tiles, len(made), places, tile, group)
     of_groups = components.unflatten(0, (-1, group))
-    block_sums(of_groups, tiles, made, remembered(_by_place, index, places), a_turned=True, bias=bias, tiles=cut)
+    members = remembered(_by_place, index, places)
+    block_sums(of_groups, tiles, made, members, a_turned=True, bias=bias, activation=activation, tiles=cut)
     return made.flatten(1)[:, :features].contiguous()
 
 
@@ -53,7 +62,7 @@ def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) ->
     _, tile, group = tiles.shape
     made = torch.empty_like(tiles)
     in_tiles, of_groups = _in_tiles(dense, tile), components.unflatten(0, (-1, group))
-    shape = Gradients(in_tiles.shape[1], len(of_groups), tile, group)
+    shape = Gradients(in_tiles.shape[1], len(of_groups), tile, group, itemsize=tiles.element_size())
     places = remembered(_placed, index, shape, about(len(dense)))
     block_gradients(in_tiles, of_groups, made, places, b_turned=True)
     return made

@@ -1,4 +1,4 @@
-"""``structfly::gblr_v2``: y = L P (R^T x) + bias, L and R tile-sparse, P a permutation; see
+"""``structfly::gblr_v4``: y = L P (R^T x) + bias, L and R tile-sparse, P a permutation; see
 :mod:`structfly.lowering.gblr.reference`.
 
 With z = P R^T x and g the gradient with respect to y,
@@ -25,22 +25,22 @@ from structfly.lowering.remembered import remembered
 
 def _between(call: Applied) -> list[Tensor]:
     right, right_index, _, _, order = call.factors
-    by = tile_products if _plain(right, call.x) else generated
+    by = tile_products if _plain(call, right, call.x) else generated
     return [by.collect(call.x, right, right_index, order)]
 
 
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     _, _, left, left_index, _ = call.factors
     z, out_features = between[0][:, : len(call.x)], call.static[0]
-    if _plain(left):
+    if _plain(call, left):
         y = tile_products.spread(z, left, left_index, out_features)
         return y if call.bias is None else y.add_(call.bias)
-    return generated.spread(z, left, left_index, out_features, call.bias)
+    return generated.spread(z, left, left_index, out_features, call.bias, call.activation)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     x, (right, right_index, left, left_index, order) = call.x, call.factors
-    of_left, of_right = (tile_products if _plain(each, grad, x) else generated for each in (left, right))
+    of_left, of_right = (tile_products if _plain(call, each, grad, x) else generated for each in (left, right))
     made: list[Tensor | None] = [None] * 6
     if wanted[0] or wanted[1]:
         dz = of_left.collect(grad, left, left_index, remembered(inverse, order))[:, : len(x)]
@@ -51,9 +51,9 @@ def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Se
     return made
 
 
-def _plain(tiles: Tensor, *others: Tensor) -> bool:
+def _plain(call: Applied, tiles: Tensor, *others: Tensor) -> bool:
     """Whether torch makes the products, because it must or because they are to be differentiated."""
-    return is_traced(tiles, *others) or bool(generated.why_not(tiles))
+    return is_traced(tiles, *others) or bool(generated.why_not(tiles, call.tf32))
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
@@ -67,7 +67,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 GBLR = LayerOp(
-    "gblr_v2",
+    "gblr_v4",
     between=_between,
     finish=_finish,
     backward=_backward,
@@ -75,6 +75,7 @@ GBLR = LayerOp(
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    why_no_epilogue=lambda call: generated.why_not(call.factors[2], call.tf32),
 )
 """Takes ``right`` (right_tiles, tile, group), ``right_index`` (2, right_tiles), ``left`` (left_tiles, tile, group),
 ``left_index`` (2, left_tiles) and ``order`` (groups * group,); static: out_features."""

@@ -109,18 +109,18 @@ class Epilogue:
         late = [operand for step in self.steps[self.leading :] for operand, _ in step.tensors()]
         return [operand for operand in late if operand.kind == "class" and wanted and wanted[operand.index]]
 
-    @property
+    @cached_property
     def linear(self) -> bool:
         """True if the chain only multiplies by numbers."""
         return all(step.scales for step in self.steps)
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """What a linear chain multiplies by."""
         assert self.linear
         return float(self.apply(torch.ones((), dtype=torch.float64), ()))
 
-    @property
+    @cached_property
     def has_steepest(self) -> bool:
         """True if the slope of the chain has a bound."""
         return all(step.operation.steepest is not None for step in self.steps)
@@ -133,12 +133,13 @@ class Epilogue:
             bound = bound * (here.amax() if isinstance(here, Tensor) else here)
         return bound
 
+    @cached_property
     def without_dead_classes(self) -> tuple[Epilogue, tuple[Step, ...]]:
         """The chain up to the steps at its end that set classes to -inf, and those steps."""
         count = len(self.steps)
         while count and _kills_classes(self.steps[count - 1]):
             count -= 1
-        return Epilogue(self.steps[:count]), self.steps[count:]
+        return (self if count == len(self.steps) else Epilogue(self.steps[:count])), self.steps[count:]
 
     # ------------------------------------------------------------------------------------------------ on tensors
 

@@ -16,7 +16,7 @@ from structfly.lowering.block_products.matrices import matrix_gradients, matrix_
 from structfly.lowering.block_products.matrix_tiles import (
     axis_gradient_tiles,
     axis_tiles,
-    gradient_tiles,
+    matrix_gradient_cut,
     product_tiles,
 )
 from structfly.lowering.block_products.support import padded, why_no_products
@@ -26,14 +26,14 @@ from structfly.lowering.layer_op import Applied
 _LARGE = 64  # the least side of a matrix that a tile is of alone
 
 
-def why_not(factors: Sequence[Tensor]) -> str:
-    """Why products with these factors are not made so, or ""."""
+def why_not(factors: Sequence[Tensor], tf32: bool) -> str:
+    """Why products with these factors are not made so, or ""; ``tf32`` as :func:`why_no_products` has it."""
     for factor in factors:
         shape = FactorShape(*factor.shape)
         if shape.p > 1 or shape.q > 1:
             return f"{shape} has p or q above 1; generated are products along one axis"
         sides = (shape.columns, shape.rows) if shape.d == 1 else (shape.columns, shape.d)
-        if why := why_no_products(factor, sides):
+        if why := why_no_products(factor, sides, tf32):
             return why
     return ""
 
@@ -55,7 +55,7 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     shape = FactorShape(*last.shape)
     bias = call.bias if call.bias is None else padded(call.bias[None], shape.features_out)
     features = between[-1].view(len(call.x), shape.features_in) if between else call.x
-    return _product(features, last, bias)[:, :out_features].contiguous()
+    return _product(features, last, bias, call.activation)[:, :out_features].contiguous()
 
 
 def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -76,7 +76,9 @@ def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Seq
     return made
 
 
-def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None, *, turned: bool = False) -> Tensor:
+def _product(
+    features: Tensor, factor: Tensor, bias: Tensor | None = None, activation: str = "", *, turned: bool = False
+) -> Tensor:
     """(tokens, features) of (tokens, features), with the bias (1, features) added; ``turned``: by the transposes."""
     shape = FactorShape(*factor.shape)
     inside, out = (shape.i, shape.j) if turned else (shape.j, shape.i)
@@ -90,6 +92,7 @@ def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None, *, tu
             made.view(tokens, shape.a, 1, out),
             turned=turned,
             bias=None if bias is None else bias.view(shape.a, out),
+            activation=activation,
             tiles=product_tiles(factor, tokens, (1, out), (1, inside)),
         )
         return made
@@ -100,6 +103,7 @@ def _product(features: Tensor, factor: Tensor, bias: Tensor | None = None, *, tu
         made.view(tokens, shape.a, out, shape.d),
         turned=turned,
         bias=bias,
+        activation=activation,
         tiles=tiles,
         batch=batch,
     )
@@ -112,7 +116,7 @@ def _gradient(grad: Tensor, features: Tensor, factor: Tensor) -> Tensor:
     tokens = len(grad)
     if _is_large(shape):
         made = factor.new_empty(shape.a, 1, shape.i, shape.j)
-        tiles = gradient_tiles(factor, tokens, shape.a, (1, shape.i), shape.j)
+        tiles = matrix_gradient_cut(factor, tokens, shape.a, (1, shape.i), shape.j)
         of_outputs, of_inputs = grad.view(tokens, shape.a, shape.i), features.view(tokens, shape.a, shape.j)
         matrix_gradients(of_outputs, of_inputs, made, tiles=tiles)
         return made

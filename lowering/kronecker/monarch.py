@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from structfly.lowering.block_products.matrices import matrix_gradients, matrix_products
-from structfly.lowering.block_products.matrix_tiles import gradient_tiles, product_tiles
+from structfly.lowering.block_products.matrix_tiles import matrix_gradient_cut, product_tiles
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.kronecker.reference import FactorShape
 from structfly.lowering.layer_op import Applied
@@ -44,15 +44,15 @@ class _Monarch(NamedTuple):
         return k, l, r
 
 
-def why_not(factors: Sequence[Tensor]) -> str:
-    """Why products with these factors are not made so, or ""."""
+def why_not(factors: Sequence[Tensor], tf32: bool) -> str:
+    """Why products with these factors are not made so, or ""; ``tf32`` as :func:`why_no_products` has it."""
     shapes = [FactorShape(*factor.shape) for factor in factors]
     if len(shapes) != 2:
         return f"the chain has {len(shapes)} factors; a Monarch matrix has 2"
     one, two = shapes
     if one.d > 1 or two.a > 1 or one.q > 1 or two.p > 1 or one.i % two.d or two.j * two.d != one.features_out:
         return f"{two} after {one} is no Monarch matrix, whose factors are block diagonal but for one permutation"
-    return why_no_products(factors[0], (one.columns, one.i // two.d, two.rows))
+    return why_no_products(factors[0], (one.columns, one.i // two.d, two.rows), tf32)
 
 
 def worth_a_copy(factors: Sequence[Tensor]) -> bool:
@@ -78,7 +78,14 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     y = call.x.new_empty(tokens, l, outputs)
     bias = call.bias if call.bias is None else _in_blocks(call.bias[None], monarch)[0]
     tiles = product_tiles(second, tokens, (1, outputs), (1, k * r))
-    matrix_products(between[0].view(tokens, l, 1, k * r), second[:, None], y[:, :, None], bias=bias, tiles=tiles)
+    matrix_products(
+        between[0].view(tokens, l, 1, k * r),
+        second[:, None],
+        y[:, :, None],
+        bias=bias,
+        activation=call.activation,
+        tiles=tiles,
+    )
     return (y.mT if monarch.strided else y).flatten(1)[:, :out_features].contiguous()
 
 
@@ -117,7 +124,7 @@ def _gradients(
         count = blocks.stop - start
         if of_second is not None:
             z = _between(x[:, blocks], first[blocks]).flatten(2) if kept is None else kept[..., columns]
-            tiles = gradient_tiles(second, tokens, l, (1, outputs), count * r)
+            tiles = matrix_gradient_cut(second, tokens, l, (1, outputs), count * r)
             matrix_gradients(grad, z, of_second[..., columns], tiles=tiles)
             del z
         if of_first is None and dx is None:
@@ -126,7 +133,7 @@ def _gradients(
         tiles = product_tiles(second, tokens, (count, r), (1, outputs))
         matrix_products(grad[:, :, None], second[:, None, :, columns], dz.transpose(1, 2), turned=True, tiles=tiles)
         if of_first is not None:
-            tiles = gradient_tiles(first, tokens, count, (l, r), inputs)
+            tiles = matrix_gradient_cut(first, tokens, count, (l, r), inputs)
             matrix_gradients(dz.flatten(2), x[:, blocks], of_first[blocks].transpose(1, 2), tiles=tiles)
         if dx is not None:
             tiles = product_tiles(first, tokens, (1, inputs), (l, r))

@@ -1,4 +1,4 @@
-"""``structfly::kronecker_v1``: see :mod:`structfly.lowering.kronecker.reference`.
+"""``structfly::kronecker_v3``: see :mod:`structfly.lowering.kronecker.reference`.
 
 With z_t = w_t z_(t-1) for t = 1..T, z_0 = x, and g_t the gradient with respect to z_t, in the small matrices of w_t
 
@@ -15,26 +15,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from structfly.lowering.kronecker import aten, lattice, monarch
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import InChunks, LayerOp, Products, chosen
+from structfly.lowering.layer_op import Applied, InChunks, LayerOp, Products, chosen
 
 _BY_TORCH = Products(aten.between, aten.finish, aten.backward)
 _WITH_MONARCH = Products(monarch.between, monarch.finish, monarch.backward)
 _ALONG_AXES = Products(lattice.between, lattice.finish, lattice.backward)
 
 
-def _generated(factors: Sequence[Tensor]) -> Products | None:
-    along_axes = not lattice.why_not(factors)
-    if not monarch.why_not(factors) and (monarch.worth_a_copy(factors) or not along_axes):
+def _generated(call: Applied) -> Products | None:
+    factors, tf32 = call.factors, call.tf32
+    along_axes = not lattice.why_not(factors, tf32)
+    if not monarch.why_not(factors, tf32) and (monarch.worth_a_copy(factors) or not along_axes):
         return _WITH_MONARCH
     return _ALONG_AXES if along_axes else None
 
 
-def _why_not_in_groups(factors: Sequence[Tensor]) -> str:
-    groups = _generated(factors) is _WITH_MONARCH
+def _why_no_epilogue(call: Applied) -> str:
+    return "" if _generated(call) else lattice.why_not(call.factors, call.tf32)
+
+
+def _why_not_in_groups(call: Applied) -> str:
+    groups = _generated(call) is _WITH_MONARCH
     return "" if groups else "what is between the factors is not made of a group of blocks at a time"
 
 
@@ -48,12 +51,13 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 KRONECKER = LayerOp(
-    "kronecker_v1",
+    "kronecker_v3",
     **chosen(_generated, _BY_TORCH)._asdict(),
     out_features=lambda _, static: static[0],
     kept_shapes=_kept_shapes,
     multiply_adds=_multiply_adds,
     adds_bias=True,
+    why_no_epilogue=_why_no_epilogue,
     in_chunks=InChunks(_why_not_in_groups, monarch.backward_in_groups),
 )
 """Takes the factors, the first applied first, of six axes each as :class:`FactorShape` has them, and in ``static`` the

@@ -83,10 +83,11 @@ class ExponentialRun:
         beside = SideStream(self.device, used=self.wanted.x and self.wanted.weight)
         for number, start in enumerate(each.starts):
             each.do(start)
-            if self.wanted.weight and number:
-                self.weight_sum.add_targets(start)
             _ = self.outer  # which the other stream reads
             beside.fork()
+            if self.wanted.weight and number:  # short programs, which leave before the products' have all begun
+                with beside:
+                    self.weight_sum.add_targets(start)
             if self.wanted.x:  # first, for its tiles are few and long: the other product fills their gaps
                 if self.split > 1:
                     self.hidden_sums.zero_()
@@ -96,6 +97,8 @@ class ExponentialRun:
                 weight = self.weight_sum
                 with beside:
                     weight.add_product(start)
+                if not number:
+                    weight.sort_targets()
             if each.operands.sums_over_rows:  # of what the products read, too: where they leave room, beside them
                 self.column_sums(live, start)
             beside.join()

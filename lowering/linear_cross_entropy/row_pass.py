@@ -311,7 +311,7 @@ def _row_module(parameters: tuple[tuple[str, Parameter], ...]) -> Any:
 
 def _apart(terms: ClassTerms) -> tuple[ClassTerms, Tensor | None]:
     """The terms without the steps that set classes to -inf at the end, and which classes those leave, None for all."""
-    epilogue, steps = terms.epilogue.without_dead_classes()
+    epilogue, steps = terms.epilogue.without_dead_classes
     mask: Tensor | None = None
     for step in steps:
         ((condition, _),) = step.tensors()
@@ -330,7 +330,7 @@ def tiles_of(head: Head) -> HeadTiles:
             hidden=hidden,
             classes=head.num_classes,
             weight_row=hidden if head.weight.stride(1) == 1 else classes,
-            nonlinear=head.epilogue.without_dead_classes()[0].slopes_vary,
+            nonlinear=head.epilogue.without_dead_classes[0].slopes_vary,
         )
     )
 

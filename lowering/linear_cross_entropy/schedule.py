@@ -53,7 +53,7 @@ def why_no_exponentials(
 
 def why_no_blocks(epilogue: Epilogue) -> str:
     """Why the scheme "blocks" does not serve a head that "exponentials" does, or ""."""
-    takes = epilogue.without_dead_classes()[0].operands
+    takes = epilogue.without_dead_classes[0].operands
     return "its pointwise chain takes a tensor, other than masks of classes at its end" if takes else ""
 
 

@@ -69,6 +69,11 @@ class WeightSum:
         if self._dw.stride(1) == 1:
             self._add_targets(self._rows.count, start)
 
+    def sort_targets(self) -> None:
+        """Do what :meth:`add_targets` needs done once, where there is room for it."""
+        if self._dw.stride(1) == 1:
+            _ = self._add_targets
+
     @cached_property
     def _add_targets(self) -> Launch:
         high, x, chunk, rows = self._dw.view(torch.uint16), self._x, self._chunk, self._rows

@@ -21,10 +21,13 @@ chunks' numbers (unlike in Merrill and Garland 2016, where it depends on how far
 
 Forward, where nothing is activated, a thread has 32 steps of two channels.  In float32 f and b take 128 of its
 registers, and with at most 168 three programs of 8 rows of 32 channels fit a multiprocessor.  They have up to 192 KiB
-in flight, several times the 23 KiB that 3 TB/s for 1 us come to.  In 16 bits f and b take 64, and two programs of 16
-rows of 32 channels have up to 128 KiB in flight.  A word of 8 bytes a chunk is 1/128 of the states in either; a group
-of 16 chunks is 4096 or 8192 steps to a hop.  Threads have two channels because then a tile of words, of which a thread
-reads two, lies in the registers as the other tiles do, and no step has to be exchanged between threads.
+in flight, several times the 23 KiB that 3 TB/s for 1 us come to.  In 16 bits f and b take 64, and four programs of 8
+rows, or two of 16, have up to 128 KiB in flight.  A word of 8 bytes a chunk is 1/128 of the states or less.  Threads
+have two channels because then a tile of words, of which a thread reads two, lies in the registers as the other tiles
+do, and no step has to be exchanged between threads.
+
+A hop takes 1.4 us on an H100, however many channels there are.  With many, groups are small, for of what a chunk reads
+of its group the next one reads most again; with few, hops must be few as well, or they take longer than the bytes.
 """
 
 from __future__ import annotations
@@ -75,19 +78,27 @@ class Shape(NamedTuple):
         return self._replace(block=block, warps=max(1, min(self.warps, self.rows * block // 64)))
 
 
+_MANY = 1024
+"""Channels of all sequences with which hops of 2048 steps take a third of the time of the bytes, at 3 TB/s."""
+
+
 def forward_shape(call: Arguments) -> Shape:
     """Numbers of 16 bits lie two to a register, so that more threads fit.  More arrays, and activations, whose results
     a thread keeps in float32, leave room for fewer steps, and the time to compile grows faster than the steps."""
     if not _plain(call):
-        return Shape(16, 16, 32, 8, registers=80) if _short(call) else Shape(16, 16, 16, 4)
-    return Shape(32, 16, 32, 8, registers=112) if _short(call) else Shape(32, 8, 32, 4, registers=168)
+        return Shape(16, 16, 16, 4, registers=128 if _short(call) and call.input_gate is None else None)
+    if not _short(call):
+        return Shape(32, 8, 32, 4, registers=168)
+    if _has_many(call):
+        return Shape(32, 8, 32, 4, group=8, registers=128)
+    return Shape(32, 16, 32, 8, registers=128)
 
 
 def backward_shape(call: Arguments) -> Shape:
     """As :func:`forward_shape`; with an output gate, chunks are those of the forward."""
-    if call.output_gate is not None:
-        return Shape(8, 32, 16, 8, group=32)
-    return Shape(16, 16, 32, 8, registers=80) if _plain(call) and _short(call) else Shape(16, 16, 16, 4)
+    if not (_plain(call) and _short(call)):
+        return Shape(16, 16, 16, 4)
+    return Shape(16, 8, 32, 4, group=8) if _has_many(call) else Shape(16, 16, 32, 8, registers=80)
 
 
 def _plain(call: Arguments) -> bool:
@@ -96,6 +107,11 @@ def _plain(call: Arguments) -> bool:
 
 def _short(call: Arguments) -> bool:
     return call.input.element_size() == 2
+
+
+def _has_many(call: Arguments) -> bool:
+    batch, _, width = call.input.shape
+    return batch * width >= _MANY
 
 
 def forward(call: Arguments, shape: Shape | None = None) -> Outputs:
@@ -277,7 +293,7 @@ def _launch_of(
     limit: dict[str, int] = {} if shape.registers is None else {"maxnreg": shape.registers}
     grid = (chunks * -(-sizes.width // shape.block),)
     function = getattr(module, kernel.name)
-    return Launch(function, grid, constants, (*strides, *sizes), num_warps=shape.warps, **limit)
+    return Launch(function, grid, constants, (*strides, *sizes), (), num_warps=shape.warps, **limit)
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""``structfly::low_rank_v1``: y = left (right x) + bias; see :mod:`structfly.lowering.low_rank.reference`.
+"""``structfly::low_rank_v3``: y = left (right x) + bias; see :mod:`structfly.lowering.low_rank.reference`.
 
 With z = right x and g the gradient with respect to y,
 
@@ -47,7 +47,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 LOW_RANK = LayerOp(
-    "low_rank_v1",
+    "low_rank_v3",
     between=_between,
     finish=_finish,
     backward=_backward,

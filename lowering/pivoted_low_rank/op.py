@@ -1,4 +1,4 @@
-"""``structfly::pivoted_low_rank_v1``; see :mod:`structfly.lowering.pivoted_low_rank.reference`.
+"""``structfly::pivoted_low_rank_v3``; see :mod:`structfly.lowering.pivoted_low_rank.reference`.
 
 With z = pivots x, y = (z, mixing z) reordered, and (g, h) the gradient with respect to y put back into that order,
 
@@ -51,7 +51,7 @@ def _multiply_adds(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> tuple[
 
 
 PIVOTED_LOW_RANK = LayerOp(
-    "pivoted_low_rank_v1",
+    "pivoted_low_rank_v3",
     between=_between,
     finish=_finish,
     backward=_backward,

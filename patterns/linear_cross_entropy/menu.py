@@ -161,7 +161,7 @@ def _tiles_of(site: CrossEntropyHead, sizes: HeadSizes, profile: DeviceProfile) 
             hidden=sizes.hidden,
             classes=sizes.classes,
             weight_row=int(site.weight_row),
-            nonlinear=site.epilogue.without_dead_classes()[0].slopes_vary,
+            nonlinear=site.epilogue.without_dead_classes[0].slopes_vary,
         )
     )
 

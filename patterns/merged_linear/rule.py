@@ -109,10 +109,12 @@ class MergedLinear:
     def _site(self, call: fx.Node, inputs: Sequence[fx.Node], region: Region) -> MergedSite | str:
         """The site, or why there is none."""
         arguments: Any = call.args
-        x, factors, bias, static, _ = arguments
+        x, factors, bias, static, _, activation, _ = arguments
         outputs = list(call.users)
         if len(outputs) != 1 or outputs[0].args[1] != 0:
             return "something else than the layer's output is read"
+        if activation:
+            return f"it was called with the activation {activation}, which one dense weight has no place for"
         if needs_gradient(outputs[0]):
             return "this graph trains, and the factors of a merged weight would not"
         if region.body:

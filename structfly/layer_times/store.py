@@ -19,6 +19,7 @@ from structfly import measure
 from structfly.config.json_lines import problems_in
 from structfly.errors import ConfigError, StructflyError
 from structfly.lowering.cache import cache_folder, write_whole
+from structfly.lowering.precision import tf32_allowed
 from structfly.patterns.structure import Structure
 from structfly.patterns.structures import NamedStructure
 from structfly.records.layer import AppliedOp, LayerSizes, Passes
@@ -32,7 +33,7 @@ Precision: TypeAlias = Literal["float64", "float32", "tf32", "bfloat16", "float1
 
 def precision_of(dtype: torch.dtype, device_type: str) -> Precision | None:
     """What products of ``dtype`` run in under the present settings of torch; None for one that no entry is of."""
-    if dtype == torch.float32 and device_type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if dtype == torch.float32 and device_type == "cuda" and tf32_allowed():
         return "tf32"
     name = str(dtype).removeprefix("torch.")
     return next((each for each in get_args(Precision) if each == name), None)

@@ -12,14 +12,16 @@ from torch.nn import functional
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.tiles import sum_tiles
+from structfly.lowering.precision import tf32_allowed
 from structfly.nn.windows import gradients_of, windows
 
 
 def projected(projection: nn.Module, input: Tensor, beside: Tensor, *, reverse: bool) -> Tensor:
     """``projection(windows(input, beside, reverse=reverse))``.
 
-    Eagerly, on GPUs in bfloat16 and float16, the product is generated and takes its windows from the input, which are
-    then not kept for the backward either but written there, for the weight's gradient.
+    Eagerly, on GPUs in bfloat16 and float16, and in float32 where TF32 is allowed, the product is generated and takes
+    its windows from the input, which are then not kept for the backward either but written there, for the weight's
+    gradient.
     """
     if why_written(projection, input, beside):
         made: Tensor = projection(windows(input, beside, reverse=reverse))
@@ -43,7 +45,7 @@ def why_written(projection: nn.Module, input: Tensor, beside: Tensor) -> str:
     weight = projection.weight
     if not (weight.is_contiguous() and weight.dtype == input.dtype == beside.dtype):
         return "the weight is not contiguous, or the dtypes differ"
-    return why_no_products(weight, (input.shape[2], weight.shape[0]))
+    return why_no_products(weight, (input.shape[2], weight.shape[0]), tf32_allowed())
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

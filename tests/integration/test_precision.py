@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from tests.compiling import Rewritten
 from tests.oracle import assert_like_eager, errors, in_float64, value_and_gradients
+from tests.precision import matmul_precision
 
 
 def inputs(
@@ -41,15 +40,7 @@ def test_every_reduction_at_size(dtype: torch.dtype, reduction: str) -> None:
     assert fast.statuses == ["rewritten"]
 
 
-@pytest.fixture
-def any_precision() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("any_precision")
 def test_float32_products_follow_the_setting_of_tf32() -> None:
     def loss(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), labels)
@@ -58,11 +49,11 @@ def test_float32_products_follow_the_setting_of_tf32() -> None:
     exact = value_and_gradients(loss, [in_float64(argument) for argument in arguments])[1]
     made: dict[str, list[float]] = {}
     for precision in ("ieee", "tf32"):
-        torch.backends.cuda.matmul.fp32_precision = precision
-        fast = Rewritten(loss)
-        assert_like_eager(fast, loss, arguments)
-        assert fast.statuses == ["rewritten"]
-        gradients = value_and_gradients(fast, arguments)[1]
+        with matmul_precision(precision):
+            fast = Rewritten(loss)
+            assert_like_eager(fast, loss, arguments)
+            assert fast.statuses == ["rewritten"]
+            gradients = value_and_gradients(fast, arguments)[1]
         made[precision] = [
             errors(mine, wanted)[0]
             for mine, wanted in zip(gradients, exact, strict=True)

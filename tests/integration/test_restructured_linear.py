@@ -198,7 +198,7 @@ def test_cuda_graphs_may_take_weights_and_factors_where_they_lie(monkeypatch: py
     with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         fast(torch.randn(4, 32))
     names = [node.name for node in fast.graphs[0].graph.find_nodes(op="placeholder")]
-    factors = 2 * len(fast.calls_of(torch.ops.structfly.low_rank_v1.default))
+    factors = 2 * len(fast.calls_of(torch.ops.structfly.low_rank_v3.default))
     inputs = [number for number, name in enumerate(names) if "parameters" not in name]
     assert len(inputs) == 1
     assert sorted(static[0]) == [n for n in range(len(names) + factors) if n not in inputs]

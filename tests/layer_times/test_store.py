@@ -101,7 +101,7 @@ def test_two_entries_of_one_layer_are_refused() -> None:
         TimesFile(layers=(one, one))
     for field, layer in (
         ("structures", {"structure": SETTINGS[0], "relative": 1.0}),
-        ("ops", {"op": "low_rank_v1", "factors": ((3, 32), (64, 3)), "relative": 1.0}),
+        ("ops", {"op": "low_rank_v3", "factors": ((3, 32), (64, 3)), "relative": 1.0}),
     ):
         with pytest.raises(ValueError, match="a layer twice"):
             TimedLayer.model_validate(one.model_dump() | {field: (layer, layer)})

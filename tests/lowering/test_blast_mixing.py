@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.lowering.blast.mixing import MOST_BLOCKS, TILE, mixing, mixing_with_gradients, ranges, tile
-from tests.lowering.block_products.test_products import DEVICE, DTYPES, random
+from tests.lowering.block_products.test_products import DEVICE, DTYPES, random, roundings
 from tests.oracle import assert_as_accurate
 
 BLOCKS = st.integers(1, 20)
@@ -45,21 +45,23 @@ def test_it_is_as_accurate_as_eager(
         return torch.einsum("pij,jpt->ipt", s, of_z), torch.einsum("pij,ipt->jpt", s, of_dw), of_scale
 
     (w, dz, of_scale), exact = reference(torch.float32), reference(torch.float64)
-    assert_as_accurate(mixed[:rows], w.to(dtype), exact[0], dtype, "w")
-    assert_as_accurate(above[:columns], dz.to(dtype), exact[1], dtype, "dz")
-    assert_as_accurate(sums.sum(0), of_scale, exact[2], torch.float32, "of scale")
+    assert_as_accurate(mixed[:rows], w.to(dtype), exact[0], dtype, "w", roundings(dtype))
+    assert_as_accurate(above[:columns], dz.to(dtype), exact[1], dtype, "dz", roundings(dtype))
+    assert_as_accurate(sums.sum(0), of_scale, exact[2], torch.float32, "of scale", roundings(dtype))
 
 
 def test_few_components_are_cut_in_ranges_of_tokens() -> None:
-    few, many = torch.empty(8, 4, 4), torch.empty(64, 4, 4)
+    few, many = (torch.empty(count, 4, 4, dtype=torch.bfloat16) for count in (8, 64))
     assert ranges(few, 16) == 1
     assert ranges(few, 4 * TILE + 8) == 4
     assert ranges(many, 5 * TILE) == 1
+    assert ranges(few.float(), TILE) == 2  # tiles of as many bytes are of fewer tokens
 
 
 def test_a_tile_of_more_blocks_is_of_fewer_tokens() -> None:
     assert [tile([count, 2], 5000) for count in (3, 16, 17, MOST_BLOCKS)] == [TILE, TILE, TILE // 2, TILE // 4]
     assert [tile([2, 2], width) for width in (8, 24, TILE)] == [16, 32, TILE]
+    assert tile([16, 16], 5000, itemsize=4) == TILE // 2
 
 
 @pytest.mark.gpu

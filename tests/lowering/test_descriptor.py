@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.descriptor import descriptor, has_descriptor
+from structfly.lowering.descriptor import descriptor, has_descriptor, operand
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -21,6 +21,18 @@ def test_those_of_a_shape_seen_before_differ_in_their_base_alone(dtype: torch.dt
         assert made.base is tensor
         rest = [{name: value for name, value in vars(each).items() if name != "base"} for each in (made, expected)]
         assert rest[0] == rest[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_operands_of_float32_are_rounded_where_descriptors_can(dtype: torch.dtype) -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if "round_f32_to_tf32" not in TensorDescriptor.__dataclass_fields__:
+        pytest.skip("this Triton's descriptors do not round")
+    tensor = torch.randn(24, 40).to(dtype)
+    for _ in range(2):  # the second time its shape is known
+        assert operand(tensor, 16, 16).round_f32_to_tf32 == (dtype == torch.float32)
+        assert not descriptor(tensor, 16, 16).round_f32_to_tf32
 
 
 def test_another_box_or_other_strides_are_another_descriptor() -> None:

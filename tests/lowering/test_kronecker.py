@@ -73,7 +73,7 @@ def test_only_what_is_asked_for_is_differentiated(needs: list[bool]) -> None:
 def test_two_factors_of_monarch_have_no_copy_between_them(last: FactorShape) -> None:
     x, factors = torch.randn(7, 24), [torch.randn(1, 4, 6, 1, 6, 1), torch.randn(*last)]
     with _Copies() as copies:
-        KRONECKER._forward(x, factors, None, [15], True)
+        KRONECKER._forward(x, factors, None, [15], True, "", False)
     assert copies.sizes == [7 * 15]  # the outputs, once, in order
 
 

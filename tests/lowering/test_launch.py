@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ class Kernel:
 
 
 class Compiled:
-    """Stands for a compiled kernel, which takes every argument by position and three axes."""
+    """Stands for a compiled kernel, which takes every argument by position and three axes, of no CUDA device."""
+
+    metadata = SimpleNamespace(target=SimpleNamespace(backend="none"))
 
     def __init__(self, calls: list[tuple[Any, ...]]) -> None:
         self.calls = calls
@@ -40,17 +43,17 @@ def test_later_launches_with_arguments_of_the_same_kinds_go_straight_to_the_comp
     kernel = Kernel(interpreted=False)
     tensor, other, half = torch.zeros(3), torch.zeros(4), torch.zeros(5).half()
     for argument in (tensor, other):
-        launch = Launch(kernel, (7, 2), {"A": 1, "B": 2}, [argument], num_warps=4)
+        launch = Launch(kernel, (7, 2), {"A": 1, "B": 2}, [argument], [half], num_warps=4)
         launch(16)
         launch(32)
-    Launch(kernel, (7, 2), {"A": 1, "B": 2}, [half], num_warps=4)(16)
+    Launch(kernel, (7, 2), {"A": 1, "B": 2}, [half], [half], num_warps=4)(16)
     named = {"A": 1, "B": 2, "num_warps": 4}
     assert kernel.calls == [
-        ("dispatched", (7, 2), (16, tensor), named),
-        ("straight", (7, 2, 1), (32, tensor, 1, 2)),
-        ("straight", (7, 2, 1), (16, other, 1, 2)),
-        ("straight", (7, 2, 1), (32, other, 1, 2)),
-        ("dispatched", (7, 2), (16, half), named),
+        ("dispatched", (7, 2), (half, 16, tensor), named),
+        ("straight", (7, 2, 1), (half, 32, tensor, 1, 2)),
+        ("straight", (7, 2, 1), (half, 16, other, 1, 2)),
+        ("straight", (7, 2, 1), (half, 32, other, 1, 2)),
+        ("dispatched", (7, 2), (half, 16, half), named),
     ]
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks measure against, and what they write."""
 
 import csv
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import benchmarks
 from benchmarks import head, linear_cross_entropy, recording
 from benchmarks.head import Case
 from benchmarks.recording import Row
@@ -18,6 +20,17 @@ from structfly.measure import Timing
 def case(logits: str = "random", **changes: Any) -> Case:
     sizes: dict[str, Any] = {"rows": 50, "features": 8, "classes": 70, "dtype": "float32", "device": "cpu"}
     return Case(**{**sizes, "logits": logits, "ignored": 0.2, **changes})
+
+
+PROGRAMS = sorted(each.stem for each in Path(benchmarks.__path__[0]).glob("*.py") if "\ndef main(" in each.read_text())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_say_what_they_take(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert end.value.code == 0
+    assert "usage:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("logits", ["random", "trained"])

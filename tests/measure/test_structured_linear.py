@@ -128,6 +128,19 @@ def test_errors_are_those_of_the_step(training: bool) -> None:
             errors(under_test, y, x, upstream, training=True)
 
 
+def test_tf32_is_about_float32() -> None:
+    assert replace(case(training=False), tf32=True).mode == "12x256x512 float32 as TF32, forward"
+    assert not structured_linear.parse_arguments(["--dtype", "float32"]).tf32
+    assert structured_linear.parse_arguments(["--dtype", "float32", "--tf32"]).tf32
+    with pytest.raises(SystemExit):
+        structured_linear.parse_arguments(["--dtype", "bfloat16", "--tf32"])
+    before = torch.get_float32_matmul_precision()
+    for tf32, word in ((False, "highest"), (True, "high")):
+        with structured_linear.precise(tf32=tf32):
+            assert torch.get_float32_matmul_precision() == word
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_what_is_wanted() -> None:
     forward, training = (
         Case(16384, LayerSizes(4096, 4096), "bfloat16", "cuda", training) for training in (False, True)

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from structfly.nn import window_product
 from structfly.nn.windows import windows
+from tests.lowering.block_products.test_products import DEVICE, DTYPES, roundings
 from tests.oracle import assert_like_eager
 
 PRODUCT: Any = window_product._Product.apply
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @settings(max_examples=15, deadline=None)
@@ -25,7 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     longer=st.integers(1, 40),
     reach=st.integers(1, 3),
     out=st.sampled_from((8, 24, 40)),
-    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+    dtype=st.sampled_from(DTYPES),
     reverse=st.booleans(),
     bias=st.booleans(),
     frozen=st.booleans(),
@@ -53,7 +53,7 @@ def test_as_accurate_as_with_windows(
         return functional.linear(windows(input, beside, reverse=reverse), *rest).flatten(0, 1)
 
     upstream = torch.randn(batch * (reach + longer), out, generator=generator).to(DEVICE)
-    assert_like_eager(mine, theirs, leaves, dtype, upstream)
+    assert_like_eager(mine, theirs, leaves, dtype, upstream, roundings(dtype))
 
 
 def test_the_bias_gets_the_sum_of_all_steps() -> None:

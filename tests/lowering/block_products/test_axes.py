@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.activations import activated
 from structfly.lowering.block_products.axes import axis_gradients, axis_products
 from structfly.lowering.gemm import Tiles
-from tests.lowering.block_products.test_products import DEVICE, DTYPES, random
+from tests.lowering.block_products.test_products import DEVICE, DTYPES, NAMES, random, roundings
 from tests.oracle import assert_as_accurate
 
 SIDES = st.sampled_from((8, 16, 24, 40))
@@ -29,6 +30,7 @@ BATCHES = st.sampled_from((8, 16))
     sides=st.tuples(SIDES, SIDES),
     turned=st.booleans(),
     bias=st.booleans(),
+    activation=NAMES,
     dtype=st.sampled_from(DTYPES),
     tiles=TILES,
     batch=BATCHES,
@@ -40,6 +42,7 @@ def test_products_are_as_accurate_as_eager(
     sides: tuple[int, int],
     turned: bool,
     bias: bool,
+    activation: str,
     dtype: torch.dtype,
     tiles: Tiles,
     batch: int,
@@ -49,13 +52,15 @@ def test_products_are_as_accurate_as_eager(
     stored = b.mT.contiguous() if turned else b
     added = random(dtype, 2, outer, side_n, inner) if bias else None
     c = torch.full((tokens, outer, side_n, inner), float("nan"), dtype=dtype, device=DEVICE)
-    axis_products(a, stored, c, tiles=tiles, batch=batch, turned=turned, bias=added)
+    axis_products(a, stored, c, tiles=tiles, batch=batch, turned=turned, bias=added, activation=activation)
 
     def reference(wide: torch.dtype) -> Tensor:
         made = torch.einsum("toki,ionk->toni", a.to(wide), b.to(wide))
-        return made if added is None else made + added.to(wide)
+        return activated(made if added is None else made + added.to(wide), activation)
 
-    assert_as_accurate(c, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "products")
+    assert_as_accurate(
+        c, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "products", roundings(dtype)
+    )
 
 
 @settings(max_examples=12, deadline=None)
@@ -77,7 +82,9 @@ def test_gradients_are_as_accurate_as_eager(
     def reference(wide: torch.dtype) -> Tensor:
         return torch.einsum("tomi,toni->iomn", a.to(wide), b.to(wide))
 
-    assert_as_accurate(made, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "gradients")
+    assert_as_accurate(
+        made, reference(torch.float32).to(dtype), reference(torch.float64), dtype, "gradients", roundings(dtype)
+    )
 
 
 def test_ranges_of_tokens_are_summed_with_the_same_bits_every_time() -> None:

@@ -9,21 +9,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.activations import activated
 from structfly.lowering.block_products.chunks import chunk_gradients, chunk_products, rows_of_chunk
 from structfly.lowering.gemm import Tiles
-from tests.lowering.block_products.test_products import DEVICE, DTYPES, SIDES, cuts, random
+from tests.lowering.block_products.test_products import DEVICE, DTYPES, NAMES, SIDES, cuts, random, roundings
 from tests.oracle import assert_as_accurate
 
 WIDTH = 64  # rows of a chunk
 ROWS = st.integers(1, 3 * WIDTH)
 
 
-def in_float64(dtype: torch.dtype, product: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+def in_float64(
+    dtype: torch.dtype, product: str, a: Tensor, b: Tensor, bias: Tensor | None = None, activation: str = ""
+) -> list[Tensor]:
     """What eager gives in ``dtype``, summed in float32, and the exact product."""
     made = []
     for wide in (torch.float32, torch.float64):
         result = torch.einsum(product, a.to(wide), b.to(wide))
-        made.append(result if bias is None else result + bias.to(wide)[:, None])
+        made.append(activated(result if bias is None else result + bias.to(wide)[:, None], activation))
     return [made[0].to(dtype), made[1]]
 
 
@@ -42,7 +45,7 @@ def test_rows_become_columns_of_what_is_held(
         step(start)
         there = slice(start, start + WIDTH)
         count = exact[..., there].shape[2]
-        assert_as_accurate(held[..., :count], eager[..., there], exact[..., there], dtype, "held")
+        assert_as_accurate(held[..., :count], eager[..., there], exact[..., there], dtype, "held", roundings(dtype))
         assert not held[..., count:].any()
 
 
@@ -51,21 +54,29 @@ def test_rows_become_columns_of_what_is_held(
 def test_columns_of_what_is_held_become_rows(
     rows: int, matrices: int, n: int, k: int, turned: bool, tiles: Tiles, data: st.DataObject
 ) -> None:
-    dtype, with_bias = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
+    dtype, with_bias, activation = data.draw(st.tuples(st.sampled_from(DTYPES), st.booleans(), NAMES))
     every, b = random(dtype, 0, matrices, k, rows), random(dtype, 1, matrices, n, k)
     bias = random(dtype, 2, matrices, n) if with_bias else None
     held = torch.zeros(matrices, k, WIDTH, dtype=dtype, device=DEVICE)
     c = torch.full((rows, matrices, n), float("nan"), dtype=dtype, device=DEVICE)
     stored = b.mT.contiguous() if turned else b
     step = chunk_products(
-        held, stored, c.transpose(0, 1), rows="c", a_turned=True, b_turned=turned, bias=bias, tiles=tiles
+        held,
+        stored,
+        c.transpose(0, 1),
+        rows="c",
+        a_turned=True,
+        b_turned=turned,
+        bias=bias,
+        activation=activation,
+        tiles=tiles,
     )
     for start in range(0, rows, WIDTH):
         chunk = every[..., start : start + WIDTH]
         held[..., : chunk.shape[2]] = chunk
         step(start)
-    eager, exact = in_float64(dtype, "ikr,ink->irn", every, b, bias)
-    assert_as_accurate(c.transpose(0, 1), eager, exact, dtype, "rows")
+    eager, exact = in_float64(dtype, "ikr,ink->irn", every, b, bias, activation)
+    assert_as_accurate(c.transpose(0, 1), eager, exact, dtype, "rows", roundings(dtype))
 
 
 @settings(max_examples=15, deadline=None)
@@ -99,7 +110,7 @@ def test_gradients_are_added_up(
     assert torch.equal(*found)
     exact = torch.einsum("irm,irn->imn", a.double(), b.double()) + before.double()
     eager = torch.einsum("irm,irn->imn", a.float(), b.float()) + before
-    assert_as_accurate(found[0], eager, exact, torch.float32, "gradients")
+    assert_as_accurate(found[0], eager, exact, torch.float32, "gradients", roundings(dtype))
 
 
 def test_operands_without_descriptors_are_refused() -> None:

@@ -20,7 +20,15 @@ from structfly.lowering.block_products.gradient_places import (
 from structfly.lowering.block_products.gradients import LowRankGradients, block_gradients
 from structfly.lowering.block_products.tiles import GRADIENTS
 from structfly.lowering.gemm import Tiles
-from tests.lowering.block_products.test_products import DEVICE, DTYPES, SIDES, cuts, random, with_tokens_along
+from tests.lowering.block_products.test_products import (
+    DEVICE,
+    DTYPES,
+    SIDES,
+    cuts,
+    random,
+    roundings,
+    with_tokens_along,
+)
 from tests.oracle import assert_as_accurate
 
 SEVERAL = (  # sums that a program has side by side
@@ -93,7 +101,7 @@ def test_gradients_are_as_accurate_as_eager(
 
     expected = zip(reference(torch.float32), reference(torch.float64), strict=True)
     for mine, (single, exact), what in zip((c, left, right), expected, ("blocks", "left", "right"), strict=False):
-        assert_as_accurate(mine, single.to(dtype), exact, dtype, what)
+        assert_as_accurate(mine, single.to(dtype), exact, dtype, what, roundings(dtype))
 
 
 @settings(deadline=None)

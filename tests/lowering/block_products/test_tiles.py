@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.block_products import CASES, name_of
-from structfly.lowering.block_products import tiles
+from structfly.lowering.block_products import matrix_tiles, tiles
 from structfly.lowering.block_products.gradient_places import Gradients
 from structfly.lowering.block_products.tiles import Cut
+from structfly.lowering.gemm import Tiles
 from structfly.records import DeviceModel
 
 RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "block_products_h100.json"
@@ -33,10 +35,39 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def chosen(name: str, tokens: int, inside: int, out: int, grid: int, factors: int, rank: int) -> Cut:
     side_k, side_n = inside // grid, out // grid
     if name == "sums":
-        made = tiles._sum_tiles(torch.device("cuda"), tokens, grid, side_n, side_k)
+        made = tiles._sum_tiles(torch.device("cuda"), 2, tokens, grid, side_n, side_k)
         return next(cut for cut in tiles.sum_cuts(side_k) if cut.tiles == made)
     shape = Gradients(grid, grid, side_n, side_k, rank if "low rank" in name else 0)
     return tiles.gradient_cut(torch.device("cuda"), tokens, [1 + factors] * grid, shape)
+
+
+ALL = {
+    *(cut.tiles for cut in (*tiles.SUMS, *tiles.SHORT_SUMS, *tiles.GRADIENTS)),
+    *(matrix_tiles.PRODUCTS, matrix_tiles.FEW_TOKENS, *matrix_tiles.GRADIENTS),
+}
+
+
+@pytest.mark.parametrize("cut", sorted(ALL, key=str), ids=str)
+def test_tiles_of_wider_numbers_are_of_as_many_bytes(cut: Tiles) -> None:
+    wide = cut.for_itemsize(4)
+    assert cut.for_itemsize(2) == cut
+    assert (wide.m, wide.n, wide.k * 4, wide.part * 4) == (cut.m, cut.n, cut.k * 2, cut.part * 2)
+    assert replace(wide, k=cut.k, parts=cut.parts) == cut
+
+
+@pytest.mark.usefixtures("h100")
+@pytest.mark.parametrize(("side_k", "itemsize", "step"), [(96, 2, 32), (128, 2, 64), (96, 4, 32), (48, 4, 16)])
+def test_steps_leave_as_little_empty_of_wider_numbers(side_k: int, itemsize: int, step: int) -> None:
+    assert tiles._sum_tiles(torch.device("cuda"), itemsize, 16384, 16, 256, side_k).k == step
+
+
+@pytest.mark.usefixtures("h100")
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("tokens", [100, 16384])
+def test_gradients_are_cut_for_their_numbers(tokens: int, itemsize: int) -> None:
+    made = Gradients(16, 16, 256, 256, itemsize=itemsize)
+    cut = tiles.gradient_cut(torch.device("cuda"), tokens, [4] * 16, made)
+    assert cut.tiles in [each.tiles.for_itemsize(itemsize) for each in tiles.GRADIENTS]
 
 
 @pytest.mark.usefixtures("h100")

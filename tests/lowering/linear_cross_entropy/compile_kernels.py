@@ -6,6 +6,7 @@ The interpreter accepts code that the compiler refuses, and the compiler needs f
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from structfly.lowering.direct_launch import arguments_of
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.head.epilogue import Epilogue, parse_epilogue
 from structfly.lowering.linear_cross_entropy.chain_operands import ChainOperands
@@ -58,12 +60,26 @@ def compile_one(
     aligned: bool = False,
 ) -> Any:
     """The kernel, compiled, for pointers that are multiples of 16 bytes if ``aligned``; it takes no more than
-    ``shared`` bytes of a multiprocessor's memory."""
+    ``shared`` bytes of a multiprocessor's memory, and the parameters that a direct launch gives it."""
     pointers = [number for number, kind in enumerate(types.values()) if aligned and kind.startswith("*")]
     source = ASTSource(function, types, constants, {(number,): [["tt.divisibility", 16]] for number in pointers})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     assert made.metadata.shared <= shared, f"{function}: {made.metadata.shared} bytes of shared memory, not {shared}"
+    check_parameters(made)
     return made
+
+
+def check_parameters(made: Any) -> None:
+    """The code declares what launches by the driver expect: the arguments', and two scratch spaces' addresses."""
+    declared = re.findall(r"\.param ([^,)]*)", made.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0])
+    sizes = []
+    for each in declared:
+        bits, count = re.search(r"\.[bufs](\d+)", each), re.search(r"\[(\d+)\]", each)
+        assert bits is not None, each
+        sizes.append(int(bits[1]) // 8 * int(count[1] if count else 1))
+    arguments = arguments_of(list(made.src.signature.values()), made.metadata.tensordesc_meta)
+    assert arguments is not None
+    assert sizes == [size for argument in arguments for size in argument.sizes] + [8, 8], declared
 
 
 def rows_of_logits() -> None:

@@ -69,7 +69,7 @@ def check_words(ptx: str) -> None:
 
 
 def check_quotients(ptx: str) -> None:
-    """Of sigmoids none is a GPU's quotient, which is off to one side: the loop over time would add that up."""
+    """No activation is a GPU's quotient, which is off to one side: the loop over time would add that up."""
     assert "rcp.approx.ftz.f32" in ptx, "sigmoids made otherwise"
     assert not re.findall(r"div\.(?:full|approx)", ptx), "a quotient"
 
@@ -97,7 +97,7 @@ def main() -> None:
             for ptx in both(SHORT, tuple(given), kind, packed=more, ragged=more or tanh, **options):
                 check_words(ptx)
                 check_halves(ptx, kind)
-                if sigmoid and not tanh:  # that has quotients of its own
+                if sigmoid:
                     check_quotients(ptx)
     plain = {"complement": False, "sigmoid": False, "tanh": False, "reverse": False, "packed": False, "ragged": False}
     for some in (("gate", "input", "upstream"), ("gate", "input", "upstream", "reset", "initial", "ending")):

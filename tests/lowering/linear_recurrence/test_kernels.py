@@ -319,6 +319,24 @@ def test_sigmoids_are_right_to_the_last_places() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_activations_of_16_bits_are_off_by_less_than_their_rounding(dtype: torch.dtype) -> None:
+    """The states' tanh in float32, before any rounding, and what an output gate lets through, rounded once."""
+    y = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(dtype)
+    y = y[y.isfinite()].view(1, 1, -1)
+    shut, one = torch.full_like(y, -100.0), torch.ones_like(y)
+    call = make_call(1, 1, y.shape[2], dtype=dtype, weight="complement", sigmoid=True, initial=False, device="cuda")
+    rounding = torch.finfo(dtype).eps / 2
+    made = recurrence_triton.forward(call._replace(gate=shut, input=y, tanh=True)).final.double()
+    exact = y[0].double().tanh()
+    assert ((made - exact).abs() <= rounding / 2 * exact.abs() + 2**-126).all()
+    made = recurrence_triton.forward(call._replace(gate=shut, input=one, output_gate=y)).output.double()
+    exact = torch.sigmoid(y.double())
+    least = max(2**-125, torch.finfo(dtype).smallest_normal * rounding)  # exp(-87), or the last place of small numbers
+    assert ((made - exact).abs() <= (rounding + 2**-20) * exact + least).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [Shape(4, 64, 8, 8, group=32), Shape(4, 16, 2, 1), Shape(2, 8, 4, 2, group=4)])
 def test_threads_that_read_the_same_words(shape: Shape) -> None:
     """A chunk's words are fewer than its threads, so that some words are read by several, at times of their own."""

@@ -18,7 +18,7 @@ from tests.oracle import assert_like_eager
 from tests.patterns.batched_chain.forms import only
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own deprecations
-OP = torch.ops.structfly.kronecker_v1.default
+OP = torch.ops.structfly.kronecker_v3.default
 
 # One stage: y (rows, blocks, 2, stride) and w (blocks, stride, 2, 2) give (rows, blocks, 2, stride).
 Stage = Callable[[Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ from tests.oracle import assert_like_eager
 from tests.patterns.batched_chain.forms import FORMS, by_bmm, by_einsum, only
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own deprecations
-OP = torch.ops.structfly.kronecker_v1.default
+OP = torch.ops.structfly.kronecker_v3.default
 SIZES = st.integers(1, 5)
 
 

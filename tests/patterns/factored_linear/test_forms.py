@@ -14,7 +14,7 @@ from tests.oracle import assert_like_eager
 from tests.patterns.factored_linear.layers import FORMS, MASKINGS, Factored, intervals, only
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own deprecations
-OP = torch.ops.structfly.gblr_v2.default
+OP = torch.ops.structfly.gblr_v4.default
 
 
 class Given(nn.Module):

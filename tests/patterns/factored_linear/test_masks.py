@@ -18,7 +18,7 @@ from tests.compiling import Rewritten
 from tests.patterns.factored_linear.layers import Factored, intervals, only
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own deprecations
-OP = torch.ops.structfly.gblr_v2.default
+OP = torch.ops.structfly.gblr_v4.default
 INPUTS, OUTPUTS, RANK = 256, 192, 48
 
 

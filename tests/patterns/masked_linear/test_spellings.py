@@ -16,7 +16,7 @@ from tests.patterns.linear.layers import SPELLINGS
 from tests.patterns.masked_linear.layers import MASKINGS, Masked, block_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own deprecations
-OP = torch.ops.structfly.block_sparse_v1.default
+OP = torch.ops.structfly.block_sparse_v3.default
 
 
 @settings(max_examples=60, deadline=None)
