@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.cuda_driver import driver
 
 ALIGNED = 16  # bytes: what tensor descriptors begin at and step by
 
@@ -44,18 +45,34 @@ def descriptor(tensor: Tensor, *box: int) -> Any:
 
 
 def operand(tensor: Tensor, *box: int) -> Any:
-    """The :func:`descriptor` of what a product takes: of float32, numbers that may be rounded to TF32.
-
-    They are rounded to nearest as they are loaded, where Triton's descriptors can (from 3.7 on); else tensor cores cut
-    them off, for they read 10 bits of a mantissa.
+    """The :func:`descriptor` of what a product takes: numbers of float32 are rounded to TF32 as they are loaded.
 
     Raises:
         UnsupportedError: as :func:`descriptor`.
     """
     made = descriptor(tensor, *box)
-    if tensor.dtype == torch.float32 and hasattr(made, "round_f32_to_tf32"):
-        made.round_f32_to_tf32 = True
+    if tensor.dtype == torch.float32:
+        made.round_f32_to_tf32 = True  # a field of Triton's from 3.7 on; before that direct launches read it
     return made
+
+
+def rounds_to_tf32(made: Any) -> bool:
+    """Whether numbers are rounded to TF32 as they are loaded."""
+    return bool(getattr(made, "round_f32_to_tf32", False))
+
+
+def why_no_rounding() -> str:
+    """Why operands of float32 would not be rounded, or "".
+
+    Tensor cores read 10 bits of a mantissa: what is not rounded is cut off, and errors are several times as large.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__ or driver() is not None:
+        return ""
+    return (
+        "neither this Triton nor this CUDA driver rounds them to TF32; Triton does from 3.7 on, with the driver of 12.4"
+    )
 
 
 def has_descriptor(tensor: Tensor) -> bool:

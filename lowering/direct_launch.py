@@ -30,8 +30,11 @@ from structfly.lowering.cuda_driver import (
     driver,
     parameter_places,
 )
+from structfly.lowering.descriptor import rounds_to_tf32
 
 TENSOR_MAP_BYTES = 128
+TFLOAT32 = 11
+"""CU_TENSOR_MAP_DATA_TYPE_TFLOAT32: numbers of float32, rounded to TF32 as they are loaded."""
 _SCALARS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _SCALARS |= {"u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
 _ADDRESS = "Q"
@@ -183,8 +186,7 @@ class _Descriptors:
 
     def __call__(self, value: Any) -> tuple[Any, ...]:
         """The map, sizes and strides, which depend on nothing but what they are remembered by."""
-        rounded = getattr(value, "round_f32_to_tf32", False)  # which Triton's have from 3.7 on
-        key = (value.base.data_ptr(), value.shape, value.strides, value.padding, rounded)
+        key = (value.base.data_ptr(), value.shape, value.strides, value.padding, rounds_to_tf32(value))
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= _MOST_MAPS:
@@ -195,7 +197,9 @@ class _Descriptors:
     def _encoded(self, value: Any) -> tuple[Any, ...]:
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
-        tensor_map, *numbers = make_tensordesc_arg(value, self._metadata)  # an object that ends with the map
+        # Triton's own does so from 3.7 on; before that it passes on what it takes for the type of the numbers.
+        metadata = {**self._metadata, "elem_type": TFLOAT32} if rounds_to_tf32(value) else self._metadata
+        tensor_map, *numbers = make_tensordesc_arg(value, metadata)  # an object that ends with the map
         begin = id(tensor_map) + type(tensor_map).__basicsize__ - TENSOR_MAP_BYTES
         return ctypes.string_at(begin, TENSOR_MAP_BYTES), *numbers
 
@@ -204,8 +208,9 @@ def direct_kernel(compiled: Any) -> DirectKernel | None:
     """The kernel for launches by the driver, None if it is left to Triton's launcher.
 
     Args:
-        compiled: a compiled kernel of Triton, loaded on the current device.
+        compiled: a compiled kernel of Triton, which is loaded on the current device if it is not.
     """
+    _ = compiled.run  # which loads it
     metadata = compiled.metadata
     if metadata.target.backend != "cuda" or driver() is None:
         return None

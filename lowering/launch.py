@@ -16,10 +16,10 @@ from structfly.lowering.direct_launch import DirectKernel, direct_kernel, has_la
 class Launch:
     """A kernel with its grid, its compile-time constants, and the arguments that stay the same.
 
-    The first launch with arguments of some kinds goes through Triton's dispatch, which compiles the kernel or finds it
-    compiled.  Later ones go straight to what it found, which takes the host less time: by the CUDA driver where that is
-    possible (:mod:`~structfly.lowering.direct_launch`), else by Triton's launcher.  Within a launch, calls may differ
-    only in arguments that the kernel's ``do_not_specialize`` names.
+    Triton's dispatch, which takes the host long, compiles the kernel for the first launch with arguments of some kinds.
+    What is compiled is launched by the CUDA driver where that is possible (:mod:`~structfly.lowering.direct_launch`),
+    else by Triton's launcher.  Within a launch, calls may differ only in arguments that the kernel's
+    ``do_not_specialize`` names.
 
     Args:
         kernel: a function of :func:`triton.jit`.
@@ -51,10 +51,12 @@ class Launch:
             key = (self._kernel, tuple(self._constants.values()), options, tuple(map(_kind, every)), _current_device())
             found = _COMPILED.get(key)
             if found is None:
-                compiled = self._kernel[self._grid](*every, **self._constants, **self._options)
-                if compiled is not None:  # the interpreter compiles nothing
-                    _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled))
-                return
+                named = {**self._constants, **self._options}
+                compiled = self._kernel.warmup(*every, grid=self._grid, **named)
+                if compiled is None:  # the interpreter compiles nothing
+                    self._kernel[self._grid](*every, **named)
+                    return
+                found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled))
             self._straight = self._bound(found, len(arguments))
         self._straight(*arguments)
 

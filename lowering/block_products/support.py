@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from structfly.lowering.descriptor import ALIGNED
+from structfly.lowering.descriptor import ALIGNED, why_no_rounding
 
 DTYPES = (torch.bfloat16, torch.float16)
 """Of operands, apart from float32 where that may be rounded to TF32."""
@@ -27,6 +27,8 @@ def why_no_products(values: Tensor, sides: Iterable[int], tf32: bool) -> str:
     # device does fewer than 20 while it moves a byte.  What generated products save, bytes, is the least of it.
     if values.dtype == torch.float32 and not tf32:
         return "they are torch.float32, of which products are generated where torch's setting lets them be in TF32"
+    if values.dtype == torch.float32 and (why := why_no_rounding()):
+        return f"they are torch.float32, and {why}"
     if values.dtype not in (*DTYPES, torch.float32):
         named = ", ".join(map(str, DTYPES))
         return f"they are {values.dtype}; generated are products of {named}, and of torch.float32 in TF32"

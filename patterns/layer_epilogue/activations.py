@@ -59,8 +59,8 @@ def _reads_memory(user: fx.Node) -> bool:
 
 def _is_product(user: fx.Node) -> bool:
     target: Any = user.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target.namespace == "structfly"
+    if getattr(target, "namespace", "") == "structfly":
+        return True
     call = read(user)
     return target in _PRODUCT_FUNCTIONS if call is None else call.op in _PRODUCTS
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.descriptor import descriptor, has_descriptor, operand
+from structfly.lowering.descriptor import descriptor, has_descriptor, operand, rounds_to_tf32, why_no_rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -24,15 +26,23 @@ def test_those_of_a_shape_seen_before_differ_in_their_base_alone(dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_operands_of_float32_are_rounded_where_descriptors_can(dtype: torch.dtype) -> None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    if "round_f32_to_tf32" not in TensorDescriptor.__dataclass_fields__:
-        pytest.skip("this Triton's descriptors do not round")
+def test_operands_of_float32_are_rounded_and_results_are_not(dtype: torch.dtype) -> None:
     tensor = torch.randn(24, 40).to(dtype)
     for _ in range(2):  # the second time its shape is known
-        assert operand(tensor, 16, 16).round_f32_to_tf32 == (dtype == torch.float32)
-        assert not descriptor(tensor, 16, 16).round_f32_to_tf32
+        assert rounds_to_tf32(operand(tensor, 16, 16)) == (dtype == torch.float32)
+        assert not rounds_to_tf32(descriptor(tensor, 16, 16))
+
+
+@pytest.mark.parametrize(("fields", "driver", "told"), [(True, None, False), (False, 1, False), (False, None, True)])
+def test_why_operands_would_not_be_rounded(
+    fields: bool, driver: object, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.tools import tensor_descriptor
+
+    known = {"base", "round_f32_to_tf32"} if fields else {"base"}
+    monkeypatch.setattr(tensor_descriptor, "TensorDescriptor", SimpleNamespace(__dataclass_fields__=known))
+    monkeypatch.setattr("structfly.lowering.descriptor.driver", lambda: driver)
+    assert ("rounds them to TF32; Triton does from 3.7 on" in why_no_rounding()) == told
 
 
 def test_another_box_or_other_strides_are_another_descriptor() -> None:

@@ -1,4 +1,4 @@
-"""Launches: through Triton's dispatch once, then straight to what it found."""
+"""Launches: Triton's dispatch compiles a kernel once, and what it made is launched."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ from structfly.lowering.launch import Launch, on_device
 
 
 class Kernel:
-    """Stands for a jitted function: notes its launches, and returns a compiled kernel that notes its own."""
+    """Stands for a jitted function: notes what it compiles, and as the interpreter what it runs."""
 
     def __init__(self, *, interpreted: bool) -> None:
         self.interpreted = interpreted
         self.calls: list[tuple[Any, ...]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def dispatch(*arguments: Any, **named: Any) -> Compiled | None:
-            self.calls.append(("dispatched", grid, arguments, named))
-            return None if self.interpreted else Compiled(self.calls)
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **named: Any) -> Compiled | None:
+        if self.interpreted:
+            return None
+        self.calls.append(("compiled", grid, arguments, named))
+        return Compiled(self.calls)
 
-        return dispatch
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert self.interpreted
+        return lambda *arguments, **named: self.calls.append(("interpreted", grid, arguments, named))
 
 
 class Compiled:
     """Stands for a compiled kernel, which takes every argument by position and three axes, of no CUDA device."""
 
     metadata = SimpleNamespace(target=SimpleNamespace(backend="none"))
+    run = None
 
     def __init__(self, calls: list[tuple[Any, ...]]) -> None:
         self.calls = calls
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments: self.calls.append(("straight", grid, arguments))
+        return lambda *arguments: self.calls.append(("launched", grid, arguments))
 
 
-def test_later_launches_with_arguments_of_the_same_kinds_go_straight_to_the_compiled_kernel() -> None:
+def test_a_kernel_is_compiled_once_for_arguments_of_the_same_kinds() -> None:
     kernel = Kernel(interpreted=False)
     tensor, other, half = torch.zeros(3), torch.zeros(4), torch.zeros(5).half()
     for argument in (tensor, other):
@@ -49,16 +53,18 @@ def test_later_launches_with_arguments_of_the_same_kinds_go_straight_to_the_comp
     Launch(kernel, (7, 2), {"A": 1, "B": 2}, [half], [half], num_warps=4)(16)
     named = {"A": 1, "B": 2, "num_warps": 4}
     assert kernel.calls == [
-        ("dispatched", (7, 2), (half, 16, tensor), named),
-        ("straight", (7, 2, 1), (half, 32, tensor, 1, 2)),
-        ("straight", (7, 2, 1), (half, 16, other, 1, 2)),
-        ("straight", (7, 2, 1), (half, 32, other, 1, 2)),
-        ("dispatched", (7, 2), (half, 16, half), named),
+        ("compiled", (7, 2), (half, 16, tensor), named),
+        ("launched", (7, 2, 1), (half, 16, tensor, 1, 2)),
+        ("launched", (7, 2, 1), (half, 32, tensor, 1, 2)),
+        ("launched", (7, 2, 1), (half, 16, other, 1, 2)),
+        ("launched", (7, 2, 1), (half, 32, other, 1, 2)),
+        ("compiled", (7, 2), (half, 16, half), named),
+        ("launched", (7, 2, 1), (half, 16, half, 1, 2)),
     ]
 
 
 @pytest.mark.parametrize("change", ["constant", "option", "alignment", "one", "multiple of 16", "64 bits", "kernel"])
-def test_what_triton_compiles_anew_is_dispatched(change: str) -> None:
+def test_what_triton_compiles_anew_is_compiled(change: str) -> None:
     buffer = torch.zeros(64)
     kernel, other = Kernel(interpreted=False), Kernel(interpreted=False)
     Launch(kernel, (1,), {"A": 1}, [buffer], num_warps=4)(3)
@@ -66,16 +72,17 @@ def test_what_triton_compiles_anew_is_dispatched(change: str) -> None:
     tensor = buffer[1:] if change == "alignment" else buffer
     number = {"one": 1, "multiple of 16": 32, "64 bits": 2**31 + 1}.get(change, 3)
     used = other if change == "kernel" else kernel
+    before = len(used.calls)
     Launch(used, (1,), {"A": constant}, [tensor], num_warps=option)(number)
-    assert used.calls[-1][0] == "dispatched"
+    assert [name for name, *_ in used.calls[before:]] == ["compiled", "launched"]
 
 
-def test_where_nothing_is_compiled_every_call_is_dispatched() -> None:
+def test_where_nothing_is_compiled_every_call_is_interpreted() -> None:
     kernel = Kernel(interpreted=True)
     launch = Launch(kernel, (7,), {})
     launch(1)
     launch(2)
-    assert [call[0] for call in kernel.calls] == ["dispatched"] * 2
+    assert kernel.calls == [("interpreted", (7,), (number,), {}) for number in (1, 2)]
 
 
 def test_a_thread_has_a_context_before_its_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:
