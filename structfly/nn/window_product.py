@@ -13,15 +13,15 @@ from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.tiles import sum_tiles
 from structfly.lowering.precision import tf32_allowed
-from structfly.nn.windows import gradients_of, windows
+from structfly.nn import window_gradients
+from structfly.nn.windows import windows
 
 
 def projected(projection: nn.Module, input: Tensor, beside: Tensor, *, reverse: bool) -> Tensor:
     """``projection(windows(input, beside, reverse=reverse))``.
 
     Eagerly, on GPUs in bfloat16 and float16, and in float32 where TF32 is allowed, the product is generated and takes
-    its windows from the input, which are then not kept for the backward either but written there, for the weight's
-    gradient.
+    its windows from the input.  The backward does not write them either.
     """
     if why_written(projection, input, beside):
         made: Tensor = projection(windows(input, beside, reverse=reverse))
@@ -62,15 +62,14 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         input, beside, weight = ctx.saved_tensors
+        upstream = upstream.contiguous()
         of_input, of_beside, of_weight, of_bias = None, None, None, None
-        rows = upstream.reshape(-1, upstream.shape[2])
         if any(ctx.needs_input_grad[:2]):
-            of_windows = (rows @ weight).view(*upstream.shape[:2], -1)
-            of_input, of_beside = gradients_of(of_windows, beside.shape[1], reverse=ctx.reverse)
+            of_input, of_beside = window_gradients.of_steps(upstream, weight, beside.shape[1], reverse=ctx.reverse)
         if ctx.needs_input_grad[2]:
-            of_weight = rows.t() @ windows(input, beside, reverse=ctx.reverse).flatten(0, 1)
+            of_weight = window_gradients.of_weight(upstream, input, beside, reverse=ctx.reverse)
         if ctx.needs_input_grad[3]:
-            of_bias = rows.sum(0)
+            of_bias = upstream.sum((0, 1))
         return of_input, of_beside, of_weight, of_bias, None
 
 

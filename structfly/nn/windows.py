@@ -50,27 +50,23 @@ class _Windows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *gradients_of(upstream, ctx.reach, reverse=ctx.reverse), None
-
-
-def gradients_of(upstream: Tensor, reach: int, *, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Those of the input and of the steps beside it, of the gradient of windows that reach so far beyond a step."""
-    upstream = upstream.unflatten(2, (reach + 1, -1))
-    batch, length, _, width = upstream.shape
-    own = 0 if reverse else reach
-    of_input = upstream[:, :, own].clone()
-    of_beside = upstream.new_zeros(batch, reach, width)
-    for place in range(reach + 1):
-        shift = abs(place - own)  # steps between the window's own and this one
-        of_place = upstream[:, :, place]
-        if shift and reverse:
-            of_input[:, shift:] += of_place[:, : max(length - shift, 0)]
-            of_beside[:, max(shift - length, 0) : shift] += of_place[:, max(length - shift, 0) :]
-        elif shift:
-            of_input[:, : max(length - shift, 0)] += of_place[:, shift:]
-            first = reach - shift
-            of_beside[:, first : first + min(shift, length)] += of_place[:, :shift]
-    return of_input, of_beside
+        reach, reverse = ctx.reach, ctx.reverse
+        upstream = upstream.unflatten(2, (reach + 1, -1))
+        batch, length, _, width = upstream.shape
+        own = 0 if reverse else reach
+        of_input = upstream[:, :, own].clone()
+        of_beside = upstream.new_zeros(batch, reach, width)
+        for place in range(reach + 1):
+            shift = abs(place - own)  # steps between the window's own and this one
+            of_place = upstream[:, :, place]
+            if shift and reverse:
+                of_input[:, shift:] += of_place[:, : max(length - shift, 0)]
+                of_beside[:, max(shift - length, 0) : shift] += of_place[:, max(length - shift, 0) :]
+            elif shift:
+                of_input[:, : max(length - shift, 0)] += of_place[:, shift:]
+                first = reach - shift
+                of_beside[:, first : first + min(shift, length)] += of_place[:, :shift]
+        return of_input, of_beside, None
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
