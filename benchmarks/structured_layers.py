@@ -23,6 +23,8 @@ from structfly.records.layer import LayerSizes
 DENSE = "dense"
 LOW_RANK_SHARE = GBLR_SHARE = 1 / 4  # of the dense parameters
 _RANK_MULTIPLE = 32
+_REMATERIALISED = "nothing kept"
+"""For the backward, which makes again what stands between a layer's products."""
 
 
 class Place(NamedTuple):
@@ -54,14 +56,16 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def monarch(blocks: int) -> Callable[[LayerSizes], Monarch]:
+def monarch(blocks: int, *, rematerialise: bool = False) -> Callable[[LayerSizes], Monarch]:
     """With as many numbers between the factors as the smaller side has, as in fly's and torch-structured's layers.
 
     Outputs of a block are neighbours, which no weight that is learned or projected so minds.
     """
 
     def setting(sizes: LayerSizes) -> Monarch:
-        return Monarch(blocks_in=blocks, blocks_out=blocks, block_rank=max(1, min(sizes) // blocks**2), strided=False)
+        rank = max(1, min(sizes) // blocks**2)
+        own = {"blocks_in": blocks, "blocks_out": blocks, "block_rank": rank}
+        return Monarch(**own, strided=False, rematerialise=rematerialise)
 
     return setting
 
@@ -79,6 +83,10 @@ SETTINGS: Mapping[str, Callable[[LayerSizes], Structure]] = {
     "pixelfly, grid 16, 3 factors, rank 128": lambda _: Pixelfly(grid=16, n_factors=3, rank=128),
     "pixelfly, grid 64, 6 factors, rank 128": lambda _: Pixelfly(grid=64, n_factors=6, rank=128),
     "blast, 16 x 16 blocks, rank 512": lambda _: Blast(rank=512, row_blocks=16, column_blocks=16),
+    **{f"monarch, {blocks} blocks, {_REMATERIALISED}": monarch(blocks, rematerialise=True) for blocks in (4, 16)},
+    f"blast, 16 x 16 blocks, rank 512, {_REMATERIALISED}": lambda _: Blast(
+        rank=512, row_blocks=16, column_blocks=16, rematerialise=True
+    ),
     "low rank, a quarter": lambda sizes: LowRank(rank=rank_of_share(sizes)),
 }
 """Structures with settings, by the name of the provider, for layers of any sizes that they fit."""
