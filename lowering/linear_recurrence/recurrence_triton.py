@@ -95,10 +95,11 @@ def forward_shape(call: Arguments) -> Shape:
 
 
 def backward_shape(call: Arguments) -> Shape:
-    """As :func:`forward_shape`; with an output gate, chunks are those of the forward."""
+    """As :func:`forward_shape`; with an output gate, chunks are those of the forward, and without one they are no
+    shorter, for a word of 8 bytes would be 1/32 of 128 states of 16 bits."""
     if not (_plain(call) and _short(call)):
         return Shape(16, 16, 16, 4)
-    return Shape(16, 8, 32, 4, group=8) if _has_many(call) else Shape(16, 16, 32, 8, registers=80)
+    return Shape(16, 16, 16, 4, group=4) if _has_many(call) else Shape(16, 16, 32, 8, registers=80)
 
 
 def _plain(call: Arguments) -> bool:
