@@ -20,6 +20,7 @@ from torch import Tensor
 from structfly.lowering.block_products.matrices import matrix_gradients, matrix_products
 from structfly.lowering.block_products.matrix_tiles import matrix_gradient_cut, product_tiles
 from structfly.lowering.block_products.support import padded, why_no_products
+from structfly.lowering.block_products.turned import turned
 from structfly.lowering.kronecker.reference import FactorShape
 from structfly.lowering.layer_op import Applied
 
@@ -86,7 +87,7 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
         activation=call.activation,
         tiles=tiles,
     )
-    return (y.mT if monarch.strided else y).flatten(1)[:, :out_features].contiguous()
+    return (turned(y) if monarch.strided else y).flatten(1)[:, :out_features].contiguous()
 
 
 def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -174,8 +175,4 @@ def _in_blocks(rows: Tensor, monarch: _Monarch) -> Tensor:
     """(N, l, outputs) of (N, out)."""
     blocks, outputs, _ = monarch.second.shape
     rows = padded(rows, blocks * outputs)
-    return (
-        rows.view(len(rows), outputs, blocks).mT.contiguous()
-        if monarch.strided
-        else rows.view(len(rows), blocks, outputs)
-    )
+    return turned(rows.view(-1, outputs, blocks)) if monarch.strided else rows.view(-1, blocks, outputs)

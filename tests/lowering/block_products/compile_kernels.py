@@ -60,6 +60,13 @@ def operands_turned(template: str, options: dict[str, Parameter]) -> int:
     return int(bool(options.get("a_turned")))
 
 
+def turned_features(kind: str, sides: tuple[int, int]) -> None:
+    kernel = load(render("turned_features")).turned_features
+    types = {"source": f"*{kind}", "target": f"*{kind}", "rows": "i32", "A": "i32", "B": "i32"}
+    rows = 8192 // (sides[0] * sides[1])
+    compile_one(kernel, types, {"ROWS": rows, "TILE_A": sides[0], "TILE_B": sides[1]}, 4)
+
+
 def check_buffers(code: str, tiles: Tiles, abreast: int, turned: int) -> None:
     """All operands have a buffer a stage, and products take them from there: no load within a step keeps them waiting,
     and no reshaping takes them through registers, but those that are ``turned``, whose last buffer is for what comes of
@@ -292,5 +299,7 @@ if __name__ == "__main__":
         itertools.product(((16, 16), (3, 40), (most, most)), (False, True))
     ):
         blast_mixing(KINDS[number % 2], counts, with_gradients, ragged=number % 3 == 1)
+    for kind, sides in itertools.product((*KINDS, TF32), ((2, 64), (64, 16), (64, 64))):
+        turned_features(kind, sides)
     products_in_tf32()
     print("compiled")
