@@ -13,7 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from structfly.lowering.linear_recurrence.recurrence_triton import Shape, kernels
+from structfly.lowering.linear_recurrence.recurrence_triton import kernels
+from structfly.lowering.linear_recurrence.shapes import Shape
 
 SEQUENCES = ("gate", "input", "input_gate", "output_gate")
 SHORT = Shape(4, 8, 32, 4)  # as many rows, channels and warps as the kernels that run, and fewer steps

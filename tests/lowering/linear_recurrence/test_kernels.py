@@ -18,8 +18,8 @@ from torch import Tensor
 
 from structfly.lowering.linear_recurrence import recurrence_triton
 from structfly.lowering.linear_recurrence.arguments import Arguments
-from structfly.lowering.linear_recurrence.recurrence_triton import Shape
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
+from structfly.lowering.linear_recurrence.shapes import Shape
 from tests.lowering.linear_recurrence.cases import (
     backward_by,
     calls,
