@@ -1,10 +1,11 @@
 """Launches of compiled Triton kernels by CUDA's driver, with arguments that are read once where they stay the same.
 
-Triton's own launcher encodes every tensor descriptor anew at each launch and calls hooks, which takes the host 15 to
-40 us where the driver needs 2.  What a kernel takes is what Triton's signature of it says: scalars and addresses, a
-descriptor as its CUtensorMap of 128 bytes with its sizes and strides, then the addresses of two scratch spaces.  The
-driver is asked where each of these lies; a kernel of which it says anything else, or that needs what is not done here
-(clusters, scratch space, a cooperative launch), is left to Triton's launcher, as all are while Triton has hooks.
+Triton's own launcher encodes every tensor descriptor anew at each launch, asks the driver about every pointer and calls
+hooks, which takes the host longer than the launch itself.  What a kernel takes is what Triton's signature of it says:
+scalars and addresses, a descriptor as its CUtensorMap of 128 bytes with its sizes and strides, then the addresses of
+two scratch spaces.  The driver is asked where each of these lies; a kernel of which it says anything else, or that
+needs what is not done here (clusters, scratch space, a cooperative launch), is left to Triton's launcher, as all are
+while Triton has hooks.
 """
 
 from __future__ import annotations
