@@ -139,15 +139,22 @@ class Run:
         options = (call.complement, call.sigmoid, call.tanh, call.reverse)
         with on_device(device):
             launch = _launch_of(kernel, self.shape, layouts, sizes, options, packed, linked, chunks.count, device)
-            links = (self._links(),) if linked else ()
+            links = (no_links(call.input, chunks.count, self.width, self.shape.group),) if linked else ()
             table = (chunks.table(),) if packed else ()
             launch(*there.values(), *links, *table)
 
-    def _links(self) -> Tensor:
-        """How many programs have started, the groups' states and the chunks' words: nothing as yet, which is -1."""
-        chunks, groups = self.chunks.count, -(-self.chunks.count // self.shape.group)
-        line = 16  # words of a cache line
-        return self.call.input.new_full((line + (groups + chunks) * self.width,), -1, dtype=torch.int64)
+
+def no_links(like: Tensor, chunks: int, width: int, group: int) -> Tensor:
+    """How many programs have started, the groups' states and the chunks' words: nothing as yet, which is -1.
+
+    Args:
+        like: on the device that it is for.
+        chunks: all.
+        width: channels.
+        group: chunks of a group.
+    """
+    line = 16  # words of a cache line
+    return like.new_full((line + (-(-chunks // group) + chunks) * width,), -1, dtype=torch.int64)
 
 
 class Kernel(NamedTuple):
