@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from structfly.errors import UnsupportedError
+from structfly.lowering.descriptor import rounds_to_tf32, triton_rounds
 from structfly.lowering.direct_launch import DirectKernel, direct_kernel, has_launch_hooks
 
 
@@ -18,8 +20,8 @@ class Launch:
 
     Triton's dispatch, which takes the host long, compiles the kernel for the first launch with arguments of some kinds.
     What is compiled is launched by the CUDA driver where that is possible (:mod:`~structfly.lowering.direct_launch`),
-    else by Triton's launcher.  Within a launch, calls may differ only in arguments that the kernel's
-    ``do_not_specialize`` names.
+    else, and while Triton has launch hooks, by Triton's launcher.  Within a launch, calls may differ only in arguments
+    that the kernel's ``do_not_specialize`` names.
 
     Args:
         kernel: a function of :func:`triton.jit`.
@@ -56,24 +58,36 @@ class Launch:
                 if compiled is None:  # the interpreter compiles nothing
                     self._kernel[self._grid](*every, **named)
                     return
-                found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled))
+                rounds = any(map(rounds_to_tf32, every))
+                found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled), rounds)
             self._straight = self._bound(found, len(arguments))
         self._straight(*arguments)
 
     def _bound(self, found: _Compiled, own: int) -> Callable[..., None]:
-        """Launches of what was found, each given so many arguments of its own."""
+        """Launches of what was found, each given so many arguments of its own.
+
+        Raises:
+            UnsupportedError: operands are to be rounded to TF32, and neither launcher would.
+        """
         grid = (*self._grid, 1, 1)[:3]
-        if found.direct is not None and not has_launch_hooks():
+        by_driver = found.rounds and not triton_rounds()
+        if by_driver and found.direct is None:
+            raise UnsupportedError(
+                "the driver does not launch this kernel, and this Triton cuts its float32 operands off where they are "
+                "to be rounded to TF32; use Triton 3.7 or later, or full float32"
+            )
+        if found.direct is not None and (by_driver or not has_launch_hooks()):
             return found.direct.bind(grid, self._first, own, self._arguments)
         launch, first, last = found.kernel[grid], self._first, (*self._arguments, *self._constants.values())
         return lambda *arguments: launch(*first, *arguments, *last)
 
 
 class _Compiled(NamedTuple):
-    """What Triton's dispatch found."""
+    """What Triton's dispatch found, and whether operands are rounded to TF32 as they are loaded."""
 
     kernel: Any
     direct: DirectKernel | None
+    rounds: bool
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -100,9 +114,9 @@ def _current_device() -> int:
 
 
 def _kind(argument: Any) -> tuple[Any, ...]:
-    """What of an argument Triton compiles a kernel anew for, or refuses."""
+    """What of an argument Triton compiles a kernel anew for, or a launch depends on."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0, argument.is_cuda
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
-    return argument.base.dtype, tuple(argument.block_shape)  # a tensor descriptor
+    return argument.base.dtype, tuple(argument.block_shape), rounds_to_tf32(argument)  # a tensor descriptor

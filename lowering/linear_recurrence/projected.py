@@ -1,8 +1,8 @@
 """A recurrence whose gates and inputs a product makes where they are used: they are not written.
 
 A program makes the products of a chunk of time and of some channels, one for each gate, scans the chunk as
-:mod:`structfly.lowering.linear_recurrence.recurrence_triton` does, and takes its entering state as there.  What moves is
-the product's operands and h: of the three numbers a step and channel that f, z and o take nothing is written and read.
+:mod:`structfly.lowering.linear_recurrence.recurrence_triton` does, and takes its entering state as there.  What moves
+are the operands and h: of the three numbers a step and channel that f, z and o take nothing is written and read.
 
 The products are made with channels as rows and time as columns, for then tensor cores leave a thread what it goes
 through: of a product's columns a thread has, in each 8, the same 2.  So columns are put in the order in which column
@@ -68,7 +68,7 @@ def projected_recurrence(
     reverse: bool,
     cut: Cut = DEFAULT,
 ) -> Tensor:
-    """``c_t = f_t c_{t-1} + w_t z_t``, ``h_t = o_t c_t`` of z = tanh and f, o, w = sigmoid of ``inputs weight^T + bias``.
+    """``c_t = f_t c_{t-1} + w_t z_t``, ``h_t = o_t c_t`` of z = tanh and f, o, w = sigmoid of ``inputs weight^T + bias``
 
     Args:
         inputs: (B, T, K) of any strides, rows that overlap included; T is a multiple of ``cut.steps``.
