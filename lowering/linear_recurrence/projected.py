@@ -68,7 +68,7 @@ def projected_recurrence(
     reverse: bool,
     cut: Cut = DEFAULT,
 ) -> Tensor:
-    """``c_t = f_t c_{t-1} + w_t z_t``, ``h_t = o_t c_t`` of z = tanh and f, o, w = sigmoid of ``inputs weight^T + bias``
+    """``c_t = f_t c_{t-1} + w_t z_t``, ``h_t = o_t c_t`` for z = tanh, f, o, w = sigmoid of ``inputs weight^T + bias``
 
     Args:
         inputs: (B, T, K) of any strides, rows that overlap included; T is a multiple of ``cut.steps``.
