@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -120,6 +120,11 @@ def version(tensor: Tensor) -> int:
 def wrapper_subclass(tensor: Tensor) -> str:
     """The name of a tensor subclass that wraps other tensors (a DTensor, a quantised weight), or ""."""
     return type(tensor).__name__ if is_traceable_wrapper_subclass(tensor) else ""
+
+
+def sees_operations() -> bool:
+    """Whether something is to see each operation of torch: a torch.func transform, or a mode, as FLOP counters are."""
+    return peek_interpreter_stack() is not None or is_in_torch_dispatch_mode()
 
 
 def inside_functional_gradient() -> bool:

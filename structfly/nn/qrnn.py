@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
+from structfly.lowering.linear_recurrence.projected import CUTS
 from structfly.nn.window_product import projected
+from structfly.nn.window_recurrence import why_in_two, window_recurrence
 from structfly.ops.joint_recurrence import joint_linear_recurrence
 from structfly.ops.recurrence import linear_recurrence
 
@@ -117,8 +119,16 @@ class QRNN(nn.Module):
             reverse = direction == 1
             cell = None if state is None else state.cell[direction]
             beside = self._beside(input, None if state is None else state.window[direction])
-            made = projected(projection, input, beside, reverse=reverse)
-            output, cell = self._pooled(made, cell, reverse=reverse)
+            order = _POOLINGS[self.pooling]
+            if self.zoneout or why_in_two(projection, input, beside, order, cell):
+                made = projected(projection, input, beside, reverse=reverse)
+                output, cell = self._pooled(made, cell, reverse=reverse)
+            else:
+                weight: Any = projection.weight
+                bias: Any = projection.bias
+                output, cell = window_recurrence(
+                    input, beside, weight, bias, order, cell, reverse=reverse, cut=CUTS[order]
+                )
             outputs.append(output)
             cells.append(cell)
             lasts.append(_last(input, beside, reverse=reverse))

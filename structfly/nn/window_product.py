@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from structfly.compat import sees_operations
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.tiles import sum_tiles
@@ -34,8 +35,13 @@ def why_written(projection: nn.Module, input: Tensor, beside: Tensor) -> str:
     """Why windows are written, or ""."""
     if not beside.shape[1]:
         return "a window of one step is the step"
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type):
-        return "the call is being compiled, or under autocast, which both take the layer's own operations"
+    return why_not_taken(projection, input, beside)
+
+
+def why_not_taken(projection: nn.Module, input: Tensor, beside: Tensor) -> str:
+    """Why no product takes windows from the input, or ""."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type) or sees_operations():
+        return "compilers, transforms, modes and autocast take the layer's own operations"
     if type(projection) is not nn.Linear or any(getattr(projection, hooks) for hooks in _HOOKS):
         return "the projection is no plain linear layer without hooks"
     if not (input.is_contiguous() and input.shape[1] > beside.shape[1]):

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.linear_recurrence.projected import DEFAULT, Cut, projected_recurrence
+from structfly.lowering.linear_recurrence.projected import CUTS, Cut, projected_recurrence
+from structfly.nn.window_product import why_not_taken
 from structfly.nn.windows import windows
 from structfly.ops.joint_recurrence import joint_linear_recurrence
+from structfly.ops.recurrence import is_learned
+
+
+def why_in_two(projection: nn.Module, input: Tensor, beside: Tensor, order: str, cell: Tensor | None) -> str:
+    """Why a layer's projection and pooling are two kernels, or ""; arguments as of :func:`window_recurrence`."""
+    if is_learned(input, beside, cell, *projection.parameters()):
+        return "a gradient is asked for, and its backward takes what the projection makes"
+    if order not in CUTS:
+        return f"measured faster in one are {', '.join(CUTS)}"
+    if input.ndim == 3 and input.shape[1] < beside.shape[1] + CUTS[order].chunk:
+        return f"{input.shape[1]} steps are less than the {CUTS[order].chunk} of one program"
+    if input.dtype == torch.float32:
+        return "it was measured in 16 bits alone"
+    if cell is not None and (cell.dtype, cell.device) != (torch.float32, input.device):
+        return "the states are not float32 on the input's device"
+    return why_not_taken(projection, input, beside)
 
 
 def window_recurrence(
@@ -21,7 +38,7 @@ def window_recurrence(
     cell: Tensor | None,
     *,
     reverse: bool,
-    cut: Cut = DEFAULT,
+    cut: Cut,
 ) -> tuple[Tensor, Tensor]:
     """The pooling of a linear map of windows, as :class:`~structfly.nn.QRNN` has it.
 
@@ -46,9 +63,7 @@ def window_recurrence(
     Raises:
         UnsupportedError: a gradient is asked for, or I or H are no multiples of 16 bytes.
     """
-    if torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (input, beside, weight, bias, cell)
-    ):
+    if is_learned(input, beside, weight, bias, cell):
         raise UnsupportedError(
             "a gradient is asked for of window_recurrence, which keeps nothing for a backward; call it under "
             "torch.no_grad(), or QRNN, which has a gradient"

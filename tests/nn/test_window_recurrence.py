@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from structfly.errors import UnsupportedError
 from structfly.lowering.linear_recurrence.arguments import JointArguments
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
-from structfly.nn.window_recurrence import window_recurrence
+from structfly.nn import QRNN, QRNNState
+from structfly.nn.window_recurrence import why_in_two, window_recurrence
 from structfly.nn.windows import windows
 from tests.lowering.block_products.test_products import DEVICE, DTYPES, roundings
 from tests.lowering.linear_recurrence.cases import joined
@@ -69,7 +71,42 @@ def test_as_accurate_as_layer_by_layer(
 def test_a_gradient_is_refused() -> None:
     input, beside, weight = torch.randn(1, 9, 8), torch.randn(1, 1, 8), torch.randn(16, 16, requires_grad=True)
     with pytest.raises(UnsupportedError, match="no_grad"):
-        window_recurrence(input, beside, weight, None, "zf", None, reverse=False)
+        window_recurrence(input, beside, weight, None, "zf", None, reverse=False, cut=SMALL)
     with torch.no_grad():
-        output, final = window_recurrence(input, beside, weight, None, "zf", None, reverse=False)
+        output, final = window_recurrence(input, beside, weight, None, "zf", None, reverse=False, cut=SMALL)
     assert torch.equal(output[:, -1], final)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pooling", ["f", "fo"])
+@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize("length", [131, 4096, 5003])
+def test_a_layer_without_gradients_writes_nothing_between(pooling: str, window: int, length: int) -> None:
+    torch.manual_seed(length)
+    layer = QRNN(64, 72, pooling=pooling, window=window, bidirectional=True, device="cuda", dtype=torch.bfloat16)
+    given = torch.randn(2, 2 * length, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        _, state = layer(given[:, :length])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        output, final = layer(given[:, length:].contiguous(), state)
+        assert torch.cuda.max_memory_allocated() - before <= 3.2 * output.numel() * output.element_size() + 2**20
+        layer.double()
+        doubled = QRNNState(state.cell.double(), state.window.double())
+        expected, final_expected = layer(given[:, length:].double(), doubled)
+    assert (output - expected).norm() <= 2**-8 * expected.norm()
+    assert (final.cell - final_expected.cell).norm() <= 2**-8 * final_expected.cell.norm()
+
+
+def test_a_layer_says_why_it_takes_two_kernels() -> None:
+    projection, input, beside = nn.Linear(16, 24), torch.randn(1, 300, 8), torch.randn(1, 1, 8)
+    assert "gradient" in why_in_two(projection, input, beside, "zfo", None)
+    projection.requires_grad_(False)
+    narrow = projection.bfloat16(), input.bfloat16(), beside.bfloat16()
+    assert "float32" in why_in_two(*narrow, "zfo", torch.zeros(1, 8).bfloat16())
+    assert "zf, zfo" in why_in_two(*narrow, "zfoi", None)
+    assert "100 steps" in why_in_two(narrow[0], narrow[1][:, :100], narrow[2], "zfo", None)
+    assert "16 bits" in why_in_two(nn.Linear(16, 24).requires_grad_(False), input, beside, "zfo", None)
+    assert "on cpu" in why_in_two(*narrow, "zfo", None)
+    with FlopCounterMode(display=False):
+        assert "modes" in why_in_two(*narrow, "zfo", None)

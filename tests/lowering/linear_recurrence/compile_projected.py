@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from structfly.lowering.linear_recurrence.projected import DEFAULT, Cut, kernels
+from structfly.lowering.linear_recurrence.projected import CUTS, Cut, kernels
 from structfly.lowering.tuning.limits import shared_memory
 
 _KINDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -65,9 +65,9 @@ def main() -> None:
             options = {"bias": turned, "begun": turned, "reverse": turned, "linked": True}
             check_products(compiled(cut, order, kind, **options), cut, order)
     check_products(compiled(few, "zfo", "bf16", **{**plain, "linked": False}), few, "zfo")
-    for cut in (DEFAULT, Cut(16, 8, 128, 64, 8, 3)):
-        less, more = (compiled(cut._replace(steps=steps), "zfo", "bf16", **plain) for steps in (4, cut.steps))
-        check_products(more, cut, "zfo")
+    for order, cut in CUTS.items():
+        less, more = (compiled(cut._replace(steps=steps), order, "bf16", **plain) for steps in (4, cut.steps))
+        check_products(more, cut, order)
         counts = barriers(less), barriers(more)
         assert counts[0] == counts[1], f"barriers with 4 and {cut.steps} steps: {counts}: a step is exchanged"
     print("compiled")

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from structfly.errors import ArgumentError, UnsupportedError
 from structfly.lowering.linear_recurrence.arguments import JointArguments
-from structfly.lowering.linear_recurrence.projected import DEFAULT, Cut, projected_recurrence
+from structfly.lowering.linear_recurrence.projected import CUTS, Cut, projected_recurrence
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 from tests.lowering.block_products.test_products import DEVICE, DTYPES, roundings
 from tests.lowering.linear_recurrence.cases import joined
@@ -132,10 +132,10 @@ def test_steps_that_are_no_whole_rows_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cut", [DEFAULT, Cut(16, 8, 128, 64, 8, 3), Cut(8, 16, 64, 64, 4, 2, group=4)])
+@pytest.mark.parametrize("order", CUTS)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_same_bits_every_time_where_programs_wait_for_each_other(cut: Cut, reverse: bool) -> None:
-    order = "zfo"
+def test_same_bits_every_time_where_programs_wait_for_each_other(order: str, reverse: bool) -> None:
+    cut = CUTS[order]
     given = drawn(2, 2**14 + cut.steps, 256, 136, order, torch.bfloat16, bias=True, begun=True)
     mine = by_kernel(order, cut, reverse=reverse)
     first = mine(*given)  # type: ignore[arg-type]
