@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
-from structfly.lowering.linear_recurrence.projected import CUTS
+from structfly.lowering.linear_recurrence.projected import fastest_cut
 from structfly.nn.window_product import projected
 from structfly.nn.window_recurrence import why_in_two, window_recurrence
 from structfly.ops.joint_recurrence import joint_linear_recurrence
@@ -126,9 +126,8 @@ class QRNN(nn.Module):
             else:
                 weight: Any = projection.weight
                 bias: Any = projection.bias
-                output, cell = window_recurrence(
-                    input, beside, weight, bias, order, cell, reverse=reverse, cut=CUTS[order]
-                )
+                cut = fastest_cut(order, input.dtype)
+                output, cell = window_recurrence(input, beside, weight, bias, order, cell, reverse=reverse, cut=cut)
             outputs.append(output)
             cells.append(cell)
             lasts.append(_last(input, beside, reverse=reverse))

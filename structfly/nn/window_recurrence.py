@@ -22,8 +22,6 @@ def why_in_two(projection: nn.Module, input: Tensor, beside: Tensor, order: str,
         return f"measured faster in one are {', '.join(CUTS)}"
     if input.ndim == 3 and input.shape[1] < beside.shape[1] + CUTS[order].chunk:
         return f"{input.shape[1]} steps are less than the {CUTS[order].chunk} of one program"
-    if input.dtype == torch.float32:
-        return "it was measured in 16 bits alone"
     if cell is not None and (cell.dtype, cell.device) != (torch.float32, input.device):
         return "the states are not float32 on the input's device"
     return why_not_taken(projection, input, beside)

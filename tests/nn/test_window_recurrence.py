@@ -80,11 +80,14 @@ def test_a_gradient_is_refused() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("pooling", ["f", "fo"])
 @pytest.mark.parametrize("window", [1, 2, 4])
-@pytest.mark.parametrize("length", [131, 4096, 5003])
-def test_a_layer_without_gradients_writes_nothing_between(pooling: str, window: int, length: int) -> None:
+@pytest.mark.parametrize(("length", "dtype"), [(131, torch.float16), (4096, torch.bfloat16), (5003, torch.float32)])
+def test_a_layer_without_gradients_writes_nothing_between(
+    pooling: str, window: int, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     torch.manual_seed(length)
-    layer = QRNN(64, 72, pooling=pooling, window=window, bidirectional=True, device="cuda", dtype=torch.bfloat16)
-    given = torch.randn(2, 2 * length, 64, device="cuda", dtype=torch.bfloat16)
+    layer = QRNN(64, 72, pooling=pooling, window=window, bidirectional=True, device="cuda", dtype=dtype)
+    given = torch.randn(2, 2 * length, 64, device="cuda", dtype=dtype)
     with torch.no_grad():
         _, state = layer(given[:, :length])
         torch.cuda.reset_peak_memory_stats()
@@ -106,7 +109,6 @@ def test_a_layer_says_why_it_takes_two_kernels() -> None:
     assert "float32" in why_in_two(*narrow, "zfo", torch.zeros(1, 8).bfloat16())
     assert "zf, zfo" in why_in_two(*narrow, "zfoi", None)
     assert "100 steps" in why_in_two(narrow[0], narrow[1][:, :100], narrow[2], "zfo", None)
-    assert "16 bits" in why_in_two(nn.Linear(16, 24).requires_grad_(False), input, beside, "zfo", None)
     assert "on cpu" in why_in_two(*narrow, "zfo", None)
     with FlopCounterMode(display=False):
         assert "modes" in why_in_two(*narrow, "zfo", None)
