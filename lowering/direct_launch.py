@@ -235,7 +235,8 @@ def direct_kernel(compiled: Any) -> DirectKernel | None:
 def has_launch_hooks() -> bool:
     """Whether something of Triton's is to be called at launches, as its profiler does."""
     runtime = _triton_runtime()
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @lru_cache(maxsize=1)
