@@ -121,8 +121,8 @@ def _current_device() -> int:
 
 def _kind(argument: Any) -> tuple[Any, ...]:
     """What of an argument Triton compiles a kernel anew for, or refuses."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0, argument.is_cuda
     if isinstance(argument, int):
         return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0, argument.is_cuda
     return argument.base.dtype, tuple(argument.block_shape)  # a tensor descriptor
