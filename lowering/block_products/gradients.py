@@ -58,16 +58,19 @@ def block_gradients(
         UnsupportedError: an operand's layout has no tensor descriptor.
     """
     results = [c] if beside is None else [c, beside.left, beside.right]
-    if not len(a):
+    tokens = len(a)
+    if not tokens:
         for each in results:
             each.zero_()
-    tiles, abreast, listed = places
-    if not len(a) or not len(listed):
         return
-    split = ranges(len(listed), len(a), tiles.k, programs_on(a.device, tiles), a.element_size())
+    tiles, abreast, listed = places
+    count = len(listed)
+    if not count:
+        return
+    split = ranges(count, tokens, tiles.k, programs_on(a.device, tiles), a.element_size())
     sums = c.new_empty(split, sum(each.numel() for each in results), dtype=torch.float32) if split > 1 else None
     operands = [a, b] if beside is None else [a, b, beside.dz, beside.z]
-    made = _ready(tuple(map(form, operands)), tuple(map(form, results)), len(listed), abreast, tiles, split, b_turned)
+    made = _ready(tuple(map(form, operands)), tuple(map(form, results)), count, abreast, tiles, split, b_turned)
     written = results if sums is None else list(sums.split([each.numel() for each in results], dim=1))
     if not len(c):  # of which there is no descriptor
         written[0] = written[0].new_empty(1, 1, *c.shape[1:])
