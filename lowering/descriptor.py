@@ -37,7 +37,7 @@ class Boxes:
     """How a product takes tensors of one form: all of their descriptors but where they begin.
 
     Args:
-        like: a tensor of that form, which need not have numbers; not kept.
+        like: a tensor of that form without numbers, or a view of one; not kept.
         box: entries along each dimension that are moved at a time.  A box that is one part of several has that
             dimension first: only then does a product take it from where it was put.
         operand: whether numbers of float32 are rounded to TF32 as they are loaded.
@@ -52,8 +52,7 @@ class Boxes:
         shape, strides, dtype = like.shape, like.stride(), like.dtype
         if not _has_steps(like):
             raise UnsupportedError(_REFUSED.format(tuple(shape), dtype, strides, ""))
-        form_alone = torch.empty_strided(shape, strides, dtype=dtype, device="meta")  # which begins anywhere
-        fields = vars(TensorDescriptor.from_tensor(form_alone, list(box)))
+        fields = vars(TensorDescriptor.from_tensor(like, list(box)))
         self._fields = {name: value for name, value in fields.items() if name != "base"}
         if operand and dtype == torch.float32:
             self._fields["round_f32_to_tf32"] = True  # of Triton's from 3.7 on; before that direct launches read it

@@ -108,7 +108,8 @@ def _products(
         "part_box": part,
     }
     if k.in_one_run:
-        box_of_a = Boxes(a.flatten(2).transpose(0, 1), (1, tiles.m, tiles.k), operand=True)
+        runs = a.view(*a.shape[:2], a.shape[2] * a.shape[3])
+        box_of_a = Boxes(runs.transpose(0, 1), (1, tiles.m, tiles.k), operand=True)
     else:
         box_of_a = Boxes(a.permute(1, 2, 0, 3), (1, 1, tiles.m, tiles.k), operand=True)
     box_of_b = Boxes(b, (1, *k.box, tiles.n) if turned else (1, *n.box, tiles.k), operand=True)

@@ -160,3 +160,10 @@ def test_tensors_of_other_devices_are_of_another_form() -> None:
     assert form(tensor) != form(tensor.to("meta"))
     like = form(tensor.t()).like()
     assert (like.shape, like.stride(), like.dtype) == ((3, 2), (1, 3), torch.float32)
+
+
+def test_sides_that_are_not_in_one_run_are_refused_rather_than_read_as_one() -> None:
+    a = random(torch.bfloat16, 0, 20, 2, 2, 48)[..., :24]
+    b, c = random(torch.bfloat16, 1, 2, 1, 24, 48), torch.empty(20, 2, 1, 24, dtype=torch.bfloat16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        matrices.matrix_products(a, b, c, tiles=TILES)
