@@ -105,14 +105,19 @@ def rounds_to_tf32(made: Any) -> bool:
     return bool(getattr(made, "round_f32_to_tf32", False))
 
 
+def triton_rounds() -> bool:
+    """Whether Triton's own launcher rounds them: it does from 3.7 on."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
+
+
 def why_no_rounding() -> str:
     """Why operands of float32 would not be rounded, or "".
 
     Tensor cores read 10 bits of a mantissa: what is not rounded is cut off, and errors are several times as large.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    if "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__ or driver() is not None:
+    if triton_rounds() or driver() is not None:
         return ""
     return (
         "neither this Triton nor this CUDA driver rounds them to TF32; Triton does from 3.7 on, with the driver of 12.4"

@@ -5,7 +5,7 @@ hooks, which takes the host longer than the launch itself.  What a kernel takes 
 scalars and addresses, a descriptor as its CUtensorMap of 128 bytes with its sizes and strides, then the addresses of
 two scratch spaces.  The driver is asked where each of these lies; a kernel of which it says anything else, or that
 needs what is not done here (clusters, scratch space, a cooperative launch), is left to Triton's launcher, as all are
-while Triton has hooks.
+while Triton has hooks, but for those with operands that only the driver's launch rounds.
 """
 
 from __future__ import annotations

@@ -188,10 +188,15 @@ class LibraryProduct:
 
     def __call__(self, *_: Tensor | int) -> None:
         """Launch it on the current device and stream."""
-        if self._a.is_cuda:
-            torch.mm(self._a, self._b, out_dtype=torch.float32, out=self._c)
-        else:  # where torch has no such product
-            torch.mm(self._a.float(), self._b.float(), out=self._c)
+        float32_product(self._a, self._b, out=self._c)
+
+
+def float32_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """a b by torch, in float32 however narrow the operands are, and written to ``out`` where that is given."""
+    target = {} if out is None else {"out": out}
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, **target)
+    return torch.mm(a.float(), b.float(), **target)  # where torch has no such product
 
 
 def busy(rows: int, columns: int, split: int, processors: int, tiles: Tiles) -> float:

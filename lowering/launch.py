@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from structfly.errors import UnsupportedError
+from structfly.lowering.descriptor import rounds_to_tf32, triton_rounds
 from structfly.lowering.direct_launch import DirectKernel, direct_kernel, has_launch_hooks
 
 
@@ -18,8 +20,9 @@ class Launch:
 
     Triton's dispatch, which takes the host long, compiles the kernel for the first launch with arguments of some kinds.
     What is compiled is launched by the CUDA driver where that is possible (:mod:`~structfly.lowering.direct_launch`),
-    else by Triton's launcher.  Within a launch, which is of one device, calls may differ only in where tensors and
-    descriptors begin, in descriptors' sizes and strides, and in numbers that the kernel's ``do_not_specialize`` names.
+    else, and while Triton has launch hooks, by Triton's launcher.  Within a launch, which is of one device, calls may
+    differ only in where tensors and descriptors begin, in descriptors' sizes and strides, and in numbers that the
+    kernel's ``do_not_specialize`` names.
 
     Args:
         kernel: a function of :func:`triton.jit`.
@@ -52,13 +55,15 @@ class Launch:
         straight = self._straight.get(aligned)
         if straight is None:
             straight = self._straight[aligned] = self._found(arguments)
-        if straight.direct is not None and not has_launch_hooks():
-            straight.direct(*arguments)
-        else:
-            straight.by_triton(*arguments)
+        launch = straight.hooked if has_launch_hooks() else straight.usual
+        launch(*arguments)
 
     def _found(self, arguments: tuple[Any, ...]) -> _Straight:
-        """Launches with arguments of the kinds that these have."""
+        """Launches with arguments of the kinds that these have.
+
+        Raises:
+            UnsupportedError: operands are to be rounded to TF32, and neither launcher would.
+        """
         first, last = self._first, self._arguments
         every = (*first, *arguments, *last)
         options = tuple(self._options.items())
@@ -69,27 +74,39 @@ class Launch:
             compiled = self._kernel.warmup(*every, grid=self._grid, **named)
             if compiled is None:  # the interpreter compiles nothing
                 run = self._kernel[self._grid]
-                return _Straight(None, lambda *arguments: run(*first, *arguments, *last, **named))
-            found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled))
-        grid, constants = (*self._grid, 1, 1)[:3], tuple(self._constants.values())
-        return _Straight(
-            None if found.direct is None else found.direct.bind(grid, first, len(arguments), last),
-            lambda *arguments: found.kernel[grid](*first, *arguments, *last, *constants),
-        )
+                return _Straight(*[lambda *arguments: run(*first, *arguments, *last, **named)] * 2)
+            rounds = any(map(rounds_to_tf32, every))
+            found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled), rounds)
+        grid = (*self._grid, 1, 1)[:3]
+        launch, constants = found.kernel[grid], tuple(self._constants.values())
+
+        def by_triton(*arguments: Any) -> None:
+            launch(*first, *arguments, *last, *constants)
+
+        by_driver = None if found.direct is None else found.direct.bind(grid, first, len(arguments), last)
+        if found.rounds and not triton_rounds():
+            if by_driver is None:
+                raise UnsupportedError(
+                    "the driver does not launch this kernel, and this Triton cuts its float32 operands off where they "
+                    "are to be rounded to TF32; use Triton 3.7 or later, or full float32"
+                )
+            return _Straight(by_driver, by_driver)
+        return _Straight(by_driver or by_triton, by_triton)
 
 
 class _Straight(NamedTuple):
-    """Launches that take the arguments of a call."""
+    """Launches that take the arguments of a call: the usual ones, and those while Triton has launch hooks."""
 
-    direct: Callable[..., None] | None
-    by_triton: Callable[..., None]
+    usual: Callable[..., None]
+    hooked: Callable[..., None]
 
 
 class _Compiled(NamedTuple):
-    """What Triton's dispatch found."""
+    """What Triton's dispatch found, and whether operands are rounded to TF32 as they are loaded."""
 
     kernel: Any
     direct: DirectKernel | None
+    rounds: bool
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -120,9 +137,9 @@ def _current_device() -> int:
 
 
 def _kind(argument: Any) -> tuple[Any, ...]:
-    """What of an argument Triton compiles a kernel anew for, or refuses."""
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    """What of an argument Triton compiles a kernel anew for, or a launch depends on."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0, argument.is_cuda
-    return argument.base.dtype, tuple(argument.block_shape)  # a tensor descriptor
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return argument.base.dtype, tuple(argument.block_shape), rounds_to_tf32(argument)  # a tensor descriptor

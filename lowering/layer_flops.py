@@ -33,30 +33,10 @@ LAYER_OPS: tuple[LayerOp, ...] = (
 
 
 def _register(op: LayerOp) -> None:
-    def forward(
-        x: Any,
-        factors: Any,
-        bias: Any,
-        static: Any,
-        keep: bool,
-        activation: str,
-        tf32: bool,
-        out_shape: Any = None,
-        **_: Any,
-    ) -> int:
+    def forward(x: Any, factors: Any, bias: Any, static: Any, *_: Any, **__: Any) -> int:
         return 2 * sum(op.multiply_adds(_rows(x), factors, static))
 
-    def backward(
-        grad: Any,
-        x: Any,
-        factors: Any,
-        kept: Any,
-        static: Any,
-        wanted: Any,
-        tf32: bool,
-        out_shape: Any = None,
-        **_: Any,
-    ) -> int:
+    def backward(grad: Any, x: Any, factors: Any, kept: Any, static: Any, wanted: Any, *_: Any, **__: Any) -> int:
         between, rest = op.multiply_adds(_rows(x), factors, static)
         again = between if op.lacks(kept, _rows(x), factors, static) else 0
         return 2 * ((between + rest) * (bool(wanted[0]) + any(wanted[1:])) + again)

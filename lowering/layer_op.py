@@ -44,6 +44,18 @@ class Applied(NamedTuple):
     tf32: bool = False
 
 
+class _Forward(NamedTuple):
+    """What an op is called with, in its schema's order."""
+
+    x: Tensor
+    factors: Sequence[Tensor]
+    bias: Tensor | None
+    static: Sequence[int]
+    keep: bool
+    activation: str
+    tf32: bool
+
+
 # What is made on the way to y, and y (N, out) from that, with the bias of what it is applied to.
 Between = Callable[[Applied], list[Tensor]]
 Finish = Callable[[Applied, Sequence[Tensor]], Tensor]
@@ -192,16 +204,8 @@ class LayerOp:
 
     # ---------------------------------------------------------------------------------------------------- kernels
 
-    def _forward(
-        self,
-        x: Tensor,
-        factors: Sequence[Tensor],
-        bias: Tensor | None,
-        static: Sequence[int],
-        keep: bool,
-        activation: str,
-        tf32: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _forward(self, *given: Any) -> tuple[Tensor, list[Tensor]]:
+        x, factors, bias, static, keep, activation, tf32 = _Forward(*given)
         call = Applied(x.reshape(-1, x.shape[-1]), factors, static, bias if self.adds_bias else None, tf32=tf32)
         within = bool(activation) and not self.why_no_epilogue(call)
         if within:
@@ -247,16 +251,8 @@ class LayerOp:
 
     # ------------------------------------------------------------------------------------------------------ fakes
 
-    def _forward_fake(
-        self,
-        x: Tensor,
-        factors: Sequence[Tensor],
-        bias: Tensor | None,
-        static: Sequence[int],
-        keep: bool,
-        activation: str,
-        tf32: bool,
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _forward_fake(self, *given: Any) -> tuple[Tensor, list[Tensor]]:
+        x, factors, _, static, keep, activation, _ = _Forward(*given)
         rows = math.prod(x.shape[:-1])
         shapes = self.kept_shapes(rows, [f.shape for f in factors], static) if keep else []
         width = self.out_features([f.shape for f in factors], static)
@@ -279,7 +275,7 @@ class LayerOp:
     # --------------------------------------------------------------------------------------------------- autograd
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, factors, _, static, _, activation, tf32 = inputs
+        x, factors, _, static, _, activation, tf32 = _Forward(*inputs)
         if activation:
             raise UnsupportedError(
                 f"gradients are wanted of structfly::{self.name} with activation={activation!r}, which keeps nothing "
@@ -317,17 +313,9 @@ class LayerOp:
                 return tensor
             return tensor.to(torch.get_autocast_dtype(device))
 
-        def autocast(
-            x: Tensor,
-            factors: Sequence[Tensor],
-            bias: Tensor | None,
-            static: Sequence[int],
-            keep: bool,
-            activation: str,
-            tf32: bool,
-        ) -> Any:
-            given = cast(x), [cast(f) for f in factors], cast(bias), static, keep, activation, tf32
+        def autocast(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, *others: Any) -> Any:
+            given = cast(x), [cast(f) for f in factors], cast(bias)
             with torch.autocast(device, enabled=False):
-                return self._forward_op(*given)
+                return self._forward_op(*given, *others)
 
         return autocast

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from structfly.lowering.gemm import float32_product
+
 _UPCAST_ROWS = 1024  # at a time: it takes memory
 
 
@@ -26,7 +28,7 @@ def _sum_of_rows(weight: Tensor) -> Tensor:
         return weight.sum(0, dtype=torch.float32)
     # A sum over the first dimension would take 128 MiB there, for partial sums.
     ones = weight.new_ones(1, len(weight))
-    return torch.mm(ones, weight, out_dtype=torch.float32)[0]
+    return float32_product(ones, weight)[0]
 
 
 def weighted_rows(x: Tensor, weights: Tensor) -> Tensor:

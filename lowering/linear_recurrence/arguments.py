@@ -7,7 +7,7 @@ it sees the first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ JOINT_ARGUMENTS = (
 )
 JOINT_DIFFERENTIABLE = ("joint", "initial")
 LETTERS = {"f": "gate", "z": "input", "i": "input_gate", "o": "output_gate"}
-"""What a letter of ``order`` stands for."""
+"""What a letter of ``order`` stands for, in the order of :data:`DIFFERENTIABLE`."""
 
 
 class JointArguments(NamedTuple):
@@ -132,21 +132,8 @@ class JointArguments(NamedTuple):
     @property
     def separate(self) -> Arguments:
         """A tensor for every sequence, which is a slice of ``joint``."""
-        parts = self._parts(self.joint)
-        return Arguments(
-            gate=parts["gate"],
-            input=parts["input"],
-            input_gate=parts.get("input_gate"),
-            output_gate=parts.get("output_gate"),
-            initial=self.initial,
-            reset=self.reset,
-            offsets=self.offsets,
-            complement=self.complement,
-            sigmoid=self.sigmoid,
-            tanh=self.tanh,
-            reverse=self.reverse,
-            keep=self.keep,
-        )
+        given: dict[str, Any] = {**self._asdict(), **self._parts(self.joint)}
+        return Arguments._make(map(given.get, Arguments._fields))
 
     @property
     def differentiable(self) -> tuple[Tensor | None, ...]:
@@ -157,13 +144,7 @@ class JointArguments(NamedTuple):
         """The gradients of the differentiable arguments as those of :attr:`separate` ones."""
         joint, initial = made
         parts = {} if joint is None else self._parts(joint)
-        return Gradients(
-            gate=parts.get("gate"),
-            input=parts.get("input"),
-            input_gate=parts.get("input_gate"),
-            output_gate=parts.get("output_gate"),
-            initial=initial,
-        )
+        return Gradients._make([*map(parts.get, LETTERS.values()), initial])
 
     def _parts(self, joint: Tensor) -> dict[str, Tensor]:
         width = joint.shape[2] // len(self.order)

@@ -70,8 +70,8 @@ def time_layers(
     seconds: float = 300.0,
     path: Path | str | None = None,
 ) -> LayerTimesReport:
-    """Measure the device's rates, then time dense layers, and beside each five settings of every structure, spread over
-    its menu.
+    """Measure the device's rates, unless the file has them, then time dense layers, and beside each five settings of
+    every structure, spread over its menu.
 
     Plans under a budget of time take what is measured here, at these numbers of tokens and interpolated between two
     that are no more than an octave apart.  What the file has already of this device is not measured again.
@@ -98,14 +98,17 @@ def time_layers(
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("there is no CUDA device; name another one, such as cpu")
     origin, file = origin_on(place), store.user_path() if path is None else Path(path)
-    if precision_of(dtype, place.type) is None:
+    precision = precision_of(dtype, place.type)
+    if precision is None:
         raise ArgumentError(f"dtype is {dtype}; allowed: float64, float32, bfloat16 and float16")
     offered = {Shape(LayerSizes(*sizes), dtype): [STRUCTURES[name] for name in structures] for sizes in layers}
     write_times(
         file, read_times(file)
     )  # now, rather than after minutes, is the time to learn that it cannot be written
-    rates = measured_rates(origin, place, [dtype])
-    write_times(file, read_times(file).with_rates(rates))
+    rates = read_times(file).rates_of(origin)
+    if rates is None or precision not in rates.matrix_rate:  # other rates would spread settings otherwise
+        rates = measured_rates(origin, place, [dtype])
+        write_times(file, read_times(file).with_rates(rates))
     known = [each for each in read_times(file).layers if each.origin == origin]
     profile = profile_on(place, origin, read_times(file))
     found: list[TimedLayer] = []

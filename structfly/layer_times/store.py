@@ -200,11 +200,16 @@ class TimesFile(BaseModel):
                 )
         return self
 
+    def rates_of(self, origin: Origin) -> DeviceRates | None:
+        """What was measured of a device with these versions."""
+        return next((each for each in self.devices if each.origin == origin), None)
+
     def with_rates(self, rates: DeviceRates) -> TimesFile:
         """The same with these, over those of the same device and versions."""
-        before = next((each.matrix_rate for each in self.devices if each.origin == rates.origin), {})
+        before = self.rates_of(rates.origin)
         others = [each for each in self.devices if each.origin != rates.origin]
-        made = rates.model_copy(update={"matrix_rate": {**before, **rates.matrix_rate}})
+        known = {} if before is None else before.matrix_rate
+        made = rates.model_copy(update={"matrix_rate": {**known, **rates.matrix_rate}})
         return TimesFile(devices=(*others, made), layers=self.layers)
 
     def with_entries(self, entries: Iterable[TimedLayer]) -> TimesFile:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from structfly.lowering.gemm import float32_product
+
 
 def of_steps(upstream: Tensor, weight: Tensor, reach: int, *, reverse: bool) -> tuple[Tensor, Tensor]:
     """Those of the input and of the steps beside it.
@@ -30,7 +32,7 @@ def of_steps(upstream: Tensor, weight: Tensor, reach: int, *, reverse: bool) -> 
     width = weight.shape[1] // (reach + 1)
     steps = upstream.new_empty(batch, reach + length, width)
     own = 0 if reverse else reach  # the place of a window's own step, whose product writes all but a few steps
-    steps[:, length:].zero_() if reverse else steps[:, :reach].zero_()
+    (steps[:, length:] if reverse else steps[:, :reach]).zero_()
     for place in sorted(range(reach + 1), key=lambda place: place != own):
         part = weight[:, place * width : (place + 1) * width].expand(batch, -1, -1)
         into = steps[:, place : place + length]
@@ -56,7 +58,7 @@ def of_weight(upstream: Tensor, input: Tensor, beside: Tensor, *, reverse: bool)
         rows, seen = upstream.view(-1, out), input.view(-1, width)
         count = len(rows) - shift
         rows, seen = (rows[:count], seen[shift:]) if reverse else (rows[shift:], seen[:count])
-        part.copy_(_float32_product(rows.t(), seen))
+        part.copy_(float32_product(rows.t(), seen))
         if shift:
             # A few steps see those beside the input instead, and none of the sequence that lies next to theirs.
             edge = slice(length - shift, None) if reverse else slice(0, shift)
@@ -67,9 +69,3 @@ def of_weight(upstream: Tensor, input: Tensor, beside: Tensor, *, reverse: bool)
                 right[1:] -= input[:-1, length - shift :]
             part.addmm_(upstream[:, edge].float().flatten(0, 1).t(), right.flatten(0, 1))
     return made.to(upstream.dtype)
-
-
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # where torch has no such product

@@ -11,7 +11,7 @@ from structfly.lowering.linear_recurrence.arguments import LETTERS, JointArgumen
 from structfly.lowering.linear_recurrence.op import joint_linear_recurrence as fused
 from structfly.lowering.vmap import one_by_one
 from structfly.ops import checks
-from structfly.ops.recurrence import check_options, check_states, is_learned
+from structfly.ops.recurrence import activations, check_states, is_learned
 
 # The first version goes up with any change of the schema or of what it means; the second is the fused op's.
 NAME = f"structfly::called_v1_{FUSED.removeprefix('structfly::')}"
@@ -89,21 +89,10 @@ def _composed(
         raise ArgumentError(
             f"complement is True and order is {order!r}; allowed: complement or an 'i', for each makes w"
         )
-    check_options(gate_activation, input_activation)
-    check_states(initial_state, reset, offsets, (*joint.shape[:2], joint.shape[2] // len(order)))
-    call = JointArguments(
-        joint=joint,
-        order=order,
-        initial=initial_state,
-        reset=reset,
-        offsets=offsets,
-        complement=complement,
-        sigmoid=gate_activation == "sigmoid",
-        tanh=input_activation == "tanh",
-        reverse=reverse,
-        keep=is_learned(joint, initial_state),
-    )
-    output, final, _ = fused(*call)
+    states = (initial_state, reset, offsets)
+    options = (complement, *activations(gate_activation, input_activation), reverse)
+    check_states(*states, (*joint.shape[:2], joint.shape[2] // len(order)))
+    output, final, _ = fused(*JointArguments(joint, order, *states, *options, keep=is_learned(*floating.values())))
     return output, final
 
 

@@ -121,23 +121,10 @@ def _composed(
     checks.check_mixed_dtypes(floating)
     if complement and input_gate is not None:
         raise ArgumentError("complement is True and there is an input_gate; allowed: one of them, for each makes w")
-    check_options(gate_activation, input_activation)
-    check_states(initial_state, reset, offsets, tuple(input.shape))
-    call = Arguments(
-        gate=gate,
-        input=input,
-        input_gate=input_gate,
-        output_gate=output_gate,
-        initial=initial_state,
-        reset=reset,
-        offsets=offsets,
-        complement=complement,
-        sigmoid=gate_activation == "sigmoid",
-        tanh=input_activation == "tanh",
-        reverse=reverse,
-        keep=is_learned(*floating.values()),
-    )
-    output, final, _ = fused(*call)
+    gates, states = (gate, input, input_gate, output_gate), (initial_state, reset, offsets)
+    options = (complement, *activations(gate_activation, input_activation), reverse)
+    check_states(*states, tuple(input.shape))
+    output, final, _ = fused(*Arguments(*gates, *states, *options, keep=is_learned(*floating.values())))
     return output, final
 
 
@@ -146,10 +133,11 @@ def is_learned(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def check_options(gate_activation: str, input_activation: str) -> None:
-    """Refuse activations that are none."""
+def activations(gate_activation: str, input_activation: str) -> tuple[bool, bool]:
+    """Whether gates are sigmoids, and inputs tanhs; names that are neither are refused."""
     checks.check_name("gate_activation", gate_activation, _GATE_ACTIVATIONS)
     checks.check_name("input_activation", input_activation, _INPUT_ACTIVATIONS)
+    return gate_activation == "sigmoid", input_activation == "tanh"
 
 
 def check_states(initial: Tensor | None, reset: Tensor | None, offsets: Tensor | None, shape: tuple[int, ...]) -> None:

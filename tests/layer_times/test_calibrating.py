@@ -49,6 +49,7 @@ def test_layers_are_timed_at_all_tokens_and_kept(device: Slow) -> None:
     assert report.refused == 0
     again = on_cpu(passes=("forward", "training"), structures=["low_rank", "monarch"])
     assert again.layers == ()
+    assert again.rates == report.rates
     assert len(device.calls) == len(asked) * (1 + 2 * 5)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from structfly.errors import UnsupportedError
+from structfly.lowering import launch
 from structfly.lowering.launch import Launch, on_device
 
 
@@ -47,9 +50,9 @@ def test_a_kernel_is_compiled_once_for_arguments_of_the_same_kinds() -> None:
     kernel = Kernel(interpreted=False)
     tensor, other, half = torch.zeros(3), torch.zeros(4), torch.zeros(5).half()
     for argument in (tensor, other):
-        launch = Launch(kernel, (7, 2), {"A": 1, "B": 2}, [argument], [half], num_warps=4)
-        launch(16)
-        launch(32)
+        run = Launch(kernel, (7, 2), {"A": 1, "B": 2}, [argument], [half], num_warps=4)
+        run(16)
+        run(32)
     Launch(kernel, (7, 2), {"A": 1, "B": 2}, [half], [half], num_warps=4)(16)
     named = {"A": 1, "B": 2, "num_warps": 4}
     assert kernel.calls == [
@@ -87,10 +90,40 @@ def test_a_launch_finds_out_anew_how_its_tensors_are_aligned() -> None:
 
 def test_where_nothing_is_compiled_every_call_is_interpreted() -> None:
     kernel = Kernel(interpreted=True)
-    launch = Launch(kernel, (7,), {})
-    launch(1)
-    launch(2)
+    run = Launch(kernel, (7,), {})
+    run(1)
+    run(2)
     assert kernel.calls == [("interpreted", (7,), (number,), {}) for number in (1, 2)]
+
+
+@dataclass
+class Rounding:
+    """Stands for a tensor descriptor whose numbers are rounded to TF32."""
+
+    base: torch.Tensor
+    block_shape: tuple[int, ...] = (16, 16)
+    round_f32_to_tf32: bool = True
+
+
+@pytest.mark.parametrize("by_triton", [False, True])
+@pytest.mark.parametrize("by_driver", [False, True])
+def test_operands_are_rounded_by_whichever_launcher_does(
+    by_triton: bool, by_driver: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while Triton has hooks, for which its own launcher is there; never are they cut off instead."""
+    launched: list[str] = []
+    direct = SimpleNamespace(bind=lambda *_: lambda *_: launched.append("driver"))
+    monkeypatch.setattr(launch, "triton_rounds", lambda: by_triton)
+    monkeypatch.setattr(launch, "direct_kernel", lambda _: direct if by_driver else None)
+    monkeypatch.setattr(launch, "has_launch_hooks", lambda: True)
+    kernel, operand = Kernel(interpreted=False), Rounding(torch.zeros(16, 16))
+    if not by_triton and not by_driver:
+        with pytest.raises(UnsupportedError, match="cuts its float32 operands off"):
+            Launch(kernel, (1,), {})(operand)
+        return
+    Launch(kernel, (1,), {})(operand)
+    launched += [name for name, *_ in kernel.calls if name == "launched"]
+    assert launched == ["launched" if by_triton else "driver"]
 
 
 def test_a_thread_has_a_context_before_its_first_launch(monkeypatch: pytest.MonkeyPatch) -> None:

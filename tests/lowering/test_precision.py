@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from structfly.lowering.block_products.support import why_no_products
 from structfly.lowering.kronecker import lattice, monarch
@@ -18,6 +17,7 @@ from structfly.lowering.kronecker.op import KRONECKER
 from structfly.lowering.kronecker.reference import kronecker_reference
 from structfly.lowering.layer_op import FORWARD_OPS
 from structfly.lowering.precision import tf32_allowed
+from tests.dispatched import Dispatched
 from tests.oracle import assert_like_eager
 from tests.precision import matmul_precision
 
@@ -59,10 +59,10 @@ def test_a_graph_is_traced_again_where_the_setting_is_another() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["ieee", "tf32"])
 def test_only_calls_in_float32_on_gpus_are_told(dtype: torch.dtype, device: str, name: str) -> None:
-    with matmul_precision(name), FakeTensorMode(), torch.no_grad(), _Calls() as calls:
+    with matmul_precision(name), FakeTensorMode(), torch.no_grad(), Dispatched() as ran:
         x, *factors = (torch.empty(shape, dtype=dtype, device=device) for shape in [(3, 16), *SHAPES])
         KRONECKER(x, factors, None, [16])
-    (arguments,) = calls.of_layers
+    (arguments,) = ran.arguments_of(FORWARD_OPS)
     assert arguments[-1] == (name == "tf32" and device == "cuda" and dtype == torch.float32)
 
 
@@ -112,16 +112,3 @@ def test_what_is_left_to_torch_has_a_reason() -> None:
     assert "no multiples of 16 bytes" in reason(torch.float32, True, side=6)
     assert reason(torch.bfloat16, False) == ""
     assert "they are torch.float64" in reason(torch.float64, True)
-
-
-class _Calls(TorchDispatchMode):
-    """Arguments of the calls of layers' ops."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.of_layers: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in FORWARD_OPS:
-            self.of_layers.append(args)
-        return func(*args, **(kwargs or {}))

@@ -68,6 +68,7 @@ def test_every_template_is_found() -> None:
         "matrix_gradients",
         "matrix_products",
         "range_sums",
+        "turned_features",
     ]
 
 

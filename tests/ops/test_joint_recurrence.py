@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from structfly.errors import ArgumentError, UnsupportedError
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 from structfly.nn import QRNN
 from structfly.ops import joint_linear_recurrence
+from tests.dispatched import Dispatched
 from tests.oracle import assert_like_eager
 
 ACTIVATED = {"gate_activation": "sigmoid", "input_activation": "tanh"}
@@ -66,26 +66,14 @@ def test_in_what_any_backend_compiles(backend: str) -> None:
     torch._dynamo.reset()
 
 
-class Called(TorchDispatchMode):
-    """The names of the ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("pooling", ["f", "fo", "ifo"])
 def test_the_backward_of_a_layer_joins_nothing(pooling: str) -> None:
     layer = QRNN(3, 4, pooling=pooling)
     output, _ = layer(torch.randn(2, 9, 3))
-    with Called() as called:
+    with Dispatched() as ran:
         output.sum().backward()
-    assert called.names.count("joint_linear_recurrence_backward_v1") == 1
-    assert not {"cat", "slice_backward", "copy_", "add_"} & set(called.names), called.names
+    assert ran.names.count("joint_linear_recurrence_backward_v1") == 1
+    assert not {"cat", "slice_backward", "copy_", "add_"} & set(ran.names), ran.names
 
 
 def test_operations_are_counted() -> None:

@@ -15,6 +15,7 @@ from structfly.lowering.layer_op import LayerOp
 from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.patterns.whitening import Covariances
 from structfly.records.layer import NO_STATISTICS, LayerSizes, LayerStatistics
+from tests.dispatched import Dispatched
 from tests.oracle import assert_like_eager
 from tests.patterns.costs import check_cost
 
@@ -121,11 +122,10 @@ def check_op(structure: Structure, sizes: LayerSizes, op: LayerOp) -> None:
     """torch's own checks of an op, a second derivative, and that no tensor of the dense weight's size is made."""
     layer = layer_of(structure, sizes, torch.float64)
     x = torch.randn(1, sizes.in_features, dtype=torch.float64, requires_grad=True)
-    names = (op.name, f"{op.name}_backward")
-    seen: dict[Any, list[tuple[Any, ...]]] = {getattr(torch.ops.structfly, name).default: [] for name in names}
-    with _Noted(seen):
+    forward, backward = (getattr(torch.ops.structfly, f"{op.name}{end}").default for end in ("", "_backward"))
+    with Dispatched() as ran:
         layer(x).sum().backward()
-    (forward, forwards), (_, backwards) = seen.items()
+    forwards, backwards = ran.arguments_of([forward]), ran.arguments_of([backward])
     assert forwards, f"{op.name} was not called"
     assert backwards, f"{op.name} has no backward"
     for arguments in forwards:
@@ -157,16 +157,3 @@ class Largest(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self.elements = max(self.elements, value.numel())
         return result
-
-
-class _Noted(TorchDispatchMode):
-    """Notes the arguments of every call of some ops."""
-
-    def __init__(self, seen: dict[Any, list[tuple[Any, ...]]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = seen
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.seen:
-            self.seen[func].append(args)
-        return func(*args, **(kwargs or {}))

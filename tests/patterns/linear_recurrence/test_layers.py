@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from structfly.lowering.linear_recurrence.arguments import JointArguments
 from tests.compiling import Rewritten
+from tests.dispatched import Dispatched
 from tests.oracle import assert_like_eager
 from tests.patterns.linear_recurrence.programs import calls
 
@@ -139,26 +139,14 @@ def test_a_projection_that_long_loops_share_is_taken_apart() -> None:
     assert len(fast.calls_of(OP)) == 2
 
 
-class Called(TorchDispatchMode):
-    """The names of the ops that run."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("order", ["zf", "zfo", "ofzi"])
 def test_its_backward_joins_nothing(order: str) -> None:
     fast = Rewritten(Layer(order), then="aot_eager")
     output = fast(*arguments(len(order)))
-    with Called() as called:
+    with Dispatched() as ran:
         output.backward(torch.ones_like(output))
-    assert called.names.count("joint_linear_recurrence_backward_v1") == 1
-    assert not {"cat", "slice_backward", "slice_scatter", "stack"} & set(called.names), called.names
+    assert ran.names.count("joint_linear_recurrence_backward_v1") == 1
+    assert not {"cat", "slice_backward", "slice_scatter", "stack"} & set(ran.names), ran.names
 
 
 def test_without_gradients_slices_are_as_good() -> None:
