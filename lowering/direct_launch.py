@@ -16,7 +16,6 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -134,23 +133,23 @@ class DirectKernel:
             own: how many those are.
         """
         begin, end = len(first), len(first) + own
-        given = (*first, *[None] * own, *last)
-        readers = [numbers_of for position, numbers_of in self._arguments if begin <= position < end]
-        places = [position - begin for position, _ in self._arguments if begin <= position < end]
-        before, after = (
-            list(chain.from_iterable(numbers_of(given[position]) for position, numbers_of in some))
-            for some in (
-                [each for each in self._arguments if each[0] < begin],
-                [each for each in self._arguments if each[0] >= end],
-            )
-        )
+        before: list[Any] = []
+        readers: list[tuple[int, Callable[[Any], Sequence[Any]]]] = []
+        after: list[Any] = []
+        for position, numbers_of in self._arguments:
+            if position < begin:
+                before += numbers_of(first[position])
+            elif position < end:
+                readers.append((position - begin, numbers_of))
+            else:
+                after += numbers_of(last[position - end])
         fixed, empty = (self._function, *grid, *self._program), 0 in grid
 
         def launch(*own: Any) -> None:
             if empty:
                 return
             numbers = before.copy()
-            for place, numbers_of in zip(places, readers, strict=True):
+            for place, numbers_of in readers:
                 numbers += numbers_of(own[place])
             buffer = self._buffer
             self._pack(buffer.bytes, 0, *numbers, *after)
@@ -235,7 +234,8 @@ def direct_kernel(compiled: Any) -> DirectKernel | None:
 def has_launch_hooks() -> bool:
     """Whether something of Triton's is to be called at launches, as its profiler does."""
     runtime = _triton_runtime()
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @lru_cache(maxsize=1)

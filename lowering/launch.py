@@ -20,8 +20,9 @@ class Launch:
 
     Triton's dispatch, which takes the host long, compiles the kernel for the first launch with arguments of some kinds.
     What is compiled is launched by the CUDA driver where that is possible (:mod:`~structfly.lowering.direct_launch`),
-    else, and while Triton has launch hooks, by Triton's launcher.  Within a launch, calls may differ only in arguments
-    that the kernel's ``do_not_specialize`` names.
+    else, and while Triton has launch hooks, by Triton's launcher.  Within a launch, which is of one device, calls may
+    differ only in where tensors and descriptors begin, in descriptors' sizes and strides, and in numbers that the
+    kernel's ``do_not_specialize`` names.
 
     Args:
         kernel: a function of :func:`triton.jit`.
@@ -43,43 +44,61 @@ class Launch:
     ) -> None:
         self._kernel, self._grid, self._first, self._arguments = kernel, grid, tuple(first), tuple(arguments)
         self._constants, self._options = constants, options
-        self._straight: Callable[..., None] | None = None
+        self._tensors: list[int] | None = None  # among a call's own arguments, those that Triton asks for an alignment
+        self._straight: dict[tuple[bool, ...], _Straight] = {}
 
     def __call__(self, *arguments: Any) -> None:
         """Launch it on the current device and stream with the call's own arguments."""
-        if self._straight is None:
-            every = (*self._first, *arguments, *self._arguments)
-            options = tuple(self._options.items())
-            key = (self._kernel, tuple(self._constants.values()), options, tuple(map(_kind, every)), _current_device())
-            found = _COMPILED.get(key)
-            if found is None:
-                named = {**self._constants, **self._options}
-                compiled = self._kernel.warmup(*every, grid=self._grid, **named)
-                if compiled is None:  # the interpreter compiles nothing
-                    self._kernel[self._grid](*every, **named)
-                    return
-                rounds = any(map(rounds_to_tf32, every))
-                found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled), rounds)
-            self._straight = self._bound(found, len(arguments))
-        self._straight(*arguments)
+        if self._tensors is None:
+            self._tensors = [place for place, each in enumerate(arguments) if isinstance(each, Tensor)]
+        aligned = tuple([arguments[place].data_ptr() % 16 == 0 for place in self._tensors])
+        straight = self._straight.get(aligned)
+        if straight is None:
+            straight = self._straight[aligned] = self._found(arguments)
+        launch = straight.hooked if has_launch_hooks() else straight.usual
+        launch(*arguments)
 
-    def _bound(self, found: _Compiled, own: int) -> Callable[..., None]:
-        """Launches of what was found, each given so many arguments of its own.
+    def _found(self, arguments: tuple[Any, ...]) -> _Straight:
+        """Launches with arguments of the kinds that these have.
 
         Raises:
             UnsupportedError: operands are to be rounded to TF32, and neither launcher would.
         """
+        first, last = self._first, self._arguments
+        every = (*first, *arguments, *last)
+        options = tuple(self._options.items())
+        key = (self._kernel, tuple(self._constants.values()), options, tuple(map(_kind, every)), _current_device())
+        found = _COMPILED.get(key)
+        if found is None:
+            named = {**self._constants, **self._options}
+            compiled = self._kernel.warmup(*every, grid=self._grid, **named)
+            if compiled is None:  # the interpreter compiles nothing
+                run = self._kernel[self._grid]
+                return _Straight(*[lambda *arguments: run(*first, *arguments, *last, **named)] * 2)
+            rounds = any(map(rounds_to_tf32, every))
+            found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled), rounds)
         grid = (*self._grid, 1, 1)[:3]
-        by_driver = found.rounds and not triton_rounds()
-        if by_driver and found.direct is None:
-            raise UnsupportedError(
-                "the driver does not launch this kernel, and this Triton cuts its float32 operands off where they are "
-                "to be rounded to TF32; use Triton 3.7 or later, or full float32"
-            )
-        if found.direct is not None and (by_driver or not has_launch_hooks()):
-            return found.direct.bind(grid, self._first, own, self._arguments)
-        launch, first, last = found.kernel[grid], self._first, (*self._arguments, *self._constants.values())
-        return lambda *arguments: launch(*first, *arguments, *last)
+        launch, constants = found.kernel[grid], tuple(self._constants.values())
+
+        def by_triton(*arguments: Any) -> None:
+            launch(*first, *arguments, *last, *constants)
+
+        by_driver = None if found.direct is None else found.direct.bind(grid, first, len(arguments), last)
+        if found.rounds and not triton_rounds():
+            if by_driver is None:
+                raise UnsupportedError(
+                    "the driver does not launch this kernel, and this Triton cuts its float32 operands off where they "
+                    "are to be rounded to TF32; use Triton 3.7 or later, or full float32"
+                )
+            return _Straight(by_driver, by_driver)
+        return _Straight(by_driver or by_triton, by_triton)
+
+
+class _Straight(NamedTuple):
+    """Launches that take the arguments of a call: the usual ones, and those while Triton has launch hooks."""
+
+    usual: Callable[..., None]
+    hooked: Callable[..., None]
 
 
 class _Compiled(NamedTuple):
@@ -92,11 +111,15 @@ class _Compiled(NamedTuple):
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Launches in this context are on ``device``, which this thread has a context on."""
-    if device.type == "cuda" and not _THREAD.has_context:
+    if device.type != "cuda":
+        return _HERE
+    if not _THREAD.has_context:
         torch.cuda.mem_get_info(device)  # any call of CUDA's runtime makes one; encoding a tensor descriptor does not
         _THREAD.has_context = True
-    elsewhere = device.type == "cuda" and device.index not in (None, _current_device())
-    return torch.cuda.device(device) if elsewhere else nullcontext()
+    return _HERE if device.index in (None, _current_device()) else torch.cuda.device(device)
+
+
+_HERE = nullcontext()
 
 
 class _Thread(threading.local):

@@ -211,8 +211,9 @@ class LayerOp:
         if within:
             call = call._replace(activation=activation)
         kept: list[Tensor] = []
-        if not keep and (chunks := self._chunks(call)) and chunks.forward:
-            y = chunks.forward(call)
+        forward = None if keep or self._in_chunks is None else self._in_chunks.forward
+        if forward is not None and self._chunks(call):
+            y = forward(call)
         else:
             kept = self.between(call)
             y = self.finish(call, kept)

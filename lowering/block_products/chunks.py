@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from structfly.lowering.block_products.products import product_launch
+from structfly.lowering.block_products.ready import product_launch
 from structfly.lowering.block_products.support import padded_rows, with_inner_side_last
 from structfly.lowering.descriptor import descriptor, operand
 from structfly.lowering.gemm import Tiles
@@ -127,10 +127,10 @@ def _ready(
 ) -> Step:
     matrices = len(like)
     count = -(-sizes[0] // tiles.m) * matrices * -(-sizes[1] // tiles.n)
-    launch = product_launch(template, count, parameters, tiles, like)
+    launch = product_launch(template, count, parameters, tiles, like.dtype, like.device, (matrices, *sizes))
 
     def step(start: int) -> None:
         with on_device(like.device):
-            launch(*operands, start, matrices, *sizes)
+            launch(*operands, start)
 
     return step

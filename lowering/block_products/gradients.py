@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.gradient_places import Gradients, Places, gradient_places
-from structfly.lowering.block_products.products import launch_product
 from structfly.lowering.block_products.ranges import add_ranges, ranges
+from structfly.lowering.block_products.ready import REMEMBERED, Ready, ready
 from structfly.lowering.block_products.tiles import gradient_cut
-from structfly.lowering.descriptor import descriptor, operand
-from structfly.lowering.gemm import programs_on
+from structfly.lowering.descriptor import Boxes, Form, form
+from structfly.lowering.gemm import Tiles, programs_on
 from structfly.lowering.template import Parameter
 
 
@@ -57,41 +58,67 @@ def block_gradients(
         UnsupportedError: an operand's layout has no tensor descriptor.
     """
     results = [c] if beside is None else [c, beside.left, beside.right]
-    if not len(a):
+    tokens = len(a)
+    if not tokens:
         for each in results:
             each.zero_()
-    tiles, abreast, listed = places
-    if not len(a) or not len(listed):
         return
-    side_m, side_n = c.shape[1:]
-    split = ranges(len(listed), len(a), tiles.k, programs_on(a.device, tiles), a.element_size())
+    tiles, abreast, listed = places
+    count = len(listed)
+    if not count:
+        return
+    split = ranges(count, tokens, tiles.k, programs_on(a.device, tiles), a.element_size())
     sums = c.new_empty(split, sum(each.numel() for each in results), dtype=torch.float32) if split > 1 else None
-    if sums is not None and c.dtype != torch.float32:
-        tiles = tiles.with_parts(2 * tiles.parts)  # for an epilogue of twice the bytes
-    box_b = (1, tiles.n, tiles.k) if b_turned else (1, tiles.k, tiles.n)
-    operands = [
-        operand(a.transpose(0, 1), 1, tiles.k, tiles.m),
-        operand(b if b_turned else b.transpose(0, 1), *box_b),
-    ]
-    written = [each[None] for each in results] if sums is None else _of_ranges(sums, results)
+    operands = [a, b] if beside is None else [a, b, beside.dz, beside.z]
+    made = _ready(tuple(map(form, operands)), tuple(map(form, results)), count, abreast, tiles, split, b_turned)
+    written = results if sums is None else list(sums.split([each.numel() for each in results], dim=1))
     if not len(c):  # of which there is no descriptor
+        written[0] = written[0].new_empty(1, 1, *c.shape[1:])
+    made(*operands, listed, *written)
+    if sums is not None:
+        add_ranges(sums, results)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _ready(
+    of_operands: tuple[Form, ...],
+    of_results: tuple[Form, ...],
+    count: int,
+    abreast: int,
+    tiles: Tiles,
+    split: int,
+    b_turned: bool,
+) -> Ready:
+    """Gradients of tensors of such forms, in the order of the template's arguments."""
+    a, b, *thin = (each.like() for each in of_operands)
+    results = [each.like() for each in of_results]
+    side_m, side_n = results[0].shape[1:]
+    written = [each[None] for each in results]
+    if split > 1:
+        sums = torch.empty(split, sum(each.numel() for each in results), device="meta")
+        written = _of_ranges(sums, results)
+        if a.dtype != torch.float32:
+            tiles = tiles.with_parts(2 * tiles.parts)  # for an epilogue of twice the bytes
+    if not len(results[0]):
         written[0] = written[0].new_empty(1, 1, side_m, side_n)
-    if beside is not None:
-        operands += [operand(beside.dz[None], 1, tiles.k, tiles.m), operand(beside.z[None], *box_b)]
+    box_a, box_b = (1, tiles.k, tiles.m), (1, tiles.n, tiles.k) if b_turned else (1, tiles.k, tiles.n)
+    of_b = b if b_turned else b.transpose(0, 1)
+    operands = [Boxes(a.transpose(0, 1), box_a, operand=True), Boxes(of_b, box_b, operand=True)]
+    if thin:
+        dz, z = thin
+        operands += [Boxes(dz[None], box_a, operand=True), Boxes(z[None], box_b, operand=True)]
         written[1] = written[1].unflatten(1, (-1, side_m))
         written[2] = written[2].unflatten(2, (-1, side_n)).transpose(1, 2)
     parameters: dict[str, Parameter] = {
         "side_m": side_m,
         "side_n": side_n,
-        "rank": 0 if beside is None else beside.dz.shape[1],
+        "rank": thin[0].shape[1] if thin else 0,
         "abreast": abreast,
         "b_turned": b_turned,
     }
-    arguments = [listed, *(descriptor(each, 1, 1, tiles.m, tiles.part) for each in written)]
-    sizes = (len(listed) * tiles.m, side_n, len(a))
-    launch_product("block_gradients", operands, arguments, sizes, len(listed), parameters, tiles, a, split)
-    if sums is not None:
-        add_ranges(sums, results)
+    takes = [*operands, None, *(Boxes(each, (1, 1, tiles.m, tiles.part)) for each in written)]
+    sizes = (count * tiles.m, side_n, len(a))
+    return ready("block_gradients", takes, sizes, count, parameters, tiles, a.dtype, of_operands[0].device, split)
 
 
 def about(tokens: int) -> int:

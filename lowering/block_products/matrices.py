@@ -6,14 +6,15 @@ and another does not: so a permutation of features is where the one stores and t
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from structfly.lowering.block_products.products import launch_product
+from structfly.lowering.block_products.ready import REMEMBERED, Ready, ready
 from structfly.lowering.block_products.support import with_inner_side_last
-from structfly.lowering.descriptor import descriptor, operand
+from structfly.lowering.descriptor import Boxes, Form, form
 from structfly.lowering.gemm import TORCH_MM, Library, Tiles
 from structfly.lowering.template import Parameter
 
@@ -73,18 +74,29 @@ def matrix_products(
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
     """
-    tokens, matrices, n_high, n_low = c.shape
     if not c.numel():
         return
     if turned and b.dtype == torch.float32:
-        b, turned = with_inner_side_last(b.flatten(1, 2)).unflatten(1, (n_high, n_low)), False
+        b, turned = with_inner_side_last(b.flatten(1, 2)).unflatten(1, c.shape[2:]), False
+    of_bias = None if bias is None else bias.dtype
+    products = _products(form(a), form(b), form(c), tiles, turned, of_bias, activation)
+    products(a, b, c) if bias is None else products(a, b, bias, c)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _products(
+    of_a: Form, of_b: Form, of_c: Form, tiles: Tiles, turned: bool, of_bias: torch.dtype | None, activation: str
+) -> Ready:
+    """Products of tensors of such forms, in the order of the template's arguments."""
+    a, b, c = of_a.like(), of_b.like(), of_c.like()
+    tokens, matrices, n_high, n_low = c.shape
     # A run of K is cut as one axis, unless it is two of b's.
     k_high, k_low = a.shape[2:] if turned else (1, a.shape[2] * a.shape[3])
     n, k = Cut.of(n_high, n_low, tiles.n), Cut.of(k_high, k_low, tiles.k)
     part = (max(n.box[0] // tiles.parts, 1), min(n.box[1], tiles.part))
     parameters: dict[str, Parameter] = {
         "turned": turned,
-        "bias": bias is not None,
+        "bias": of_bias is not None,
         "activation": activation,
         "k_apart": not k.in_one_run,
         "n_side": n.side,
@@ -96,14 +108,16 @@ def matrix_products(
         "part_box": part,
     }
     if k.in_one_run:
-        of_a = operand(a.flatten(2).transpose(0, 1), 1, tiles.m, tiles.k)
+        runs = a.view(*a.shape[:2], a.shape[2] * a.shape[3])
+        box_of_a = Boxes(runs.transpose(0, 1), (1, tiles.m, tiles.k), operand=True)
     else:
-        of_a = operand(a.permute(1, 2, 0, 3), 1, 1, tiles.m, tiles.k)
-    of_b = operand(b, 1, *k.box, tiles.n) if turned else operand(b, 1, *n.box, tiles.k)
-    written = descriptor(c.transpose(0, 1), 1, tiles.m, *part)
+        box_of_a = Boxes(a.permute(1, 2, 0, 3), (1, 1, tiles.m, tiles.k), operand=True)
+    box_of_b = Boxes(b, (1, *k.box, tiles.n) if turned else (1, *n.box, tiles.k), operand=True)
+    written = Boxes(c.transpose(0, 1), (1, tiles.m, *part))
+    takes = [box_of_a, box_of_b, *([] if of_bias is None else [None]), written]
     count = -(-tokens // tiles.m) * matrices * n.tiles[0] * n.tiles[1]
-    arguments = [written] if bias is None else [bias, written]
-    launch_product("matrix_products", [of_a, of_b], arguments, (tokens, matrices, 0), count, parameters, tiles, a)
+    sizes = (tokens, matrices, 0)
+    return ready("matrix_products", takes, sizes, count, parameters, tiles, a.dtype, of_a.device)
 
 
 def matrix_gradients(a: Tensor, b: Tensor, c: Tensor, *, tiles: Tiles | Library) -> None:
@@ -118,7 +132,6 @@ def matrix_gradients(a: Tensor, b: Tensor, c: Tensor, *, tiles: Tiles | Library)
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
     """
-    matrices, m_high, m_low, side_n = c.shape
     if not c.numel():
         return
     if not len(a):
@@ -127,14 +140,22 @@ def matrix_gradients(a: Tensor, b: Tensor, c: Tensor, *, tiles: Tiles | Library)
     if tiles == TORCH_MM:
         c.copy_(torch.bmm(a.permute(1, 2, 0), b.transpose(0, 1)).view(c.shape))
         return
+    _gradients(form(a), form(b), form(c), tiles)(a, b, c)
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _gradients(of_a: Form, of_b: Form, of_c: Form, tiles: Tiles) -> Ready:
+    """Gradients of tensors of such forms."""
+    a, b, c = of_a.like(), of_b.like(), of_c.like()
+    matrices, m_high, m_low, side_n = c.shape
     m = Cut.of(m_high, m_low, tiles.m)
     parameters: dict[str, Parameter] = {"m_side": m.side, "m_box": m.box, "m_tiles": m.tiles}
-    operands = [
-        operand(a.transpose(0, 1), 1, tiles.k, tiles.m),
-        operand(b.transpose(0, 1), 1, tiles.k, tiles.n),
+    takes = [
+        Boxes(a.transpose(0, 1), (1, tiles.k, tiles.m), operand=True),
+        Boxes(b.transpose(0, 1), (1, tiles.k, tiles.n), operand=True),
+        Boxes(c, (1, *m.box, tiles.part)),
     ]
     tall = matrices * m.tiles[0] * m.tiles[1]
-    count = tall * -(-side_n // tiles.n)
-    written = descriptor(c, 1, *m.box, tiles.part)
     sizes = (tall * tiles.m, side_n, len(a))
-    launch_product("matrix_gradients", operands, [written], sizes, count, parameters, tiles, a)
+    count = tall * -(-side_n // tiles.n)
+    return ready("matrix_gradients", takes, sizes, count, parameters, tiles, a.dtype, of_a.device)

@@ -1,17 +1,18 @@
-"""Launches of the template ``block_sums``, and what launches of all products of blocks share."""
+"""Launches of the template ``block_sums``."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.listing import Listing
+from structfly.lowering.block_products.ready import REMEMBERED, Ready, ready
 from structfly.lowering.block_products.support import with_inner_side_last
-from structfly.lowering.descriptor import descriptor, operand
-from structfly.lowering.gemm import Tiles, launch_of
-from structfly.lowering.launch import Launch, on_device
+from structfly.lowering.descriptor import Boxes, Form, form
+from structfly.lowering.gemm import Tiles
 from structfly.lowering.template import Parameter
 
 
@@ -47,8 +48,6 @@ def block_sums(
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
     """
-    tokens, side_n, side_k = a.shape[2 if a_turned else 0], b.shape[2 if turned else 1], b.shape[1 if turned else 2]
-    parts = c.shape[1] if rows is None else len(rows) // side_n
     if not c.numel():
         return
     sources, blocks, starts, each = members
@@ -58,67 +57,60 @@ def block_sums(
     if not len(b):  # of which there is no descriptor
         b, sources = b.new_zeros(1, *b.shape[1:]), sources.new_zeros(1)
         blocks = None if blocks is None else sources
-    arguments = [tensor for tensor in (sources, blocks, None if each else starts, bias) if tensor is not None]
-    parameters: dict[str, Parameter] = {
-        "side_n": side_n,
-        "side_k": side_k,
-        "each": each,
-        "blocks_listed": blocks is not None,
-        "turned": turned,
-        "a_turned": a_turned,
-        "scattered": rows is not None,
-        "rank": 0 if beside is None else beside[0].shape[0 if a_turned else 1],
-        "bias": bias is not None,
-        "activation": activation,
-    }
+    kind = _Sums(
+        each=each,
+        parts=c.shape[1] if rows is None else len(rows) // b.shape[2 if turned else 1],
+        blocks_listed=blocks is not None,
+        turned=turned,
+        a_turned=a_turned,
+        scattered=rows is not None,
+        bias=None if bias is None else bias.dtype,
+        activation=activation,
+    )
+    sums = _ready(form(a), form(b), form(c), beside and (form(beside[0]), form(beside[1])), kind, tiles)
+    listed = [each for each in (sources, blocks, starts if not kind.each else None, bias) if each is not None]
+    sums(a, b, *(beside or ()), *listed, *(() if rows is None else (rows, c.stride(0))), c)
+
+
+class _Sums(NamedTuple):
+    """What of sums their kernel depends on beside their tensors' forms: see the template; ``bias`` is its dtype."""
+
+    each: int
+    parts: int
+    blocks_listed: bool
+    turned: bool
+    a_turned: bool
+    scattered: bool
+    bias: torch.dtype | None
+    activation: str
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _ready(of_a: Form, of_b: Form, of_c: Form, of_beside: tuple[Form, Form] | None, kind: _Sums, tiles: Tiles) -> Ready:
+    """A launch for tensors of such forms, in the order of the template's arguments."""
+    a, b, c = of_a.like(), of_b.like(), of_c.like()
+    turned, a_turned = kind.turned, kind.a_turned
+    tokens, side_n, side_k = a.shape[2 if a_turned else 0], b.shape[2 if turned else 1], b.shape[1 if turned else 2]
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
     box_a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
-    operands = [operand(a if a_turned else a.transpose(0, 1), *box_a), operand(b, *box_b)]
-    if beside is not None:
-        thin = beside[1].transpose(0, 1) if turned else beside[1]
-        operands += [operand(beside[0][None], *box_a), operand(thin, *box_b)]
-    written = [descriptor(c.transpose(0, 1), 1, tiles.m, tiles.part)] if rows is None else [rows, c.stride(0), c]
-    count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
-    launch_product("block_sums", operands, [*arguments, *written], (tokens, parts, 0), count, parameters, tiles, a)
-
-
-def launch_product(
-    template: str,
-    operands: list[Any],
-    arguments: list[Any],
-    sizes: tuple[int, int, int],
-    count: int,
-    parameters: dict[str, Parameter],
-    tiles: Tiles,
-    like: Tensor,
-    split: int = 1,
-) -> None:
-    """Launch a template on the device of ``like``.
-
-    Args:
-        operands: descriptors of a and b.
-        arguments: the template's own.
-        sizes: M, N and K.
-        count: tiles, whatever they are split in.
-        parameters: the template's own.
-        split: programs that share the inner dimension of a tile.
-    """
-    launch = product_launch(template, count, parameters, tiles, like, split)
-    with on_device(like.device):
-        launch(*operands, *arguments, *sizes)
-
-
-def product_launch(
-    template: str,
-    count: int,
-    parameters: dict[str, Parameter],
-    tiles: Tiles,
-    like: Tensor,
-    split: int = 1,
-) -> Launch:
-    """The launch of a template; arguments as in :func:`launch_product`."""
-    shared: dict[str, Parameter] = {
-        "interpreted": not like.is_cuda,
-        "bfloat16": like.dtype == torch.bfloat16 and split == 1,
+    operands = [Boxes(a if a_turned else a.transpose(0, 1), box_a, operand=True), Boxes(b, box_b, operand=True)]
+    rank = 0
+    if of_beside is not None:
+        left, right = (each.like() for each in of_beside)
+        rank = left.shape[0 if a_turned else 1]
+        thin = right.transpose(0, 1) if turned else right
+        operands += [Boxes(left[None], box_a, operand=True), Boxes(thin, box_b, operand=True)]
+    parameters: dict[str, Parameter] = {
+        **kind._asdict(),
+        "bias": kind.bias is not None,
+        "side_n": side_n,
+        "side_k": side_k,
+        "rank": rank,
     }
-    return launch_of(template, {**shared, **parameters}, tiles, count, split, like.device)
+    del parameters["parts"]
+    plain = (1 + kind.blocks_listed + (not kind.each) + (kind.bias is not None)) * [None]
+    written = [None, None, None] if kind.scattered else [Boxes(c.transpose(0, 1), (1, tiles.m, tiles.part))]
+    count = -(-tokens // tiles.m) * kind.parts * -(-side_n // tiles.n)
+    sizes = (tokens, kind.parts, 0)
+    takes = [*operands, *plain, *written]
+    return ready("block_sums", takes, sizes, count, parameters, tiles, a.dtype, of_a.device)

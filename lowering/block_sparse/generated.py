@@ -40,9 +40,10 @@ def product(
 
     ``activation`` is applied to the sums with both, before they are rounded.
     """
-    y = x.new_empty(len(x), grid.rows, grid.block_out)
-    source = x.view(len(x), grid.columns, grid.block_in)
-    tiles = sum_tiles(values, len(x), grid.rows, grid.block_out, grid.block_in)
+    tokens = len(x)
+    y = x.new_empty(tokens, grid.rows, grid.block_out)
+    source = x.view(tokens, grid.columns, grid.block_in)
+    tiles = sum_tiles(values, tokens, grid.rows, grid.block_out, grid.block_in)
     thin = beside and (beside[0], beside[1].view(grid.rows, grid.block_out, -1))
     if bias is not None:
         bias = padded(bias[None], grid.rows * grid.block_out).view(grid.rows, grid.block_out)
@@ -53,9 +54,10 @@ def product(
 
 def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid, beside: Thin = None) -> Tensor:
     """As :func:`structfly.lowering.block_sparse.aten.gradient_of_x`; ``beside`` has (rank, features)."""
-    dx = grad.new_empty(len(grad), grid.columns, grid.block_in)
-    source = grad.view(len(grad), grid.rows, grid.block_out)
-    tiles = sum_tiles(values, len(grad), grid.columns, grid.block_in, grid.block_out)
+    tokens = len(grad)
+    dx = grad.new_empty(tokens, grid.columns, grid.block_in)
+    source = grad.view(tokens, grid.rows, grid.block_out)
+    tiles = sum_tiles(values, tokens, grid.columns, grid.block_in, grid.block_out)
     thin = beside and (beside[0], beside[1].view(-1, grid.columns, grid.block_in))
     block_sums(source, values, dx, by_columns(layout, grid.columns), turned=True, beside=thin, tiles=tiles)
     return dx.flatten(1)

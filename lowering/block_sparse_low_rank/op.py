@@ -30,19 +30,23 @@ def _between(call: Applied) -> list[Tensor]:
 def _finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     (values, _, left), layout, grid = _read(call)
     x = padded(call.x, grid.columns * grid.block_in)
-    if _why_not_generated(call):
+    if _why_not_one_product(values, left, grid, call.tf32):
         y = aten.product(x, values, layout, grid)[:, : len(left)].addmm(between[0], left.t())
         return y if call.bias is None else y.add_(call.bias)
     return generated.product(x, values, layout, grid, (between[0], left), call.bias, call.activation)
 
 
-def _why_not_generated(call: Applied) -> str:
+def _why_no_epilogue(call: Applied) -> str:
+    (values, _, left), _, grid = _read(call)
+    return _why_not_one_product(values, left, grid, call.tf32)
+
+
+def _why_not_one_product(values: Tensor, left: Tensor, grid: Grid, tf32: bool) -> str:
     """Why y is not one generated product, or ""."""
-    values, _, left, *index = call.factors
-    rows = BlockLayout(*index).block_rows * values.shape[1]
-    if rows != len(left):
-        return f"the grid has {rows} rows, and the product of low rank that is added has {len(left)}"
-    return generated.why_not(values, call.tf32, left.shape[1])
+    rows, (out_features, rank) = grid.rows * grid.block_out, left.shape
+    if rows != out_features:
+        return f"the grid has {rows} rows, and the product of low rank that is added has {out_features}"
+    return generated.why_not(values, tf32, rank)
 
 
 def _backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -96,7 +100,7 @@ BLOCK_SPARSE_LOW_RANK = LayerOp(
     kept_shapes=lambda rows, shapes, _: [(rows, shapes[1][0])],
     multiply_adds=_multiply_adds,
     adds_bias=True,
-    why_no_epilogue=_why_not_generated,
+    why_no_epilogue=_why_no_epilogue,
 )
 """Takes ``values`` (nnz, block_out, block_in), ``right`` (rank, in), ``left`` (out, rank), and the tensors of a
 :class:`~structfly.lowering.block_sparse.layout.BlockLayout`; static: out_features, and the columns of the grid of

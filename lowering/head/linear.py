@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -63,8 +64,7 @@ class Wanted:
     @classmethod
     def of(cls, flags: Sequence[bool]) -> Wanted:
         """Read the op's argument ``gradients``."""
-        x, weight, bias, adapter_x, adapter_weight, *operands = flags
-        return cls(x, weight, bias, adapter_x, adapter_weight, tuple(operands))
+        return _wanted(tuple(flags))
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -74,6 +74,12 @@ class Wanted:
     @property
     def any(self) -> bool:
         return any(self.flags)
+
+
+@lru_cache(maxsize=64)
+def _wanted(flags: tuple[bool, ...]) -> Wanted:
+    x, weight, bias, adapter_x, adapter_weight, *operands = flags
+    return Wanted(x, weight, bias, adapter_x, adapter_weight, tuple(operands))
 
 
 class Gradients(NamedTuple):

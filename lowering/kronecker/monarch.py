@@ -13,8 +13,10 @@ order (r, l), are loaded in the order (l, r): nothing is copied between the fact
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.matrices import matrix_gradients, matrix_products
@@ -28,72 +30,83 @@ from structfly.lowering.layer_op import Applied
 _NARROW = 128
 
 
-class _Monarch(NamedTuple):
-    """Two factors, (k, l, r, inputs) with its rows in the order in which they are taken, and (l, outputs, k r).
+_SHAPES = 1024  # of two factors, whose axes are remembered: every call asks for some
 
-    ``strided``: whether a block's outputs are every l-th of all rather than a run.
+
+class _Axes(NamedTuple):
+    """What the factors' shapes say.
+
+    Attributes:
+        k, l, r: blocks of inputs and of outputs, and numbers from each to each.
+        inputs, outputs: of a block.
+        strided: whether a block's outputs are every l-th of all rather than a run.
     """
 
-    first: Tensor
-    second: Tensor
+    k: int
+    l: int  # noqa: E741 - the field's name for it
+    r: int
+    inputs: int
+    outputs: int
     strided: bool
-
-    @property
-    def axes(self) -> tuple[int, int, int]:
-        """k, l and r."""
-        k, l, r, _ = self.first.shape  # noqa: E741 - the field's name for it
-        return k, l, r
 
 
 def why_not(factors: Sequence[Tensor], tf32: bool) -> str:
     """Why products with these factors are not made so, or ""; ``tf32`` as :func:`why_no_products` has it."""
-    shapes = [FactorShape(*factor.shape) for factor in factors]
+    shapes = tuple([factor.shape for factor in factors])
+    if why := _why_no_monarch(shapes):
+        return why
+    axes = _axes(*shapes)
+    return why_no_products(factors[0], (axes.inputs, axes.r, axes.outputs), tf32)
+
+
+@lru_cache(maxsize=_SHAPES)
+def _why_no_monarch(shapes: tuple[torch.Size, ...]) -> str:
     if len(shapes) != 2:
         return f"the chain has {len(shapes)} factors; a Monarch matrix has 2"
-    one, two = shapes
+    one, two = (FactorShape(*shape) for shape in shapes)
     if one.d > 1 or two.a > 1 or one.q > 1 or two.p > 1 or one.i % two.d or two.j * two.d != one.features_out:
         return f"{two} after {one} is no Monarch matrix, whose factors are block diagonal but for one permutation"
-    return why_no_products(factors[0], (one.columns, one.i // two.d, two.rows), tf32)
+    return ""
+
+
+@lru_cache(maxsize=_SHAPES)
+def _axes(first: torch.Size, second: torch.Size) -> _Axes:
+    one, two = FactorShape(*first), FactorShape(*second)
+    return _Axes(one.a, two.d, one.i // two.d, one.columns, two.rows, strided=two.i > 1 and two.d > 1)
 
 
 def worth_a_copy(factors: Sequence[Tensor]) -> bool:
     """Whether outputs that stand apart are worth a copy that orders them, where products along axes need none."""
-    two = FactorShape(*factors[1].shape)
-    return not _strided(two) or two.columns > _NARROW
+    axes = _axes(factors[0].shape, factors[1].shape)
+    return not axes.strided or axes.k * axes.r > _NARROW
 
 
 def between(call: Applied) -> list[Tensor]:
     """z, under the shape in which torch's products keep it."""
-    shape, first = FactorShape(*call.factors[0].shape), _read(call).first
-    blocks, _, _, inputs = first.shape
-    x = padded(call.x, blocks * inputs).view(len(call.x), blocks, inputs)
-    return [_between(x, first).view(shape.matrices, shape.rows, len(call.x))]
+    axes, tokens = _axes_of(call), len(call.x)
+    x = padded(call.x, axes.k * axes.inputs).view(tokens, axes.k, axes.inputs)
+    return [_between(x, _first(call, axes)).view(axes.k, axes.r * axes.l, tokens)]
 
 
 def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
     """y; outputs that stand apart are put in order after the product."""
-    monarch = _read(call)
-    k, l, r = monarch.axes  # noqa: E741
-    second, (out_features,) = monarch.second, call.static
-    tokens, outputs = len(call.x), second.shape[1]
-    y = call.x.new_empty(tokens, l, outputs)
-    bias = call.bias if call.bias is None else _in_blocks(call.bias[None], monarch)[0]
+    axes, tokens, (out_features,) = _axes_of(call), len(call.x), call.static
+    k, l, r, _, outputs, strided = axes  # noqa: E741
+    second = call.factors[1].reshape(l, 1, outputs, k * r)
+    y = call.x.new_empty(tokens, l, 1, outputs)
+    bias = call.bias if call.bias is None else _in_blocks(call.bias[None], axes)[0]
     tiles = product_tiles(second, tokens, (1, outputs), (1, k * r))
-    matrix_products(
-        between[0].view(tokens, l, 1, k * r),
-        second[:, None],
-        y[:, :, None],
-        bias=bias,
-        activation=call.activation,
-        tiles=tiles,
-    )
-    return (turned(y) if monarch.strided else y).flatten(1)[:, :out_features].contiguous()
+    z = between[0].view(tokens, l, 1, k * r)
+    matrix_products(z, second, y, bias=bias, activation=call.activation, tiles=tiles)
+    made = turned(y.squeeze(2)) if strided else y
+    return made.view(tokens, l * outputs)[:, :out_features].contiguous()
 
 
 def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """The gradients that are wanted, of x and each factor."""
-    k, l, r = _read(call).axes  # noqa: E741
-    return _gradients(grad, call, wanted, k, between[0].view(len(call.x), l, k * r))
+    axes = _axes_of(call)
+    kept = between[0].view(len(call.x), axes.l, axes.k * axes.r)
+    return _gradients(grad, call, axes, wanted, axes.k, kept)
 
 
 def backward_in_groups(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -102,19 +115,18 @@ def backward_in_groups(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> l
     A block of inputs leads to numbers of its own between the factors.  So z and dz of a group are made, used, and let
     go; no sum is cut, and only the first factor's product is made twice.
     """
-    k, l, r = _read(call).axes  # noqa: E741
-    return _gradients(grad, call, wanted, blocks_at_a_time(call, len(call.x) * l * r, k), None)
+    axes = _axes_of(call)
+    size = blocks_at_a_time(call, len(call.x) * axes.l * axes.r, axes.k)
+    return _gradients(grad, call, axes, wanted, size, None)
 
 
 def _gradients(
-    grad: Tensor, call: Applied, wanted: Sequence[bool], size: int, kept: Tensor | None
+    grad: Tensor, call: Applied, axes: _Axes, wanted: Sequence[bool], size: int, kept: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients that are wanted, ``size`` blocks at a time; ``kept`` is z (tokens, l, k r), or None."""
-    monarch = _read(call)
-    k, l, r = monarch.axes  # noqa: E741
-    first, second, _ = monarch
-    tokens, inputs, outputs = len(call.x), first.shape[3], second.shape[1]
-    grad = _in_blocks(grad, monarch)
+    k, l, r, inputs, outputs, _ = axes  # noqa: E741
+    tokens, first, second = len(call.x), _first(call, axes), call.factors[1].reshape(l, 1, outputs, k * r)
+    grad = _in_blocks(grad, axes)
     x = padded(call.x, k * inputs).view(tokens, k, inputs)
     dx = grad.new_empty(tokens, k, inputs) if wanted[0] else None
     of_first = first.new_empty(k, r, l, inputs) if wanted[1] else None
@@ -132,7 +144,7 @@ def _gradients(
             continue
         dz = grad.new_empty(tokens, count, l, r)
         tiles = product_tiles(second, tokens, (count, r), (1, outputs))
-        matrix_products(grad[:, :, None], second[:, None, :, columns], dz.transpose(1, 2), turned=True, tiles=tiles)
+        matrix_products(grad[:, :, None], second[..., columns], dz.transpose(1, 2), turned=True, tiles=tiles)
         if of_first is not None:
             tiles = matrix_gradient_cut(first, tokens, count, (l, r), inputs)
             matrix_gradients(dz.flatten(2), x[:, blocks], of_first[blocks].transpose(1, 2), tiles=tiles)
@@ -152,14 +164,14 @@ def blocks_at_a_time(call: Applied, numbers: int, blocks: int) -> int:
     return -(-blocks // groups)
 
 
-def _read(call: Applied) -> _Monarch:
-    one, two = (FactorShape(*factor.shape) for factor in call.factors)
-    first = call.factors[0].reshape(one.a, one.i // two.d, two.d, one.columns).transpose(1, 2)
-    return _Monarch(first, call.factors[1].reshape(two.d, two.rows, two.columns), strided=_strided(two))
+def _axes_of(call: Applied) -> _Axes:
+    first, second = call.factors
+    return _axes(first.shape, second.shape)
 
 
-def _strided(second: FactorShape) -> bool:
-    return second.i > 1 and second.d > 1
+def _first(call: Applied, axes: _Axes) -> Tensor:
+    """The first factor (k, l, r, inputs), with its rows in the order in which they are taken."""
+    return call.factors[0].reshape(axes.k, axes.r, axes.l, axes.inputs).transpose(1, 2)
 
 
 def _between(x: Tensor, first: Tensor) -> Tensor:
@@ -171,8 +183,7 @@ def _between(x: Tensor, first: Tensor) -> Tensor:
     return z
 
 
-def _in_blocks(rows: Tensor, monarch: _Monarch) -> Tensor:
+def _in_blocks(rows: Tensor, axes: _Axes) -> Tensor:
     """(N, l, outputs) of (N, out)."""
-    blocks, outputs, _ = monarch.second.shape
-    rows = padded(rows, blocks * outputs)
-    return turned(rows.view(-1, outputs, blocks)) if monarch.strided else rows.view(-1, blocks, outputs)
+    rows = padded(rows, axes.l * axes.outputs)
+    return turned(rows.view(-1, axes.outputs, axes.l)) if axes.strided else rows.view(-1, axes.l, axes.outputs)

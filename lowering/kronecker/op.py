@@ -26,10 +26,9 @@ _ALONG_AXES = Products(lattice.between, lattice.finish, lattice.backward)
 
 def _generated(call: Applied) -> Products | None:
     factors, tf32 = call.factors, call.tf32
-    along_axes = not lattice.why_not(factors, tf32)
-    if not monarch.why_not(factors, tf32) and (monarch.worth_a_copy(factors) or not along_axes):
+    if not monarch.why_not(factors, tf32) and (monarch.worth_a_copy(factors) or lattice.why_not(factors, tf32)):
         return _WITH_MONARCH
-    return _ALONG_AXES if along_axes else None
+    return None if lattice.why_not(factors, tf32) else _ALONG_AXES
 
 
 def _why_no_epilogue(call: Applied) -> str:

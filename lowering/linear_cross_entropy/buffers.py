@@ -15,9 +15,13 @@ def in_one_buffer(device: torch.device, *parts: tuple[tuple[int, ...], torch.dty
 
     PyTorch's allocator on GPUs may give a large tensor up to 1 MiB more than it asks for; these ask once.
     """
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in parts]
-    rounded = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    pieces = torch.empty(sum(rounded), dtype=torch.uint8, device=device).split(rounded)
+    firsts, end = [], 0
+    for shape, dtype in parts:
+        firsts.append(end // dtype.itemsize)
+        end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(end, dtype=torch.uint8, device=device)
+    seen_as = {dtype: buffer.view(dtype) for _, dtype in parts}
     return [
-        piece[:size].view(dtype).view(shape) for piece, size, (shape, dtype) in zip(pieces, sizes, parts, strict=True)
+        seen_as[dtype].as_strided(shape, [math.prod(shape[side + 1 :]) for side in range(len(shape))], first)
+        for first, (shape, dtype) in zip(firsts, parts, strict=True)
     ]

@@ -15,12 +15,14 @@ operand o is a sum of c_n (p_nv - [v = t_n]) du_nv/do over what o is the same fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.linear import Gradients
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
@@ -62,7 +64,7 @@ class ChainOperands:
 
     def allocate(self, vectors: Tensor, rows: LiveRows) -> None:
         """Take ``vectors`` (:attr:`vectors`, length) float32, and allocate what else is needed."""
-        self.row_values, self.at_target, self.weights = vectors.split(self._vectors)
+        self.row_values, self.at_target, self.weights = vectors.split_with_sizes(self._vectors)
         self.row_sums = vectors.new_zeros(len(self.by_row), len(rows.index)) if self.by_row else vectors[:0]
         self.label = rows.index.new_empty(vectors.shape[1]) if self.keeps_label else rows.index
 
@@ -76,33 +78,15 @@ class ChainOperands:
         """Whether a sum tells a row's target from its other classes."""
         return bool(self.by_row or self.sums_over_rows)
 
-    @cached_property
-    def parameters(self) -> dict[str, Parameter]:
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
         """What the templates of products and of rows both take of the chain."""
-        chain = self._epilogue
-        return {
-            "steps": chain.source([index in self.by_row for index in range(len(self._operands))]),
-            "leading": chain.leading,
-            "nonlinear": chain.slopes_vary,
-            "operands": tuple((o.index, o.kind, o.index in chain.conditions) for o in chain.operands),
-            "by_row": self.by_row,
-        }
+        return _parameters(self._epilogue, self.by_row)
 
-    @cached_property
-    def row_parameters(self) -> dict[str, Parameter]:
+    @property
+    def row_parameters(self) -> Mapping[str, Parameter]:
         """What the template of rows takes besides."""
-        chain = self._epilogue
-        steps = chain.source([index in self.by_class for index in range(len(self._operands))])[: chain.leading]
-        read = {operand for step in chain.steps[: chain.leading] for operand, _ in step.tensors()}
-        factors = tuple((o.index, o.kind, False) for o in chain.operands if o in read and o.kind != "class")
-        return {
-            "row_operands": self._of_rows,
-            "keeps_label": self.keeps_label,
-            "leading_steps": steps,
-            "leading_operands": factors,
-            "by_class": self.by_class,
-            "bias_gradient": self._bias_gradient,
-        }
+        return _row_parameters(self._epilogue, self.by_class, self.keeps_label, self._bias_gradient)
 
     @cached_property
     def pointers(self) -> list[Tensor]:
@@ -167,6 +151,39 @@ class ChainOperands:
         for operand, along in zip(self.by_row, self.row_sums, strict=True):
             one = self._operands[operand].ndim == 0
             made.operands[operand].copy_(along.sum(dtype=torch.float64) if one else along)
+
+
+@lru_cache(maxsize=256)
+def _parameters(chain: Epilogue, by_row: tuple[int, ...]) -> Mapping[str, Parameter]:
+    return {
+        "steps": chain.source(_flags(chain, by_row)),
+        "leading": chain.leading,
+        "nonlinear": chain.slopes_vary,
+        "operands": tuple((o.index, o.kind, o.index in chain.conditions) for o in chain.operands),
+        "by_row": by_row,
+    }
+
+
+@lru_cache(maxsize=256)
+def _row_parameters(
+    chain: Epilogue, by_class: tuple[int, ...], keeps_label: bool, bias_gradient: bool
+) -> Mapping[str, Parameter]:
+    steps = chain.source(_flags(chain, by_class))[: chain.leading]
+    read = {operand for step in chain.steps[: chain.leading] for operand, _ in step.tensors()}
+    factors = tuple((o.index, o.kind, False) for o in chain.operands if o in read and o.kind != "class")
+    return {
+        "row_operands": tuple(o.index for o in chain.operands if o.kind == "row"),
+        "keeps_label": keeps_label,
+        "leading_steps": steps,
+        "leading_operands": factors,
+        "by_class": by_class,
+        "bias_gradient": bias_gradient,
+    }
+
+
+def _flags(chain: Epilogue, indices: tuple[int, ...]) -> list[bool]:
+    """Whether each index that an operand may have is among these."""
+    return [index in indices for index in range(1 + max((o.index for o in chain.operands), default=-1))]
 
 
 @lru_cache(maxsize=16)

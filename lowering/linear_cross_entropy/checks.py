@@ -57,7 +57,7 @@ def _check_range(name: str, indices: Tensor, classes: int, ignored: int | None) 
 def _check_operands(call: Arguments) -> None:
     """Refuse operands that are not what the epilogue says, or gradients that are not one each."""
     epilogue, operands = parse_epilogue(call.epilogue), call.operands
-    if len(operands) != len(epilogue.operands) or len(call.gradients) != len(call.differentiable):
+    if len(operands) != len(epilogue.operands) or len(call.gradients) != len(DIFFERENTIABLE) + len(operands):
         raise StructflyError(
             f"{len(operands)} operands and {len(call.gradients)} flags of gradients; the epilogue {call.epilogue!r} "
             f"takes {len(epilogue.operands)} operands, which with {', '.join(DIFFERENTIABLE)} have a flag each"
@@ -66,14 +66,14 @@ def _check_operands(call: Arguments) -> None:
         raise StructflyError(
             f"the slope of epilogue {call.epilogue!r} has no bound, and float16 no room for it; use another dtype"
         )
-    shapes = {"scalar": (), "row": call.x.shape[:1], "class": (call.num_classes,)}
+    shapes = {"scalar": (), "row": (len(call.x),), "class": (call.num_classes,)}
     for operand, tensor in zip(epilogue.operands, operands, strict=True):
         condition = operand.index in epilogue.conditions
         fits = tensor.dtype == torch.bool if condition else tensor.is_floating_point()
         if tensor.shape != shapes[operand.kind] or not fits:
             raise StructflyError(
                 f"operand {operand} of epilogue {call.epilogue!r} has shape {tuple(tensor.shape)} and {tensor.dtype}; "
-                f"it takes {tuple(shapes[operand.kind])} and {'torch.bool' if condition else 'a floating-point dtype'}"
+                f"it takes {shapes[operand.kind]} and {'torch.bool' if condition else 'a floating-point dtype'}"
             )
 
 

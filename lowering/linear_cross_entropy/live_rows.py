@@ -35,7 +35,8 @@ class LiveRows:
         device, chunks = head.target.device, -(-rows // length)
         kind = torch.int32 if (chunks if apart else 1) * classes < 2**31 else torch.int64
         numbers = torch.empty(rows + 2 + chunks, dtype=torch.int32, device=device)
-        self.index, self.zeros, (self.count, self.wrong) = numbers.split((rows, chunks, 2))
+        self.index, self.zeros, both = numbers.split_with_sizes((rows, chunks, 2))
+        self.count, self.wrong = both.unbind()
         self._keys = torch.empty(rows, dtype=kind, device=device)
         Launch(
             _module(head.ignore_index, chosen is not None).live_rows,

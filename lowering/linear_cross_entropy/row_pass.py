@@ -122,7 +122,7 @@ class RowPass:
         self._coefficients = coefficients
         self.every_row = head.ignore_index is None and coefficients.chosen is None
         self.x = head.x if head.x.stride(1) == 1 else head.x.contiguous()
-        self.weight = head.weight[: head.num_classes]
+        self.weight = head.weight if len(head.weight) == head.num_classes else head.weight[: head.num_classes]
         if not is_operand(self.weight):  # a view of a larger buffer that begins anywhere
             self.weight = self.weight.clone(memory_format=torch.contiguous_format)
         wanted = wanted or Wanted()
@@ -170,9 +170,11 @@ class RowPass:
             ((self.length, hidden), torch.bfloat16),
             ((self.length * max(tiles, sums_width),), torch.float32),
         )
-        vectors = torch.empty(6 + self.operands.vectors, self.length, device=device)  # apart, for they live longer
-        self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = vectors[:6].unbind()
-        self.operands.allocate(vectors[6:], self.rows)
+        counts = (6, self.operands.vectors)
+        vectors = torch.empty(sum(counts), self.length, device=device)  # apart, for they live longer
+        own, of_operands = vectors.split_with_sizes(counts)
+        self.u_target, self.slope_target, self.u_sum, self.reference, factor, entry = own.unbind()
+        self.operands.allocate(of_operands, self.rows)
         self.chunk = ChunkRows(exps[:, :classes], factor_x, factor, entry)
         self.unused = factor
         self.weighted_classes = self.weighted_bias = self.class_weight_sum = self.unused
@@ -242,7 +244,7 @@ class RowPass:
     @cached_property
     def gather(self) -> Launch:
         apart = max(1, self.head.num_classes // _SAMPLED_CLASSES)
-        sampled = self.weight[::apart][:_SAMPLED_CLASSES]
+        sampled = self.weight[: apart * _SAMPLED_CLASSES : apart]
         if sampled.stride(1) != 1:  # every row reads them
             sampled = sampled.contiguous()
         return Launch(
@@ -269,7 +271,7 @@ class RowPass:
     def _logits_product(self, *, largest: bool) -> Product:
         stored, operands = self.keeps == "exponentials", self.operands
         exps = Blocks(self.chunk.exps, cut=False) if stored else self.unused
-        of_moments = (operands.label, operands.at_target, self.tile_moments, self.length)
+        of_moments = (operands.label, operands.at_target, self.tile_moments, self.length) if operands.by_row else ()
         # The slopes of rows that are not there: of hidden states 0, and of any operands.
         guarded = bool(operands.pointers) or not self.terms.epilogue.has_steepest
         return Product(
@@ -278,7 +280,7 @@ class RowPass:
             self.weight.t(),
             [
                 *(self.reference, self.sums, self.across, exps, self.bias, self.mask, *operands.chunk_pointers),
-                *(of_moments if operands.by_row else ()),
+                *of_moments,
             ],
             {**self.chain, "guarded": guarded, "stored": stored, "largest": largest},
             tiles=self.logits_tiles,
@@ -312,6 +314,8 @@ def _row_module(parameters: tuple[tuple[str, Parameter], ...]) -> Any:
 def _apart(terms: ClassTerms) -> tuple[ClassTerms, Tensor | None]:
     """The terms without the steps that set classes to -inf at the end, and which classes those leave, None for all."""
     epilogue, steps = terms.epilogue.without_dead_classes
+    if not steps:
+        return terms, None
     mask: Tensor | None = None
     for step in steps:
         ((condition, _),) = step.tensors()

@@ -94,4 +94,5 @@ def _why_no_epilogue(call: fx.Node, y: fx.Node) -> str:
     dtype, given = example_of(y).dtype, [example_of(each) for each in (x, *factors)]
     with compat.example_mode(compat.fake_mode_of(given)):
         x, *factors = (each.to(dtype) if each.is_floating_point() else each for each in given)
+        factors = [each.new_empty([int(size) for size in each.shape]) for each in factors]  # of symbolic sizes, too
         return FORWARD_OPS[call.target].why_no_epilogue(Applied(x, factors, static, tf32=tf32))

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from structfly import StructuredLinear
-from structfly.lowering import gemm
-from structfly.lowering.block_products import products
+from structfly.lowering.launch import Launch
 from structfly.patterns.blast import Blast
 from structfly.patterns.block_sparse import BlockSparse
 from structfly.patterns.gblr import GBLR
@@ -41,16 +40,17 @@ STRUCTURES: tuple[Structure, ...] = (
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Templates of generated products that were launched."""
-    templates: list[str] = []
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Launches of generated products that were made."""
+    made: list[Launch] = []
+    launch = Launch.__call__
 
-    def noted(template: str, *arguments: Any) -> Any:
-        templates.append(template)
-        return gemm.launch_of(template, *arguments)
+    def noted(self: Launch, *arguments: Any) -> None:
+        made.append(self)
+        launch(self, *arguments)
 
-    monkeypatch.setattr(products, "launch_of", noted)
-    return templates
+    monkeypatch.setattr(Launch, "__call__", noted)
+    return made
 
 
 def gradients_of(
@@ -82,7 +82,7 @@ def case(structure: Structure, tokens: int) -> tuple[StructuredLinear, Tensor, T
 
 @pytest.mark.parametrize("tokens", [1, 17, 64, 1000])
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
-def test_they_are_within_roundings_to_tf32(structure: Structure, tokens: int, launched: list[str]) -> None:
+def test_they_are_within_roundings_to_tf32(structure: Structure, tokens: int, launched: list[Launch]) -> None:
     layer, x, upstream = case(structure, tokens)
     exact = gradients_of(copy.deepcopy(layer).double(), x.double(), upstream.double())
     with matmul_precision("ieee"):

@@ -80,6 +80,14 @@ def test_what_triton_compiles_anew_is_compiled(change: str) -> None:
     assert [name for name, *_ in used.calls[before:]] == ["compiled", "launched"]
 
 
+def test_a_launch_finds_out_anew_how_its_tensors_are_aligned() -> None:
+    kernel, buffer = Kernel(interpreted=False), torch.zeros(64)
+    launch = Launch(kernel, (1,), {})
+    for tensor in (buffer, buffer[1:], buffer[4:], buffer[2:]):
+        launch(3, tensor)
+    assert [name for name, *_ in kernel.calls] == ["compiled", "launched", "compiled", *["launched"] * 3]
+
+
 def test_where_nothing_is_compiled_every_call_is_interpreted() -> None:
     kernel = Kernel(interpreted=True)
     run = Launch(kernel, (7,), {})

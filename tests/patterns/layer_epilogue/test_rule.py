@@ -20,6 +20,8 @@ from structfly.lowering.block_products.support import why_no_products
 from structfly.lowering.block_sparse import generated as block_sparse
 from structfly.lowering.gblr import generated as gblr
 from structfly.lowering.kronecker import lattice, monarch
+from structfly.lowering.kronecker.op import KRONECKER
+from structfly.lowering.kronecker.reference import kronecker_reference
 from structfly.lowering.layer_op import FORWARD_OPS
 from structfly.patterns.blast import Blast
 from structfly.patterns.block_sparse import BlockSparse
@@ -131,6 +133,15 @@ def test_layers_one_after_another() -> None:
     assert [site.name for site in fast.sites] == ["0", "3"]
     with torch.no_grad():
         assert_as_accurate(value, model(x), copy.deepcopy(model).double()(x.double()), torch.bfloat16, "y")
+
+
+@generated
+def test_factors_may_have_sizes_that_are_not_known() -> None:
+    x, *factors = (torch.randn(shape).bfloat16() for shape in ((5, 16), (1, 2, 16, 1, 8, 1), (2, 1, 8, 1, 16, 1)))
+    torch._dynamo.mark_dynamic(factors[0], 2)
+    value, fast = run(lambda x, *factors: torch.relu(KRONECKER(x, factors, None, [16])), x, *factors)
+    assert activations_of(fast) == ["relu"]
+    torch.testing.assert_close(value, kronecker_reference(x, factors, 16).relu())
 
 
 @generated
