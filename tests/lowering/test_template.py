@@ -67,6 +67,7 @@ def test_every_template_is_found() -> None:
         "linear_recurrence_adjoint",
         "matrix_gradients",
         "matrix_products",
+        "projected_recurrence",
         "range_sums",
         "turned_features",
     ]
