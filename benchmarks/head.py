@@ -86,6 +86,7 @@ class Case:
         training: forward and backward, or the loss alone, without gradients.
         transposed: whether w is stored (H, V).
         tf32: whether products of float32 may round their operands to TF32.
+        graphs: whether compiled steps are CUDA graphs, as with mode="reduce-overhead".
     """
 
     rows: int
@@ -99,6 +100,7 @@ class Case:
     training: bool = True
     transposed: bool = False
     tf32: bool = False
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.tf32 and self.dtype != "float32":
@@ -113,7 +115,8 @@ class Case:
         kind = "" if self.loss == "plain" else f"{self.loss}, "
         stored = "weight stored (H, V), " if self.transposed else ""
         dtype = f"{self.dtype} as TF32" if self.tf32 else self.dtype
-        return f"{self.shape} {dtype} {stored}{self.logits} logits, {kind}{self.ignored:.0%} ignored, {passes}"
+        graphs = ", as CUDA graphs" if self.graphs else ""
+        return f"{self.shape} {dtype} {stored}{self.logits} logits, {kind}{self.ignored:.0%} ignored, {passes}{graphs}"
 
     @property
     def shape(self) -> str:
@@ -248,14 +251,14 @@ def _gradient(tensor: Tensor) -> Tensor:
     return tensor.grad
 
 
-def make_loss(provider: str, options: Mapping[str, Any], loss: str = "plain") -> Loss:
-    """The loss by a provider: one of ``PROVIDERS``, of :mod:`benchmarks.peers`, or "structfly@SIZE".
+def make_loss(provider: str, options: Mapping[str, Any], case: Case) -> Loss:
+    """The loss of a case by a provider: one of ``PROVIDERS``, of :mod:`benchmarks.peers`, or "structfly@SIZE".
 
     Args:
         options: structfly's.
-        loss: a key of ``LOSSES``; peers only know "plain".
+        case: of the plain loss for a peer.
     """
-    made = LOSSES[loss]
+    loss, made = case.loss, LOSSES[case.loss]
 
     def definition(x: Tensor, w: Tensor, t: Tensor, *learned: Tensor) -> Tensor:
         return made(F.linear, x, w, t, *learned)
@@ -273,6 +276,8 @@ def make_loss(provider: str, options: Mapping[str, Any], loss: str = "plain") ->
         return PEERS[provider](as_models_write_it)
     backend, _, memory = provider.partition("@")
     chosen = dict(options) if backend == "structfly" else {}
+    if case.graphs:
+        chosen |= {"mode": "reduce-overhead"} if backend == "structfly" else {"triton.cudagraphs": True}
     if memory:
         chosen["budget"] = {**chosen.get("budget", {}), "loss_memory": memory}
     return torch.compile(as_models_write_it, backend=backend, options=chosen or None, fullgraph=True, dynamic=False)
@@ -299,7 +304,7 @@ def peak_memory(case: Case, provider: str, options: Mapping[str, Any]) -> int:
     """Bytes of one warm step above its inputs, the gradients it leaves included."""
     torch.set_float32_matmul_precision(precision(tf32=case.tf32))
     inputs = make_inputs(case)
-    step = make_step(make_loss(provider, options, case.loss), inputs, training=case.training)
+    step = make_step(make_loss(provider, options, case), inputs, training=case.training)
 
     def step_from_nothing() -> None:
         step()

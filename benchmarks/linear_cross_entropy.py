@@ -82,7 +82,7 @@ def measure_case(
     steps: dict[str, Callable[[], Any]] = {}
     rows: list[Row] = []
     for provider in providers:
-        loss = head.make_loss(provider, options, case.loss)
+        loss = head.make_loss(provider, options, case)
         step = steps[provider] = head.make_step(loss, inputs, training=case.training)
         for name, error in head.errors(step(), inputs, exact).items():
             metric = f"relative_error_{name}"
@@ -99,6 +99,8 @@ def measure_case(
             for name, timing in behind.items()
         ]
     del steps, inputs
+    if case.graphs:  # whose memory is taken once, and kept
+        return rows
     peak_memory = head.peak_memory_in_own_process if case.device == "cpu" else head.peak_memory
     for provider in providers:
         peak = peak_memory(case, provider, options)
@@ -199,11 +201,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--behind-work", action="store_true", help="also time steps that a GPU comes to from other work"
     )
+    parser.add_argument(
+        "--graphs", action="store_true", help="compiled steps are CUDA graphs, whose memory is not measured"
+    )
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     chosen = parser.parse_args(arguments)
     fill_in(chosen, DEFAULTS[chosen.device])
     if chosen.behind_work and chosen.device != "cuda":
         parser.error("--behind-work is for GPUs; a CPU works on one call at a time")
+    if chosen.graphs and chosen.device != "cuda":
+        parser.error("--graphs is for GPUs; a CPU has no CUDA graphs")
     return chosen
 
 
@@ -231,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 training=passes == "training",
                 transposed=chosen.transposed,
                 tf32=chosen.tf32,
+                graphs=chosen.graphs,
             )
             with torch._dynamo.config.patch(recompile_limit=64):  # the providers compile one function
                 measured = measure_case(

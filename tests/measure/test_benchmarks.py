@@ -66,7 +66,7 @@ def test_every_provider_computes_the_loss_it_is_asked_for(provider: str, loss: s
     torch._dynamo.reset()
     problem = case(loss=loss, training=training, ignored=0.0)
     inputs = head.make_inputs(problem)
-    made = head.make_loss(provider, {"rewrite": "always"}, loss)
+    made = head.make_loss(provider, {"rewrite": "always"}, problem)
     errors = head.errors(head.make_step(made, inputs, training=training)(), inputs, head.truth(inputs, loss))
     gradients = head.GRADIENTS[: 2 + len(inputs.learned)] if training else ()
     assert errors.keys() == {"loss", *gradients}
@@ -88,7 +88,18 @@ def test_a_loss_that_leaves_no_row_out_ignores_none(loss: str) -> None:
 
 def test_a_peer_does_not_answer_for_another_loss() -> None:
     with pytest.raises(ValueError, match="plain loss only, not 'capped'"):
-        head.make_loss("liger", {}, "capped")
+        head.make_loss("liger", {}, case(loss="capped"))
+
+
+def test_compiled_steps_are_cuda_graphs_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda definition, **options: asked.append(options["options"]))
+    for graphs, provider in itertools.product((False, True), ("inductor", "structfly@1MiB")):
+        head.make_loss(provider, {}, case(graphs=graphs))
+    budget = {"budget": {"loss_memory": "1MiB"}}
+    graph = {"mode": "reduce-overhead", **budget}
+    assert asked == [None, budget, {"triton.cudagraphs": True}, graph]
+    assert case(graphs=True).mode == f"{case().mode}, as CUDA graphs"
 
 
 @pytest.mark.parametrize("passes", ["training", "evaluation"])
@@ -103,7 +114,7 @@ def test_a_measured_case_makes_a_table(passes: str, monkeypatch: pytest.MonkeyPa
 def test_errors_are_those_of_the_gradients_left() -> None:
     inputs = head.make_inputs(case())
     exact = head.truth(inputs)
-    loss = head.make_step(head.make_loss("eager", {}), inputs)()
+    loss = head.make_step(head.make_loss("eager", {}, case()), inputs)()
     assert all(error < 1e-5 for error in head.errors(loss, inputs, exact).values())
     assert inputs.x.grad is not None
     inputs.x.grad *= 1.01
