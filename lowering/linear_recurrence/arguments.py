@@ -151,6 +151,59 @@ class JointArguments(NamedTuple):
         return {LETTERS[letter]: joint.narrow(2, at * width, width) for at, letter in enumerate(self.order)}
 
 
+PROJECTED_NAME = "structfly::projected_linear_recurrence_v1"
+PROJECTED_ARGUMENTS = (
+    "Tensor inputs, Tensor weight, Tensor? bias, Tensor? initial, str order, int window, bool reverse, bool time_first"
+)
+PROJECTED_RESULTS = "Tensor output, Tensor final"
+
+
+class ProjectedArguments(NamedTuple):
+    """The arguments where a linear map makes gates and input, as in a quasi-recurrent layer.
+
+    ``inputs`` (B, T + window - 1, I); what the map takes at step t are the steps t, ..., t + window - 1 of them, one
+    after another.  ``weight`` (D times the letters, window I) in their dtype, ``bias`` (D times the letters,), and
+    ``order`` as in :class:`JointArguments`.  Gates are sigmoids and z is a tanh; without "i" w is 1 - f.  With
+    ``time_first`` h lies in memory as (T, B, D) does.
+    """
+
+    inputs: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    initial: Tensor | None
+    order: str
+    window: int
+    reverse: bool
+    time_first: bool
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.inputs.shape[1] - self.window + 1
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.weight.shape[0] // len(self.order)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """As of :class:`Arguments`."""
+        return torch.float64 if self.inputs.dtype == torch.float64 else torch.float32
+
+    def empty_output(self, batch: int, steps: int) -> Tensor:
+        """Where h of some steps goes."""
+        if self.time_first:
+            return self.inputs.new_empty(steps, batch, self.width).transpose(0, 1)
+        return self.inputs.new_empty(batch, steps, self.width)
+
+    def joint(self, projected: Tensor, initial: Tensor | None) -> JointArguments:
+        """The recurrence of what the map made of some steps, from such states on."""
+        return JointArguments(
+            projected, self.order, initial, None, None, "i" not in self.order, True, True, self.reverse, False
+        )
+
+
 def lowering_of(input: Tensor) -> str:
     """Which lowering a call takes."""
     return "triton" if input.is_cuda and input.dtype != torch.float64 else "aten"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.linear_recurrence.projected import CUTS, Cut, projected_recurrence
+from structfly.lowering.linear_recurrence import projected_steps
+from structfly.lowering.linear_recurrence.arguments import ProjectedArguments
+from structfly.lowering.linear_recurrence.projected import Cut
+from structfly.lowering.precision import tf32_allowed
 from structfly.nn.window_product import why_not_taken
 from structfly.nn.windows import windows
-from structfly.ops.joint_recurrence import joint_linear_recurrence
 from structfly.ops.recurrence import is_learned
 
 
@@ -18,13 +21,13 @@ def why_in_two(projection: nn.Module, input: Tensor, beside: Tensor, order: str,
     """Why a layer's projection and pooling are two kernels, or ""; arguments as of :func:`window_recurrence`."""
     if is_learned(input, beside, cell, *projection.parameters()):
         return "a gradient is asked for, and its backward takes what the projection makes"
-    if order not in CUTS:
-        return f"measured faster in one are {', '.join(CUTS)}"
-    if input.ndim == 3 and input.shape[1] < beside.shape[1] + CUTS[order].chunk:
-        return f"{input.shape[1]} steps are less than the {CUTS[order].chunk} of one program"
     if cell is not None and (cell.dtype, cell.device) != (torch.float32, input.device):
         return "the states are not float32 on the input's device"
-    return why_not_taken(projection, input, beside)
+    if why := why_not_taken(projection, input, beside):
+        return why
+    weight: Any = projection.weight
+    reach = beside.shape[1]
+    return projected_steps.why_in_two(weight, order, reach + 1, input.shape[1] - reach, tf32=tf32_allowed())
 
 
 def window_recurrence(
@@ -69,22 +72,8 @@ def window_recurrence(
     batch, length, width = input.shape
     reach = beside.shape[1]
     edge = min(length, reach + (length - reach) % cut.steps)
-    first, rest = slice(0, edge), slice(edge, None)
-    if reverse:
-        first, rest = slice(length - edge, None), slice(0, length - edge)
-    output = input.new_empty(batch, length, weight.shape[0] // len(order))
-    if edge:
-        projected = functional.linear(windows(input[:, first], beside, reverse=reverse), weight, bias)
-        output[:, first], cell = joint_linear_recurrence(
-            projected,
-            order,
-            complement="i" not in order,
-            gate_activation="sigmoid",
-            input_activation="tanh",
-            initial_state=cell,
-            reverse=reverse,
-        )
+    near = input[:, length - edge :] if reverse else input[:, :edge]
     seen = input if reverse else input[:, edge - reach :]
-    rows = seen.as_strided((batch, length - edge, weight.shape[1]), (length * width, width, 1))
-    final = projected_recurrence(rows, weight, bias, order, cell, output[:, rest], reverse=reverse, cut=cut)
-    return output, final
+    rest = seen.as_strided((batch, length - edge, weight.shape[1]), (length * width, width, 1))
+    call = ProjectedArguments(input, weight, bias, cell, order, reach + 1, reverse, time_first=False)
+    return projected_steps.first_apart(windows(near, beside, reverse=reverse), rest, call, cut)
