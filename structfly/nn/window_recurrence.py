@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from structfly.errors import UnsupportedError
+from structfly.lowering.descriptor import ALIGNED
 from structfly.lowering.linear_recurrence.projected import CUTS, Cut, projected_recurrence
 from structfly.nn.window_product import why_not_taken
 from structfly.nn.windows import windows
@@ -24,7 +27,12 @@ def why_in_two(projection: nn.Module, input: Tensor, beside: Tensor, order: str,
         return f"{input.shape[1]} steps are less than the {CUTS[order].chunk} of one program"
     if cell is not None and (cell.dtype, cell.device) != (torch.float32, input.device):
         return "the states are not float32 on the input's device"
-    return why_not_taken(projection, input, beside)
+    why = why_not_taken(projection, input, beside)
+    if why:
+        return why
+    weight: Any = projection.weight
+    units = len(weight) // len(order)
+    return f"{units} units are no multiple of {ALIGNED} bytes" if units * weight.element_size() % ALIGNED else ""
 
 
 def window_recurrence(

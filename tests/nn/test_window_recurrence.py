@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+import structfly.nn.window_recurrence
 from structfly.errors import UnsupportedError
 from structfly.lowering.linear_recurrence.arguments import JointArguments
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
@@ -112,3 +113,11 @@ def test_a_layer_says_why_it_takes_two_kernels() -> None:
     assert "on cpu" in why_in_two(*narrow, "zfo", None)
     with FlopCounterMode(display=False):
         assert "modes" in why_in_two(*narrow, "zfo", None)
+
+
+def test_units_that_no_descriptor_takes_take_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structfly.nn.window_recurrence, "why_not_taken", lambda *_: "")
+    input, beside = torch.randn(1, 300, 8).bfloat16(), torch.randn(1, 1, 8).bfloat16()
+    for units, why in ((4, "4 units are no multiple of 16 bytes"), (8, "")):
+        projection = nn.Linear(16, 3 * units, dtype=torch.bfloat16).requires_grad_(False)
+        assert why_in_two(projection, input, beside, "zfo", None) == why
