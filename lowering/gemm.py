@@ -233,6 +233,11 @@ def programs_on(device: torch.device, tiles: Tiles) -> int:
     return processors_of(device) * tiles.resident
 
 
+def launched(device: torch.device, tiles: Tiles, count: int, split: int = 1) -> int:
+    """Programs of a launch: as many as run at once, and no more than it has tiles."""
+    return min(programs_on(device, tiles), count * split)
+
+
 def is_operand(matrix: Tensor) -> bool:
     """Whether rows or columns are contiguous and begin at multiples of 16 bytes, as tensor descriptors need it."""
     return has_descriptor(_stored(matrix)[0])
@@ -254,7 +259,7 @@ def launch_of(
     first: Sequence[Any] = (),
     arguments: Sequence[Any] = (),
 ) -> Launch:
-    """A product's kernel with as many programs as run at once, and no more than it has tiles.
+    """A product's kernel, by as many programs as :func:`launched` says.
 
     Args:
         template: extends the skeleton.
@@ -264,7 +269,7 @@ def launch_of(
         split: programs that share the inner dimension of a tile.
         first, arguments: those that stay the same and stand before and after a launch's own.
     """
-    programs = min(programs_on(device, tiles), count * split)
+    programs = launched(device, tiles, count, split)
     constants = {
         "BM": tiles.m,
         "BN": tiles.n,

@@ -20,28 +20,13 @@ from torch import Tensor
 
 from structfly.errors import UnsupportedError
 from structfly.lowering.activations import activated
+from structfly.lowering.layer_products import Applied, Backward, Between, Finish, InChunks
 from structfly.lowering.precision import tf32_allowed
 from structfly.lowering.vmap import one_by_one
 
 DEVICES = ("cpu", "cuda")
 _BY_TORCH = "its products are torch's, and Inductor gives them their epilogues"
 _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
-
-
-class Applied(NamedTuple):
-    """What an op is applied to: hidden states, the weight's factors, and the op's numbers.
-
-    ``x`` (N, in); ``factors`` in the op's order, with the integer tensors that say where they stand; ``bias`` (out,)
-    where the op's second step adds it; ``activation``, where that step applies it, or ""; ``tf32``, whether generated
-    products may round float32 operands to TF32; torch's own products follow the setting themselves.
-    """
-
-    x: Tensor
-    factors: Sequence[Tensor]
-    static: Sequence[int]
-    bias: Tensor | None = None
-    activation: str = ""
-    tf32: bool = False
 
 
 class _Forward(NamedTuple):
@@ -56,53 +41,21 @@ class _Forward(NamedTuple):
     tf32: bool
 
 
-# What is made on the way to y, and y (N, out) from that, with the bias of what it is applied to.
-Between = Callable[[Applied], list[Tensor]]
-Finish = Callable[[Applied, Sequence[Tensor]], Tensor]
-# (gradient (N, out), applied to, made between, wanted: of x and each factor) -> gradients, None where not wanted
-Backward = Callable[[Tensor, Applied, Sequence[Tensor], Sequence[bool]], list[Tensor | None]]
+class _Backward(NamedTuple):
+    """What its backward is called with, in its schema's order."""
+
+    grad: Tensor
+    x: Tensor
+    factors: Sequence[Tensor]
+    kept: Sequence[Tensor]
+    static: Sequence[int]
+    wanted: Sequence[bool]
+    tf32: bool
+
+
 Shapes = Sequence[Sequence[int]]
 # (x (*rows, in), factors, bias, static) -> y (*rows, out), in torch's own operations
 Plain = Callable[[Tensor, Sequence[Tensor], Tensor | None, Sequence[int]], Tensor]
-
-
-class Products(NamedTuple):
-    """One way of making an op's products."""
-
-    between: Between
-    finish: Finish
-    backward: Backward
-
-
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether what is made of these is differentiated, which leaves no trace in generated products."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def chosen(generated: Callable[[Applied], Products | None], by_torch: Products) -> Products:
-    """What ``generated`` has for a call; torch's where it has nothing, or what is made is differentiated."""
-
-    def of(call: Applied, *others: Tensor) -> Products:
-        made = None if is_traced(call.x, *call.factors, *others) else generated(call)
-        return made or by_torch
-
-    return Products(
-        lambda call: of(call).between(call),
-        lambda call, between: of(call).finish(call, between),
-        lambda grad, call, between, wanted: of(call, grad).backward(grad, call, between, wanted),
-    )
-
-
-class InChunks(NamedTuple):
-    """A backward, and perhaps a forward, that never has all of what is made between, for calls that keep nothing of it.
-
-    ``why_not`` says of a call why it is not for it, or ""; ``forward`` gives y, as ``finish`` does, and is None where a
-    forward may as well have all.
-    """
-
-    why_not: Callable[[Applied], str]
-    backward: Callable[[Tensor, Applied, Sequence[bool]], list[Tensor | None]]
-    forward: Callable[[Applied], Tensor] | None = None
 
 
 FORWARD_OPS: dict[Any, LayerOp] = {}
@@ -223,16 +176,8 @@ class LayerOp:
             y = activated(y, activation)
         return y.view(*x.shape[:-1], y.shape[1]), kept if keep else []
 
-    def _backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        factors: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        static: Sequence[int],
-        wanted: Sequence[bool],
-        tf32: bool,
-    ) -> list[Tensor]:
+    def _backward(self, *given: Any) -> list[Tensor]:
+        grad, x, factors, kept, static, wanted, tf32 = _Backward(*given)
         call = Applied(x.reshape(-1, x.shape[-1]), factors, static, tf32=tf32)
         grad = grad.reshape(-1, grad.shape[-1])
         lacks = self.lacks(kept, len(call.x), [factor.shape for factor in factors], static)
@@ -259,16 +204,8 @@ class LayerOp:
         y = activated(x.new_empty(*x.shape[:-1], width), activation)
         return y, [x.new_empty(shape) for shape in shapes]
 
-    def _backward_fake(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        factors: Sequence[Tensor],
-        kept: Sequence[Tensor],
-        static: Sequence[int],
-        wanted: Sequence[bool],
-        tf32: bool,
-    ) -> list[Tensor]:
+    def _backward_fake(self, *given: Any) -> list[Tensor]:
+        _, x, factors, _, _, wanted, _ = _Backward(*given)
         pairs = zip((x, *factors), wanted, strict=True)
         return [x.new_empty(source.shape if want else (0,)) for source, want in pairs]
 

@@ -135,6 +135,9 @@ def test_make_targets_exist(document: Path) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+GRAPH = " bfloat16 random logits, 5% ignored, forward+backward, as CUDA graphs"
+
+
 def median(name: str, mode: str, provider: str, metric: str) -> float:
     rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     (row,) = (r for r in rows if r["mode"].startswith(mode) and r["provider"] == provider and r["metric"] == metric)
@@ -152,11 +155,27 @@ README, DIVERGENCE = ROOT / "README.md", ROOT / "docs" / "linear_divergence.md"
         (README, "131072 classes", "linear_cross_entropy_h100", "16384x2048x131072", MEMORY, "MiB"),
         (README, "the same: time from", "linear_cross_entropy_h100", "16384x2048x131072", "time_s", "ms"),
         (README, "the same: time behind", "linear_cross_entropy_h100", "16384x2048x131072", BEHIND, "ms"),
+        (
+            README,
+            "the same, as a CUDA graph",
+            "linear_cross_entropy_graphs_h100",
+            f"16384x2048x131072{GRAPH}",
+            "time_s",
+            "ms",
+        ),
         (README, "65536 tokens", "linear_cross_entropy_large_h100", "65536x2048x131072", MEMORY, "MiB"),
         (README, "the same: time", "linear_cross_entropy_large_h100", "65536x2048x131072", "time_s", "ms"),
         (README, "50257 classes", "linear_cross_entropy_h100", "16384x768x50257", MEMORY, "MiB"),
         (README, "the same: time from", "linear_cross_entropy_h100", "16384x768x50257", "time_s", "ms"),
         (README, "the same: time behind", "linear_cross_entropy_h100", "16384x768x50257", BEHIND, "ms"),
+        (
+            README,
+            "the same, as a CUDA graph",
+            "linear_cross_entropy_graphs_h100",
+            f"16384x768x50257{GRAPH}",
+            "time_s",
+            "ms",
+        ),
         (README, "CPU, 2 threads", "linear_cross_entropy_cpu", "2048x256x32000", MEMORY, "MiB"),
         (README, "the same: time", "linear_cross_entropy_cpu", "2048x256x32000", "time_s", "ms"),
         (DIVERGENCE, "CPU, 2 threads", "linear_divergence_cpu", "2048x256x32000", MEMORY, "MiB"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structfly.lowering.block_products.support import padded_rows
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_products import Applied
 
 
 def between(call: Applied) -> list[Tensor]:

@@ -27,7 +27,7 @@ from structfly.lowering.block_products.chunks import Step, chunk_gradients, chun
 from structfly.lowering.block_products.matrix_tiles import GRADIENTS, PRODUCTS, gradient_tiles, product_tiles
 from structfly.lowering.block_products.support import padded, padded_rows, why_no_products
 from structfly.lowering.gemm import Tiles
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_products import Applied
 
 # Of y and dx, whose inner dimension is the rank, and of the factors' gradients, which two programs of a multiprocessor
 # add to float32 sums in turn.

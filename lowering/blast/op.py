@@ -24,7 +24,8 @@ from typing import Any
 
 from structfly.lowering.blast import aten, generated
 from structfly.lowering.block_products.support import padded_rows
-from structfly.lowering.layer_op import Applied, InChunks, LayerOp, Products, chosen
+from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_products import Applied, InChunks, Products, chosen
 
 _BY_TORCH = Products(aten.between, aten.finish, aten.backward)
 _GENERATED = Products(generated.between, generated.finish, generated.backward)

@@ -20,7 +20,8 @@ from structfly.lowering.block_products.gradients import LowRankGradients
 from structfly.lowering.block_products.support import padded
 from structfly.lowering.block_sparse import aten, generated
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
-from structfly.lowering.layer_op import Applied, LayerOp, is_traced
+from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_products import Applied, is_traced
 
 
 def _between(call: Applied) -> list[Tensor]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from structfly.lowering.block_products.support import padded_rows
 from structfly.lowering.gblr import generated, tile_products
 from structfly.lowering.gblr.tile_products import inverse
-from structfly.lowering.layer_op import Applied, LayerOp, is_traced
+from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_products import Applied, is_traced
 from structfly.lowering.remembered import remembered
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_products import Applied
 
 
 def between(call: Applied) -> list[Tensor]:

@@ -21,7 +21,7 @@ from structfly.lowering.block_products.matrix_tiles import (
 )
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_products import Applied
 
 _LARGE = 64  # the least side of a matrix that a tile is of alone
 

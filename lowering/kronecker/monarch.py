@@ -24,7 +24,7 @@ from structfly.lowering.block_products.matrix_tiles import matrix_gradient_cut, 
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.turned import turned
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_products import Applied
 
 # Columns of a matrix up to which a product in tiles of many matrices is faster than a copy that orders its outputs.
 _NARROW = 128

@@ -17,7 +17,8 @@ from typing import Any
 
 from structfly.lowering.kronecker import aten, lattice, monarch
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_op import Applied, InChunks, LayerOp, Products, chosen
+from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_products import Applied, InChunks, Products, chosen
 
 _BY_TORCH = Products(aten.between, aten.finish, aten.backward)
 _WITH_MONARCH = Products(monarch.between, monarch.finish, monarch.backward)

@@ -30,7 +30,8 @@ from structfly.lowering.gemm import IDLE, Blocks, Product, processors_of
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
-from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass, power_of_two, tiles_of
+from structfly.lowering.linear_cross_entropy.pass_records import LateCoefficients
+from structfly.lowering.linear_cross_entropy.row_pass import RowPass, power_of_two, tiles_of
 from structfly.lowering.linear_cross_entropy.schedule import BlockSizes, bias_sum_bytes, block_sizes, low_stride
 from structfly.lowering.linear_cross_entropy.sums import new_plane, sum_product
 from structfly.lowering.side_stream import SideStream

@@ -109,7 +109,7 @@ class ChainOperands:
         """Adds a chunk's rows to the sums over rows; a call's arguments are :attr:`LiveRows.count` and the first.
 
         Args:
-            exps: (length, classes) as of :class:`~structfly.lowering.linear_cross_entropy.row_pass.ChunkRows`.
+            exps: (length, classes) as of :class:`~structfly.lowering.linear_cross_entropy.pass_records.ChunkRows`.
             entry: (length,), of the same.
         """
         return self._column_sums(exps, 0, self.label, entry, weighted=True)
@@ -120,7 +120,7 @@ class ChainOperands:
         Args:
             dz: (rows, classes) of the block.
             first_class: of the block.
-            label, entry: (N,) as of :class:`~structfly.lowering.linear_cross_entropy.row_pass.KeptRows`.
+            label, entry: (N,) as of :class:`~structfly.lowering.linear_cross_entropy.pass_records.KeptRows`.
         """
         return self._column_sums(dz, first_class, label, entry, weighted=False)
 

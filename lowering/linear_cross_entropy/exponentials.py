@@ -29,7 +29,8 @@ from structfly.lowering.gemm import TORCH_MM, Blocks, Cut, LibraryProduct, Produ
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.chunked import Head
-from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass, tiles_of
+from structfly.lowering.linear_cross_entropy.pass_records import LateCoefficients
+from structfly.lowering.linear_cross_entropy.row_pass import RowPass, tiles_of
 from structfly.lowering.linear_cross_entropy.schedule import exponential_rows
 from structfly.lowering.linear_cross_entropy.smoothing import weighted_rows
 from structfly.lowering.linear_cross_entropy.weight_sum import WeightSum

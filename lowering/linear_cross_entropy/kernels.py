@@ -15,7 +15,7 @@ from structfly.lowering.linear_cross_entropy.blocks import run_blocks
 from structfly.lowering.linear_cross_entropy.checks import check
 from structfly.lowering.linear_cross_entropy.chunked import Head, Made, run_chunks
 from structfly.lowering.linear_cross_entropy.exponentials import run_exponentials
-from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients
+from structfly.lowering.linear_cross_entropy.pass_records import LateCoefficients
 from structfly.lowering.linear_cross_entropy.row_program import RowLoss, parse_row_program
 from structfly.lowering.linear_cross_entropy.rows import Coefficients, RowStatistics, RowStep
 from structfly.lowering.linear_cross_entropy.rows_aten import row_step_aten

@@ -16,8 +16,7 @@ made after it is launched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
@@ -34,6 +33,7 @@ from structfly.lowering.linear_cross_entropy.buffers import in_one_buffer
 from structfly.lowering.linear_cross_entropy.chain_operands import ChainOperands
 from structfly.lowering.linear_cross_entropy.chunked import Head, class_terms
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
+from structfly.lowering.linear_cross_entropy.pass_records import ChunkRows, KeptRows, LateCoefficients
 from structfly.lowering.linear_cross_entropy.rows import ClassTerms
 from structfly.lowering.linear_cross_entropy.smoothing import weighted_classes
 from structfly.lowering.linear_cross_entropy.tiles import HeadTiles, head_class, head_tiles
@@ -41,52 +41,6 @@ from structfly.lowering.template import Parameter, load, render
 
 _SAMPLED_CLASSES = 8
 _HIDDEN_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class LateCoefficients:
-    """What the rows' losses are multiplied with in the sum whose gradients are made, known when it is needed.
-
-    Attributes:
-        chosen: (N,) numbers, 0 for rows that do not count, or None where all may.
-        make: makes them, (N,) float32, of the number () of rows that count.
-    """
-
-    chosen: Tensor | None
-    make: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ChunkRows:
-    """The buffers of a chunk's R rows.
-
-    Attributes:
-        exps: (R, C) exponentials with their target's entry put right, bfloat16.
-        factor_x: (R, H) factor x, bfloat16.
-        factor, entry: (R,) float32; entry is the target's before it was rounded.
-    """
-
-    exps: Tensor
-    factor_x: Tensor
-    factor: Tensor
-    entry: Tensor
-
-
-@dataclass(frozen=True)
-class KeptRows:
-    """What the gradients of the rows that count need of their logits, one after another.
-
-    Attributes:
-        lse, factor, entry, uniform: (N,) float32; of classes v but the target, dz_v = factor f'_v exp(u_v - lse) -
-            uniform w_v with w the classes' weights and f' without its leading steps; entry is the target's.
-        label: (N,) int32 targets.
-    """
-
-    lse: Tensor
-    factor: Tensor
-    entry: Tensor
-    uniform: Tensor
-    label: Tensor
 
 
 class RowPass:

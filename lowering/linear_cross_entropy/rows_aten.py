@@ -146,11 +146,12 @@ class _Block:
         # enough.
         top = u.amax(1)
         self.p = torch.softmax(u, 1) if self.keeps_u else torch.softmax(u, 1, out=u)
-        lse = top - self.p.amax(1).log()
+        log_sum = -self.p.amax(1).log()
+        lse = top + log_sum
 
         loss = None
         if u_target is not None:
-            loss = self.a * (lse - u_target)
+            loss = self.a * (log_sum + (top - u_target))  # to log_sum's precision where the target is the largest
             if terms.label_smoothing:
                 loss += self.share * (self.weight_sum * lse - u_sum)
             loss.masked_fill_(~self.counts, 0.0)

@@ -18,7 +18,8 @@ from structfly.lowering.launch import on_device
 from structfly.lowering.linear_cross_entropy.blocks import BlockRun
 from structfly.lowering.linear_cross_entropy.chunked import Head
 from structfly.lowering.linear_cross_entropy.exponentials import ExponentialRun
-from structfly.lowering.linear_cross_entropy.row_pass import LateCoefficients, RowPass
+from structfly.lowering.linear_cross_entropy.pass_records import LateCoefficients
+from structfly.lowering.linear_cross_entropy.row_pass import RowPass
 from structfly.lowering.linear_cross_entropy.schedule import BlockSizes, block_sizes, exponential_rows
 from structfly.lowering.linear_cross_entropy.tiles import HeadTiles
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from structfly.lowering.gemm import IDLE, LibraryProduct, Product, Tiles
 from structfly.lowering.launch import Launch
 from structfly.lowering.linear_cross_entropy.live_rows import LiveRows
-from structfly.lowering.linear_cross_entropy.row_pass import ChunkRows
+from structfly.lowering.linear_cross_entropy.pass_records import ChunkRows
 from structfly.lowering.linear_cross_entropy.sums import new_plane, sum_product
 from structfly.lowering.template import load, render
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structfly.lowering.layer_op import Applied, LayerOp
+from structfly.lowering.layer_op import LayerOp
+from structfly.lowering.layer_products import Applied
 
 
 def _between(call: Applied) -> list[Tensor]:

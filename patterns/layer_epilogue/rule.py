@@ -14,7 +14,8 @@ from torch import fx
 from structfly import compat
 from structfly.config import SiteSettings
 from structfly.lowering.activations import ACTIVATIONS
-from structfly.lowering.layer_op import FORWARD_OPS, Applied
+from structfly.lowering.layer_op import FORWARD_OPS
+from structfly.lowering.layer_products import Applied
 from structfly.patterns.head.logits import example_of
 from structfly.patterns.layer_epilogue.activations import activation_of, is_written
 from structfly.patterns.layer_epilogue.menu import epilogue_menu

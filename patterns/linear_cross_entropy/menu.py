@@ -35,7 +35,7 @@ from structfly.patterns.head.menu import (
 from structfly.records import Candidate, Cost, DeviceProfile, Menu, Stage
 from structfly.records.cost import Expression, at_sizes
 
-# What a chunk of rows may take where its exponentials are not kept.
+# What a chunk of rows may take where its exponentials are not kept, and the user has set no limit.
 _STATISTICS = 8 * 2**20
 
 
@@ -85,11 +85,14 @@ class LogitSizes(HeadSizes):
 
 
 class ExponentialSizes(HeadSizes):
-    """The same in the scheme of exponentials; ``tiles`` are those of the head's products."""
+    """The same in the scheme of exponentials.
 
-    def __init__(self, site: Head, tiles: HeadTiles) -> None:
+    ``tiles`` are those of the head's products; ``sparing``: a loss alone takes little, for the user has set no limit.
+    """
+
+    def __init__(self, site: Head, tiles: HeadTiles, *, sparing: bool) -> None:
         super().__init__(site)
-        self.tiles = tiles
+        self.tiles, self.sparing = tiles, sparing
 
     def transient_bytes(self, length: int) -> int:
         """Bytes beyond the gradients themselves."""
@@ -100,11 +103,11 @@ class ExponentialSizes(HeadSizes):
 
     def chunk_lengths(self, limit: int, profile: DeviceProfile) -> list[int]:
         """Also those that just fill the device, for rows are a side of a generated product; all in whole tiles."""
-        if not self.site.gradients.any:
+        if self.sparing and not self.site.gradients.any:
             limit = min(limit, _STATISTICS)
         lengths = super().chunk_lengths(limit, profile)
         if not self.site.gradients.any:
-            lengths = [length for length in lengths if self.transient_bytes(length) <= limit]
+            lengths = [length for length in lengths if self.transient_bytes(length) <= limit] or [1]
         cut = self.tiles.hidden_product
         if cut != TORCH_MM:
             lengths += full_row_counts(self.hidden, profile.processors, self.longest(limit), cut)
@@ -123,7 +126,7 @@ def head_menu(site: CrossEntropyHead, profile: DeviceProfile, settings: SiteSett
     tiles = None
     if profile.generated_products and not _why_no_exponentials(site):
         tiles = _tiles_of(site, schemes["logits"], profile)
-        schemes["exponentials"] = ExponentialSizes(site, tiles)
+        schemes["exponentials"] = ExponentialSizes(site, tiles, sparing=settings.loss_memory is None)
     limit = peak_limit(list(schemes.values()), profile, settings, site.group_rows)
     # A program makes its coefficients, and with them the gradients, in the forward pass.
     schedules = ["forward"] if site.row_program else schedules_of(site.gradients, site.recompute)

@@ -13,6 +13,7 @@ from structfly.compat import sees_operations
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.tiles import sum_tiles
+from structfly.lowering.descriptor import ALIGNED
 from structfly.lowering.precision import tf32_allowed
 from structfly.nn import window_gradients
 from structfly.nn.windows import windows
@@ -49,9 +50,9 @@ def why_not_taken(projection: nn.Module, input: Tensor, beside: Tensor) -> str:
         return "the projection is no plain linear layer without hooks"
     if not (input.is_contiguous() and input.shape[1] > beside.shape[1]):
         return "the input is not contiguous, or not longer than a window"
-    if input.data_ptr() % 16:
-        return "the input does not begin at a multiple of 16 bytes"
     weight = projection.weight
+    if input.data_ptr() % ALIGNED or weight.data_ptr() % ALIGNED:
+        return f"the input or the weight does not begin at a multiple of {ALIGNED} bytes"
     if not (weight.is_contiguous() and weight.dtype == input.dtype == beside.dtype):
         return "the weight is not contiguous, or the dtypes differ"
     return ""

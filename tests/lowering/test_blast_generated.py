@@ -17,7 +17,7 @@ from structfly.lowering.blast.op import BLAST
 from structfly.lowering.blast.reference import blast_reference
 from structfly.lowering.block_products import chunks
 from structfly.lowering.block_products.chunks import Step
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_products import Applied
 from tests.lowering.block_products.test_products import DEVICE, DTYPES, roundings
 from tests.oracle import assert_as_accurate, assert_like_eager
 

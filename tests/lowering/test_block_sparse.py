@@ -17,7 +17,7 @@ from structfly.lowering.block_sparse import op
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid, layout_of_mask
 from structfly.lowering.block_sparse.op import BLOCK_SPARSE
 from structfly.lowering.block_sparse.reference import block_sparse_reference
-from structfly.lowering.layer_op import Applied
+from structfly.lowering.layer_products import Applied
 from structfly.records.layer import LayerSizes
 from tests.oracle import assert_like_eager
 

@@ -16,7 +16,7 @@ from structfly import StructuredLinear, measure
 from structfly.lowering.kronecker import aten, lattice, monarch
 from structfly.lowering.kronecker.op import KRONECKER
 from structfly.lowering.kronecker.reference import FactorShape, kronecker_reference
-from structfly.lowering.layer_op import Applied, Products, chosen
+from structfly.lowering.layer_products import Applied, Products, chosen
 from structfly.patterns.chain import Chain
 from structfly.patterns.kronecker import KroneckerSparse
 from structfly.patterns.monarch import Monarch

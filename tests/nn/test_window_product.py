@@ -90,3 +90,8 @@ def test_what_has_no_generated_product_has_its_windows_written() -> None:
     assert "dtypes" in window_product.why_written(layer, input.bfloat16(), input[:, :1])
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in window_product.why_written(layer, input, input[:, :1])
+    apart = nn.Linear(16, 8)
+    apart.weight = nn.Parameter(torch.randn(8 * 16 + 1)[1:].view(8, 16))
+    beyond = torch.randn(2 * 5 * 8 + 1)[1:].view(2, 5, 8)
+    for other, steps in ((apart, input), (layer, beyond)):
+        assert "begin at a multiple of 16" in window_product.why_written(other, steps, input[:, :1])

@@ -20,6 +20,7 @@ from tests.lowering.block_products.test_products import DEVICE, DTYPES, rounding
 from tests.lowering.linear_recurrence.cases import joined
 from tests.lowering.linear_recurrence.test_projected import ORDERS, SMALL
 from tests.oracle import assert_like_eager
+from tests.precision import matmul_precision
 
 
 @settings(max_examples=20)
@@ -82,13 +83,12 @@ def test_a_gradient_is_refused() -> None:
 @pytest.mark.parametrize("window", [1, 2, 4])
 @pytest.mark.parametrize(("length", "dtype"), [(131, torch.float16), (4096, torch.bfloat16), (5003, torch.float32)])
 def test_a_layer_without_gradients_writes_nothing_between(
-    pooling: str, window: int, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    pooling: str, window: int, length: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     torch.manual_seed(length)
     layer = QRNN(64, 72, pooling=pooling, window=window, bidirectional=True, device="cuda", dtype=dtype)
     given = torch.randn(2, 2 * length, 64, device="cuda", dtype=dtype)
-    with torch.no_grad():
+    with torch.no_grad(), matmul_precision("tf32"):
         _, state = layer(given[:, :length])
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -98,7 +98,7 @@ def sums(
     types |= {"a2": types["a"], "b2": types["b"]} if rank else {}
     types |= {"sources": "*i32"}
     types |= {"blocks": "*i32"} if listed else {}
-    types |= {} if each else {"starts": "*i32"}
+    types |= {} if each else {"starts": "*i32", "turns": "*i32"}
     types |= {"bias": f"*{kind}"} if bias else {}
     written = {"rows": "*i32", "width": "i32", "c": f"*{kind}"}
     types |= written if components == "written" else {"c": box(kind, 1, tiles.m, tiles.part)}

@@ -352,6 +352,22 @@ def test_entropy_without_cancellation(step: RowStep) -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 @INTERPRETED
+@given(lead=st.floats(0.0, 16.0), level=st.floats(-1000.0, 1000.0), seed=st.integers(0, 99))
+def test_the_loss_of_a_confident_row_is_as_exact_as_its_sum(
+    step: RowStep, lead: float, level: float, seed: int
+) -> None:
+    """Its largest logit is the target's; how large that is, is no matter."""
+    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(seed)).clamp(max=2.0) + level
+    logits[:, 7] = 2.0 + level + lead
+    target = torch.full((3,), 7)
+    found = step(logits.clone().to(DEVICE), Indices(target.to(DEVICE)), None, plain_terms(), gradient=False)
+    losses = F.cross_entropy(logits.double(), target, reduction="none")
+    assert found.statistics.loss is not None
+    torch.testing.assert_close(found.statistics.loss.cpu().double(), losses, rtol=1e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@INTERPRETED
 def test_a_row_without_coefficients_has_no_gradient_whatever_its_logits(step: RowStep) -> None:
     logits = torch.tensor([[1.0, float("nan"), 2.0], [1.0, 2.0, 3.0]], device=DEVICE)
     indices = Indices(*(torch.zeros(*shape, dtype=torch.int64, device=DEVICE) for shape in ((2,), (2, 1))))

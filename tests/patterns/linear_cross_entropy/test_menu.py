@@ -111,6 +111,7 @@ def choose(
     profile: DeviceProfile = H100,
     function: Callable[..., Tensor] = loss,
     dtype: torch.dtype = torch.bfloat16,
+    training: bool = True,
 ) -> SiteReport:
     """The report's line for a head of (rows, hidden units, classes)."""
     n, h, v = shape
@@ -124,7 +125,7 @@ def choose(
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True):
         weight = (h, v) if function is stored_transposed else (v, h)
-        x, w = (torch.empty(*size, dtype=dtype, requires_grad=True) for size in ((n, h), weight))
+        x, w = (torch.empty(*size, dtype=dtype, requires_grad=training) for size in ((n, h), weight))
         torch.compile(function, backend=backend)(x, w, torch.empty(n, dtype=torch.int64))
     (site,) = sites
     return site
@@ -133,6 +134,21 @@ def choose(
 def test_exponentials_are_chosen_where_generated_products_run_well() -> None:
     assert choose(SEED).candidate.startswith("exponentials, ")
     assert choose(SEED, profile=replace(H100, generated_products=False)).candidate.startswith("logits, ")
+
+
+@pytest.mark.parametrize("shape", [SEED, ODD, (8192, 4096, 128256)])
+@pytest.mark.parametrize("memory", [None, "32MiB", "1100MiB", "8GiB"])
+def test_an_evaluation_never_writes_logits_where_it_need_not(shape: tuple[int, int, int], memory: str | None) -> None:
+    assert choose(shape, memory=memory, training=False).candidate.startswith("exponentials, ")
+
+
+def test_an_evaluation_takes_no_more_than_it_may_or_has_to() -> None:
+    limits = (None, "64KiB", "2KiB", "1GiB")
+    peaks = [choose(SEED, memory=memory, training=False).peak_bytes or 0 for memory in limits]
+    assert 0 < peaks[0] <= 8 * MIB
+    assert 0 < peaks[1] <= 64 * 2**10
+    assert 2 * 2**10 < peaks[2] <= 8 * 2**10  # of one row
+    assert peaks[3] > 8 * MIB  # all rows at once are faster
 
 
 @pytest.mark.parametrize(
