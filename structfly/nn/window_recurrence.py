@@ -22,8 +22,8 @@ def why_in_two(projection: nn.Module, input: Tensor, beside: Tensor, order: str,
     if is_learned(input, beside, cell, *projection.parameters()):
         return "a gradient is asked for, and its backward takes what the projection makes"
     if order not in CUTS:
-        return f"measured faster in one are {', '.join(CUTS)}"
-    if input.ndim == 3 and input.shape[1] < beside.shape[1] + CUTS[order].chunk:
+        return f"made in one are {', '.join(CUTS)}"
+    if input.shape[1] < beside.shape[1] + CUTS[order].chunk:
         return f"{input.shape[1]} steps are less than the {CUTS[order].chunk} of one program"
     if cell is not None and (cell.dtype, cell.device) != (torch.float32, input.device):
         return "the states are not float32 on the input's device"
