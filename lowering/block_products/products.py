@@ -69,14 +69,10 @@ def block_sums(
         bias=None if bias is None else bias.dtype,
         activation=activation,
     )
-    sums = _ready(form(a), form(b), form(c), beside and (form(beside[0]), form(beside[1])), kind, tiles)
-    by_starts: tuple[Tensor, ...] = ()
-    if not each:
-        cut = _Sizes.of(a, b, None if beside is None else beside[0], kind).tiles(tiles)
-        programs = launched(a.device, tiles, cut[0] * cut[1] * kind.parts)
-        by_starts = (starts, remembered(turns, starts, *cut, tiles.group, programs))
+    made = _ready(form(a), form(b), form(c), beside and (form(beside[0]), form(beside[1])), kind, tiles)
+    by_starts = () if each else (starts, remembered(turns, starts, *made.turns))
     listed = [each for each in (sources, blocks, *by_starts, bias) if each is not None]
-    sums(a, b, *(beside or ()), *listed, *(() if rows is None else (rows, c.stride(0))), c)
+    made.sums(a, b, *(beside or ()), *listed, *(() if rows is None else (rows, c.stride(0))), c)
 
 
 class _Sums(NamedTuple):
@@ -92,50 +88,42 @@ class _Sums(NamedTuple):
     activation: str
 
 
-class _Sizes(NamedTuple):
-    """Of sums: the tokens, the blocks' sides, and the rank of what is added."""
+class _Made(NamedTuple):
+    """What is made once for tensors of some forms: their launch, and what :func:`turns` takes beside ``starts``."""
 
-    tokens: int
-    side_n: int
-    side_k: int
-    rank: int
-
-    @classmethod
-    def of(cls, a: Tensor, b: Tensor, left: Tensor | None, kind: _Sums) -> _Sizes:
-        side_n, side_k = (b.shape[2], b.shape[1]) if kind.turned else (b.shape[1], b.shape[2])
-        rank = 0 if left is None else left.shape[0 if kind.a_turned else 1]
-        return cls(a.shape[2 if kind.a_turned else 0], side_n, side_k, rank)
-
-    def tiles(self, tiles: Tiles) -> tuple[int, int, int, int]:
-        """Along the tokens, along a part, and steps along K for each member and for what is added."""
-        tall, across = -(-self.tokens // tiles.m), -(-self.side_n // tiles.n)
-        return tall, across, -(-self.side_k // tiles.k), -(-self.rank // tiles.k)
+    sums: Ready
+    turns: tuple[int, ...]
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _ready(of_a: Form, of_b: Form, of_c: Form, of_beside: tuple[Form, Form] | None, kind: _Sums, tiles: Tiles) -> Ready:
+def _ready(of_a: Form, of_b: Form, of_c: Form, of_beside: tuple[Form, Form] | None, kind: _Sums, tiles: Tiles) -> _Made:
     """A launch for tensors of such forms, in the order of the template's arguments."""
     a, b, c = of_a.like(), of_b.like(), of_c.like()
     turned, a_turned = kind.turned, kind.a_turned
-    left, right = (None, None) if of_beside is None else (each.like() for each in of_beside)
-    sizes = _Sizes.of(a, b, left, kind)
+    tokens, side_n, side_k = a.shape[2 if a_turned else 0], b.shape[2 if turned else 1], b.shape[1 if turned else 2]
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
     box_a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
     operands = [Boxes(a if a_turned else a.transpose(0, 1), box_a, operand=True), Boxes(b, box_b, operand=True)]
-    if left is not None and right is not None:
+    rank = 0
+    if of_beside is not None:
+        left, right = (each.like() for each in of_beside)
+        rank = left.shape[0 if a_turned else 1]
         thin = right.transpose(0, 1) if turned else right
         operands += [Boxes(left[None], box_a, operand=True), Boxes(thin, box_b, operand=True)]
     parameters: dict[str, Parameter] = {
         **kind._asdict(),
         "bias": kind.bias is not None,
-        "side_n": sizes.side_n,
-        "side_k": sizes.side_k,
-        "rank": sizes.rank,
+        "side_n": side_n,
+        "side_k": side_k,
+        "rank": rank,
     }
     del parameters["parts"]
     plain = (1 + kind.blocks_listed + 2 * (not kind.each) + (kind.bias is not None)) * [None]
     written = [None, None, None] if kind.scattered else [Boxes(c.transpose(0, 1), (1, tiles.m, tiles.part))]
-    tall, across, *_ = sizes.tiles(tiles)
-    count = tall * across * kind.parts
-    takes = [*operands, *plain, *written]
-    return ready("block_sums", takes, (sizes.tokens, kind.parts, 0), count, parameters, tiles, a.dtype, of_a.device)
+    tall, across = -(-tokens // tiles.m), -(-side_n // tiles.n)
+    count, takes = tall * across * kind.parts, [*operands, *plain, *written]
+    steps, more = -(-side_k // tiles.k), -(-rank // tiles.k)
+    return _Made(
+        ready("block_sums", takes, (tokens, kind.parts, 0), count, parameters, tiles, a.dtype, of_a.device),
+        (tall, across, steps, more, tiles.group, launched(of_a.device, tiles, count)),
+    )

@@ -36,7 +36,6 @@ class Cut(NamedTuple):
         warps: of a program.
         stages: of the products' operands, which are loaded ahead.
         group: chunks of which one passes a state on.
-        registers: a thread has no more, so that more programs fit a multiprocessor; None for what the compiler takes.
     """
 
     steps: int = 16
@@ -46,7 +45,6 @@ class Cut(NamedTuple):
     warps: int = 4
     stages: int = 2
     group: int = 8
-    registers: int | None = None
 
     @property
     def chunk(self) -> int:
@@ -55,8 +53,8 @@ class Cut(NamedTuple):
 
 
 CUTS = {"zf": Cut(stages=3), "zfo": Cut()}
-"""The fastest on an H100 in 16 bits, of each order that is faster so than by a product and a recurrence; "zfoi", whose
-products would need all the registers there are, is not."""
+"""By order.  A thread holds block * chunk / (32 warps) = 64 sums of each letter, and of a GPU's registers it has 255 at
+most: so "zfoi" is none of these."""
 
 
 def letters_of(order: str) -> str:
@@ -80,7 +78,7 @@ def projected_recurrence(
     reverse: bool,
     cut: Cut,
 ) -> Tensor:
-    """``c_t = f_t c_{t-1} + w_t z_t``, ``h_t = o_t c_t`` for z = tanh, f, o, w = sigmoid of ``inputs weight^T + bias``
+    """``c_t = f_t c_{t-1} + w_t z_t``, ``h_t = o_t c_t``; z = tanh, f, o, w = sigmoid of ``inputs weight^T + bias``.
 
     Args:
         inputs: (B, T, K) of any strides, rows that overlap included; T is a multiple of ``cut.steps``.
@@ -132,9 +130,8 @@ def projected_recurrence(
     constants = {"STEPS": cut.steps, "ROWS": cut.rows, "BLOCK": cut.block, "GROUP": cut.group, "INNER": cut.inner}
     strides = () if initial is None else initial.stride()
     sizes = (*strides, chunks, batch, rows, width, inner)
-    limit: dict[str, int] = {} if cut.registers is None else {"maxnreg": cut.registers}
     grid = (batch * chunks * -(-width // cut.block),)
-    launch = Launch(module.run, grid, constants, sizes, (), num_warps=cut.warps, num_stages=cut.stages, **limit)
+    launch = Launch(module.run, grid, constants, sizes, (), num_warps=cut.warps, num_stages=cut.stages)
     with on_device(inputs.device):
         links = (no_links(inputs, batch * chunks, width, cut.group),) if linked else ()
         launch(*operands, *tensors, *links)

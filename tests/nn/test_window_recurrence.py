@@ -7,18 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from structfly.errors import UnsupportedError
-from structfly.lowering.linear_recurrence.arguments import JointArguments
-from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 from structfly.nn import QRNN, QRNNState
 from structfly.nn.window_recurrence import why_in_two, window_recurrence
 from structfly.nn.windows import windows
-from tests.lowering.block_products.test_products import DEVICE, DTYPES, roundings
+from tests.lowering.block_products.test_products import DEVICE, roundings
 from tests.lowering.linear_recurrence.cases import joined
-from tests.lowering.linear_recurrence.test_projected import ORDERS, SMALL
+from tests.lowering.linear_recurrence.test_projected import SMALL, VARIANTS, Variant, by_loop
 from tests.oracle import assert_like_eager
 from tests.precision import matmul_precision
 
@@ -30,24 +27,12 @@ from tests.precision import matmul_precision
     reach=st.integers(0, 3),
     width=st.sampled_from((8, 24)),
     units=st.sampled_from((8, 24)),
-    order=st.sampled_from(ORDERS),
-    dtype=st.sampled_from(DTYPES),
-    reverse=st.booleans(),
-    bias=st.booleans(),
-    begun=st.booleans(),
+    variant=VARIANTS,
 )
 def test_as_accurate_as_layer_by_layer(
-    batch: int,
-    length: int,
-    reach: int,
-    width: int,
-    units: int,
-    order: str,
-    dtype: torch.dtype,
-    reverse: bool,
-    bias: bool,
-    begun: bool,
+    batch: int, length: int, reach: int, width: int, units: int, variant: Variant
 ) -> None:
+    order, dtype, reverse, bias, begun = variant
     generator = torch.Generator().manual_seed(length)
 
     def drawn(*sizes: int, to: torch.dtype = dtype) -> Tensor:
@@ -62,9 +47,8 @@ def test_as_accurate_as_layer_by_layer(
         return joined(*window_recurrence(input, beside, weight, bias, order, cell, reverse=reverse, cut=SMALL))
 
     def theirs(input: Tensor, beside: Tensor, weight: Tensor, bias: Tensor | None, cell: Tensor | None) -> Tensor:
-        made = functional.linear(windows(input, beside, reverse=reverse), weight, bias)
-        call = JointArguments(made, order, cell, None, None, "i" not in order, True, True, reverse, False)
-        return joined(*linear_recurrence_reference(*call.separate[:-1]))
+        seen = windows(input, beside, reverse=reverse)
+        return by_loop(order, reverse=reverse)(seen, weight, bias, cell)
 
     assert_like_eager(mine, theirs, given, dtype, roundings=roundings(dtype))
 

@@ -36,9 +36,8 @@ def compiled(cut: Cut, order: str, kind: str, **options: bool) -> Any:
     multiples = [at for at, name in enumerate(types) if name in whole or types[name].startswith("*")]
     aligned = {(at,): [["tt.divisibility", 16]] for at in multiples}
     source = ASTSource(function, types, constexprs=constants, attrs=aligned)
-    limit = {} if cut.registers is None else {"maxnreg": cut.registers}
     target = GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": cut.warps, "num_stages": cut.stages, **limit})
+    return triton.compile(source, target=target, options={"num_warps": cut.warps, "num_stages": cut.stages})
 
 
 def check_products(made: Any, cut: Cut, order: str) -> None:

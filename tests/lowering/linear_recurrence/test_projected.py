@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,19 +29,47 @@ SMALL = Cut(steps=4, rows=4, block=16, inner=16, warps=1, stages=2, group=2)
 ORDERS = ("zf", "zfo", "zfoi", "ofz")
 
 
+class Variant(NamedTuple):
+    """What a call may have, or be of, whatever its sizes."""
+
+    order: str
+    dtype: torch.dtype
+    reverse: bool
+    bias: bool
+    begun: bool
+
+
+VARIANTS = st.builds(
+    Variant,
+    order=st.sampled_from(ORDERS),
+    dtype=st.sampled_from(DTYPES),
+    reverse=st.booleans(),
+    bias=st.booleans(),
+    begun=st.booleans(),
+)
+
+
+class Given(NamedTuple):
+    """Tensors of a call, in its order."""
+
+    inputs: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    initial: Tensor | None
+
+
 def drawn(
     batch: int, length: int, inner: int, width: int, order: str, dtype: torch.dtype, *, bias: bool, begun: bool
-) -> list[Tensor | None]:
-    """Inputs, a weight, a bias and states to begin with."""
+) -> Given:
     generator = torch.Generator().manual_seed(length)
     made = partial(torch.randn, generator=generator)
     inputs, weight = made(batch, length, inner), made(len(order) * width, inner) / inner**0.5
-    return [
+    return Given(
         inputs.to(DEVICE, dtype),
         weight.to(DEVICE, dtype),
         made(len(order) * width).to(DEVICE, dtype) if bias else None,
         made(batch, width).to(DEVICE) if begun else None,
-    ]
+    )
 
 
 Function = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
@@ -70,23 +99,10 @@ def by_loop(order: str, *, reverse: bool) -> Function:
     rows=st.sampled_from((0, 1, 3, 4, 5, 8, 13, 21)),
     inner=st.sampled_from((8, 16, 40)),
     width=st.sampled_from((8, 16, 24)),
-    order=st.sampled_from(ORDERS),
-    dtype=st.sampled_from(DTYPES),
-    reverse=st.booleans(),
-    bias=st.booleans(),
-    begun=st.booleans(),
+    variant=VARIANTS,
 )
-def test_as_accurate_as_a_product_and_the_loop(
-    batch: int,
-    rows: int,
-    inner: int,
-    width: int,
-    order: str,
-    dtype: torch.dtype,
-    reverse: bool,
-    bias: bool,
-    begun: bool,
-) -> None:
+def test_as_accurate_as_a_product_and_the_loop(batch: int, rows: int, inner: int, width: int, variant: Variant) -> None:
+    order, dtype, reverse, bias, begun = variant
     given = drawn(batch, rows * SMALL.steps, inner, width, order, dtype, bias=bias, begun=begun)
     mine, theirs = by_kernel(order, SMALL, reverse=reverse), by_loop(order, reverse=reverse)
     assert_like_eager(mine, theirs, given, dtype, roundings=roundings(dtype))
@@ -105,7 +121,6 @@ def test_states_pass_through_chunks_in_their_order(group: int, reverse: bool) ->
 
 def test_inputs_may_overlap_and_output_be_a_part() -> None:
     _, weight, bias, _ = drawn(1, 4, 16, 8, "zfo", torch.float32, bias=True, begun=False)
-    assert weight is not None
     overlapping = torch.randn(2, 21, 8).to(DEVICE).as_strided((2, 20, 16), (21 * 8, 8, 1))
     whole = torch.full((2, 30, 24), 7.0, device=DEVICE)
     final = projected_recurrence(overlapping, weight, bias, "zfo", None, whole[:, 5:25, 8:16], reverse=False, cut=SMALL)
@@ -115,20 +130,21 @@ def test_inputs_may_overlap_and_output_be_a_part() -> None:
     assert whole.eq(7.0).all()
 
 
-def test_channels_that_no_descriptor_takes_are_refused() -> None:
-    inputs, weight, _, _ = drawn(1, 4, 16, 5, "zf", torch.bfloat16, bias=False, begun=False)
-    assert inputs is not None
-    assert weight is not None
-    with pytest.raises(UnsupportedError, match="multiples of 16 bytes"):
-        projected_recurrence(inputs, weight, None, "zf", None, inputs.new_empty(1, 4, 5), reverse=False, cut=SMALL)
-
-
-def test_steps_that_are_no_whole_rows_are_refused() -> None:
-    inputs, weight, _, _ = drawn(1, 7, 16, 8, "zf", torch.float32, bias=False, begun=False)
-    assert inputs is not None
-    assert weight is not None
-    with pytest.raises(ArgumentError, match="7 steps; allowed: multiples of 4"):
-        projected_recurrence(inputs, weight, None, "zf", None, inputs.new_empty(1, 7, 8), reverse=False, cut=SMALL)
+@pytest.mark.parametrize(
+    ("length", "width", "dtype", "error", "why"),
+    [
+        (4, 5, torch.bfloat16, UnsupportedError, "multiples of 16 bytes"),
+        (7, 8, torch.float32, ArgumentError, "7 steps; allowed: multiples of 4"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_refused(
+    length: int, width: int, dtype: torch.dtype, error: type[Exception], why: str
+) -> None:
+    inputs, weight, *_ = drawn(1, length, 16, width, "zf", dtype, bias=False, begun=False)
+    with pytest.raises(error, match=why):
+        projected_recurrence(
+            inputs, weight, None, "zf", None, inputs.new_empty(1, length, width), reverse=False, cut=SMALL
+        )
 
 
 @pytest.mark.gpu
@@ -138,9 +154,9 @@ def test_same_bits_every_time_where_programs_wait_for_each_other(order: str, rev
     cut = CUTS[order]
     given = drawn(2, 2**14 + cut.steps, 256, 136, order, torch.bfloat16, bias=True, begun=True)
     mine = by_kernel(order, cut, reverse=reverse)
-    first = mine(*given)  # type: ignore[arg-type]
+    first = mine(*given)
     for _ in range(10):
-        assert torch.equal(mine(*given), first)  # type: ignore[arg-type]
+        assert torch.equal(mine(*given), first)
     exact = by_loop(order, reverse=reverse)(*map(in_float64, given))
     assert (first.double() - exact).norm() <= 2**-8 * exact.norm()
 
