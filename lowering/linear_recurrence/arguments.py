@@ -153,7 +153,8 @@ class JointArguments(NamedTuple):
 
 PROJECTED_NAME = "structfly::projected_linear_recurrence_v1"
 PROJECTED_ARGUMENTS = (
-    "Tensor inputs, Tensor weight, Tensor? bias, Tensor? initial, str order, int window, bool reverse, bool time_first"
+    "Tensor inputs, Tensor? beside, Tensor weight, Tensor? bias, Tensor? initial, str order, int window, bool reverse, "
+    "bool time_first"
 )
 PROJECTED_RESULTS = "Tensor output, Tensor final"
 
@@ -161,13 +162,15 @@ PROJECTED_RESULTS = "Tensor output, Tensor final"
 class ProjectedArguments(NamedTuple):
     """The arguments where a linear map makes gates and input, as in a quasi-recurrent layer.
 
-    ``inputs`` (B, T + window - 1, I); what the map takes at step t are the steps t, ..., t + window - 1 of them, one
-    after another.  ``weight`` (D times the letters, window I) in their dtype, ``bias`` (D times the letters,), and
-    ``order`` as in :class:`JointArguments`.  Gates are sigmoids and z is a tanh; without "i" w is 1 - f.  With
-    ``time_first`` h lies in memory as (T, B, D) does.
+    ``inputs`` (B, S, I), and ``beside`` (B, K, I) the steps before them, with ``reverse`` those after them: of all
+    these, S + K = T + window - 1, what the map takes at step t are the steps t, ..., t + window - 1, one after another.
+    ``weight`` (D times the letters, window I) in their dtype, ``bias`` (D times the letters,), and ``order`` as in
+    :class:`JointArguments`.  Gates are sigmoids and z is a tanh; without "i" w is 1 - f.  With ``time_first`` h lies in
+    memory as (T, B, D) does.
     """
 
     inputs: Tensor
+    beside: Tensor | None
     weight: Tensor
     bias: Tensor | None
     initial: Tensor | None
@@ -179,7 +182,16 @@ class ProjectedArguments(NamedTuple):
     @property
     def steps(self) -> int:
         """T."""
-        return self.inputs.shape[1] - self.window + 1
+        return self.inputs.shape[1] + self._beside - self.window + 1
+
+    @property
+    def apart(self) -> int:
+        """Steps whose windows see what lies beside the inputs."""
+        return min(self._beside, self.steps)
+
+    @property
+    def _beside(self) -> int:
+        return 0 if self.beside is None else self.beside.shape[1]
 
     @property
     def width(self) -> int:
@@ -191,11 +203,12 @@ class ProjectedArguments(NamedTuple):
         """As of :class:`Arguments`."""
         return torch.float64 if self.inputs.dtype == torch.float64 else torch.float32
 
-    def empty_output(self, batch: int, steps: int) -> Tensor:
-        """Where h of some steps goes."""
+    def empty_output(self) -> Tensor:
+        """Where h goes."""
+        batch = self.inputs.shape[0]
         if self.time_first:
-            return self.inputs.new_empty(steps, batch, self.width).transpose(0, 1)
-        return self.inputs.new_empty(batch, steps, self.width)
+            return self.inputs.new_empty(self.steps, batch, self.width).transpose(0, 1)
+        return self.inputs.new_empty(batch, self.steps, self.width)
 
     def joint(self, projected: Tensor, initial: Tensor | None) -> JointArguments:
         """The recurrence of what the map made of some steps, from such states on."""

@@ -10,7 +10,7 @@ from torch.nn import functional
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.descriptor import has_descriptor
 from structfly.lowering.linear_recurrence import kernels
-from structfly.lowering.linear_recurrence.arguments import ProjectedArguments
+from structfly.lowering.linear_recurrence.arguments import Outputs, ProjectedArguments
 from structfly.lowering.linear_recurrence.projected import CUTS, Cut, fastest_cut, letters_of, projected_recurrence
 from structfly.lowering.precision import tf32_allowed
 
@@ -38,64 +38,61 @@ def why_in_two(weight: Tensor, order: str, window: int, steps: int, *, tf32: boo
 
 def forward(call: ProjectedArguments) -> tuple[Tensor, Tensor]:
     """h (B, T, D) and the last states (B, D), as ``structfly::projected_linear_recurrence_v1`` returns them."""
-    if why_in_two(call.weight, call.order, call.window, call.steps, tf32=tf32_allowed()):
+    if why_in_two(call.weight, call.order, call.window, call.steps - call.apart, tf32=tf32_allowed()):
         return in_two(call)
     return in_one(call, fastest_cut(call.order, call.weight.dtype))
 
 
 def in_two(call: ProjectedArguments) -> tuple[Tensor, Tensor]:
     """By a product, which is written, and the recurrence."""
-    rows = _windows(call.inputs.contiguous(), call.window)
-    made = kernels.forward(call.joint(functional.linear(rows, call.weight, call.bias), call.initial).separate)
-    output = call.empty_output(call.inputs.shape[0], call.steps)
+    made = _of_product(call, _windows(_joined(call, call.inputs), call.window))
+    output = call.empty_output()
     return made.output if made.output.stride() == output.stride() else output.copy_(made.output), made.final
 
 
 def in_one(call: ProjectedArguments, cut: Cut) -> tuple[Tensor, Tensor]:
-    """By the kernel; arguments that it does not take as they lie are copied."""
-    inputs = call.inputs
+    """By the kernel, but for the first steps: those whose windows see what lies beside the inputs, and as many more as
+    leave whole rows of the kernel's steps.  Arguments that it does not take as they lie are copied."""
+    inputs, steps = call.inputs, call.steps
     in_turn = call.window == 1 or inputs.stride(1) == inputs.shape[2]
     if not (in_turn and all(inputs.stride()) and has_descriptor(inputs)):
         inputs = inputs.clone(memory_format=torch.contiguous_format)
     initial = None if call.initial is None else call.initial.to(call.state_dtype)
     call = call._replace(weight=padded(call.weight, call.weight.shape[1]), initial=initial)
-    rows = _windows(inputs, call.window)
-    first = call.steps % cut.steps
+    more = (steps - call.apart) % cut.steps
+    first, seen = call.apart + more, more + call.window - 1  # the first steps, and what they see of the inputs
+    output = call.empty_output()
+    near, rest, start, remaining = inputs[:, :seen], inputs[:, more:], output[:, :first], output[:, first:]
     if call.reverse:
-        return first_apart(rows[:, call.steps - first :], rows[:, : call.steps - first], call, cut)
-    return first_apart(rows[:, :first], rows[:, first:], call, cut)
-
-
-def first_apart(first: Tensor, rest: Tensor, call: ProjectedArguments, cut: Cut) -> tuple[Tensor, Tensor]:
-    """The first steps by a product and a recurrence, and the rest, from their states on, by the kernel.
-
-    Args:
-        first: (B, steps, window I) what the map takes at the first steps, which with ``call.reverse`` are the last in
-            time.
-        rest: (B, steps, window I) at the others, as many as are whole rows of the kernel; they may overlap.
-        call: the other arguments.
-        cut: how the kernel is cut.
-    """
-    batch, count, _ = first.shape
-    output = call.empty_output(batch, count + rest.shape[1])
-    start, remaining = output[:, :count], output[:, count:]
-    if call.reverse:
-        remaining, start = output[:, : rest.shape[1]], output[:, rest.shape[1] :]
-    initial = call.initial
-    if count:
-        made = kernels.forward(call.joint(functional.linear(first, call.weight, call.bias), initial).separate)
+        near, rest = inputs[:, max(inputs.shape[1] - seen, 0) :], inputs[:, : inputs.shape[1] - more]
+        start, remaining = output[:, steps - first :], output[:, : steps - first]
+    if first:
+        made = _of_product(call, _windows(_joined(call, near), call.window))
         start.copy_(made.output)
         initial = made.final
+    rows = _windows(rest, call.window)
     final = projected_recurrence(
-        rest, call.weight, call.bias, call.order, initial, remaining, reverse=call.reverse, cut=cut
+        rows, call.weight, call.bias, call.order, initial, remaining, reverse=call.reverse, cut=cut
     )
     return output, final
 
 
+def _of_product(call: ProjectedArguments, rows: Tensor) -> Outputs:
+    """What the map's product with windows, and the recurrence from the first states on, make."""
+    return kernels.forward(call.joint(functional.linear(rows, call.weight, call.bias), call.initial).separate)
+
+
+def _joined(call: ProjectedArguments, inputs: Tensor) -> Tensor:
+    """Such steps and those beside them, one after another in memory."""
+    if call.beside is None or not call.apart:
+        return inputs.contiguous()
+    return torch.cat([inputs, call.beside] if call.reverse else [call.beside, inputs], 1)
+
+
 def _windows(inputs: Tensor, window: int) -> Tensor:
     """(B, T, window I) of inputs whose steps lie one after another if there is a window, as a view of overlapping
-    rows."""
+    rows; T is 0 where there are fewer steps than a window has."""
     if window == 1:
         return inputs
     batch, length, width = inputs.shape
-    return inputs.as_strided((batch, length - window + 1, window * width), (inputs.stride(0), width, 1))
+    return inputs.as_strided((batch, max(length - window + 1, 0), window * width), (inputs.stride(0), width, 1))

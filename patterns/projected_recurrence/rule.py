@@ -63,6 +63,7 @@ class ProjectedRecurrence:
         weight, bias = _operands(projection.linear, site, editor)
         arguments = ProjectedArguments(
             inputs=_inputs(site, editor),
+            beside=_beside(site, editor),
             weight=weight,
             bias=bias,
             initial=None if call.initial is None else editor.current(call.initial),  # type: ignore[arg-type]
@@ -81,7 +82,7 @@ class ProjectedRecurrence:
         made = example_of(linear.node)
         windows = None
         if not projection.views and projection.dims == (0, 1, 2):
-            windows = read_windows(linear.x)
+            windows = read_windows(linear.x, reverse=call.reverse)
         source = example_of(linear.x if windows is None else windows.source)
         examples = (made, source, example_of(linear.weight))
         sizes = {symbol: size for each in examples for symbol, size in compat.size_hints(each).items()}
@@ -164,8 +165,8 @@ def _why_slower(
         known = [int(at_sizes(compat.expression(size), sizes)) for size in _out_and_in(linear)]
         weight = given.new_empty(known, dtype=made.dtype)
     steps = int(at_sizes(compat.expression(_steps_of(call)), sizes))
-    window = 1 if windows is None else windows.window
-    return why_in_two(weight, projection.order, window, steps, tf32=tf32_allowed())
+    window, apart = (1, 0) if windows is None else (windows.window, windows.apart)
+    return why_in_two(weight, projection.order, window, steps - apart, tf32=tf32_allowed())
 
 
 def _out_and_in(linear: LinearLike) -> tuple[int | torch.SymInt, ...]:
@@ -192,7 +193,7 @@ def _is_time_first(site: ProjectedSite) -> bool:
 
 
 def _inputs(site: ProjectedSite, editor: Editor) -> Any:
-    """(B, T + window - 1, I) of what the linear takes."""
+    """(B, S, I) of what the linear takes."""
     projection = site.projection
     node = editor.current(projection.linear.x if site.windows is None else site.windows.source)
     for view in projection.views:
@@ -200,6 +201,18 @@ def _inputs(site: ProjectedSite, editor: Editor) -> Any:
     if projection.dims != (0, 1, 2):
         node = editor.call(torch.permute, node, projection.dims)
     return _cast(node, site, editor)
+
+
+def _beside(site: ProjectedSite, editor: Editor) -> Any:
+    """(B, K, I) of what the linear takes before those, or None."""
+    windows = site.windows
+    if windows is None or not windows.apart:
+        return None
+    if windows.beside is not None:
+        return _cast(editor.current(windows.beside), site, editor)
+    source = editor.current(windows.source)
+    sizes = (editor.size(source, 0), windows.apart, editor.size(source, 2))
+    return editor.method("new_zeros", source, sizes, dtype=site.dtype)
 
 
 def _operands(linear: LinearLike, site: ProjectedSite, editor: Editor) -> tuple[Any, Any]:

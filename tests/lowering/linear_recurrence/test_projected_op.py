@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,16 +19,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import structfly.lowering.linear_recurrence.flops  # noqa: F401  registers the formulas
 from structfly.errors import UnsupportedError
+from structfly.lowering.linear_recurrence import projected_steps
 from structfly.lowering.linear_recurrence.arguments import ProjectedArguments
 from structfly.lowering.linear_recurrence.projected import CUTS
 from structfly.lowering.linear_recurrence.projected_op import PROJECTED
-from structfly.lowering.linear_recurrence.projected_steps import in_one, why_in_two
+from structfly.lowering.linear_recurrence.projected_steps import in_one, in_two, why_in_two
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 from tests.lowering.block_products.test_products import DEVICE, roundings
 from tests.lowering.block_products.test_products import DTYPES as GENERATED
 from tests.lowering.linear_recurrence.cases import DTYPES, joined
 from tests.lowering.linear_recurrence.test_projected import SMALL
 from tests.oracle import FEW, assert_like_eager
+from tests.precision import matmul_precision
 
 ORDERS = ("zf", "fz", "zfo", "ofz", "zfi", "zfoi", "iozf")
 
@@ -39,6 +42,7 @@ def make_call(
     units: int = 8,
     *,
     window: int = 2,
+    apart: int | None = None,
     order: str = "zfo",
     dtype: torch.dtype = torch.float32,
     reverse: bool = False,
@@ -53,8 +57,10 @@ def make_call(
         return torch.randn(sizes, generator=generator, dtype=torch.float64)
 
     out, inner = len(order) * units, window * width
+    beside = 0 if apart is None else min(apart, steps + window - 1)
     return ProjectedArguments(
-        inputs=drawn(batch, steps + window - 1, width).to(device, dtype),
+        inputs=drawn(batch, steps + window - 1 - beside, width).to(device, dtype),
+        beside=None if apart is None else drawn(batch, beside, width).to(device, dtype),
         weight=(drawn(out, inner) / inner**0.5).to(device, dtype),
         bias=drawn(out).to(device, dtype) if bias else None,
         initial=drawn(batch, units).to(device, dtype if dtype == torch.float64 else torch.float32) if begun else None,
@@ -89,6 +95,7 @@ def calls(draw: st.DrawFn, /, dtypes: tuple[torch.dtype, ...], device: str = "cp
         width=draw(st.sampled_from((8, 24))),
         units=draw(st.sampled_from((8, 24))),
         window=draw(st.integers(1, 4)),
+        apart=draw(st.none() | st.integers(0, 5)),
         order=draw(st.sampled_from(ORDERS)),
         dtype=draw(st.sampled_from(dtypes)),
         reverse=draw(st.booleans()),
@@ -105,12 +112,16 @@ def check(call: ProjectedArguments, by: Callable[[ProjectedArguments], Any], all
         names = ProjectedArguments._fields[: len(tensors)]
         return joined(*by(call._replace(**dict(zip(names, tensors, strict=True)))))
 
-    def theirs(inputs: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None) -> Tensor:
+    def theirs(
+        inputs: Tensor, beside: Tensor | None, weight: Tensor, bias: Tensor | None, initial: Tensor | None
+    ) -> Tensor:
+        if beside is not None:
+            inputs = torch.cat([inputs, beside] if call.reverse else [beside, inputs], 1)
         rows = torch.cat([inputs[:, place : place + call.steps] for place in range(call.window)], -1)
         joint = call.joint(functional.linear(rows, weight, bias), initial)
         return joined(*linear_recurrence_reference(*joint.separate[:-1]))
 
-    assert_like_eager(mine, theirs, call[:4], call.inputs.dtype, roundings=allowed)
+    assert_like_eager(mine, theirs, call[:5], call.inputs.dtype, roundings=allowed)
 
 
 @settings(max_examples=60)
@@ -132,19 +143,44 @@ def test_so_is_the_kernel_wherever_its_inputs_lie(layout: str, window: int) -> N
     check(call, partial(in_one, cut=SMALL), roundings(torch.bfloat16))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_so_are_few_steps_beside_few_or_many(steps: int, reverse: bool) -> None:
+    for apart in range(steps + 4):
+        call = make_call(1, steps, window=4, apart=apart, dtype=torch.bfloat16, reverse=reverse, device=DEVICE)
+        for by in (partial(in_one, cut=SMALL), in_two):
+            check(call, by, roundings(torch.bfloat16))
+
+
+def test_steps_whose_windows_see_others_beside_are_none_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def why(weight: Tensor, order: str, window: int, steps: int, *, tf32: bool) -> str:
+        asked.append(steps)
+        return "on a CPU"
+
+    monkeypatch.setattr(projected_steps, "why_in_two", why)
+    PROJECTED(*make_call(steps=21, window=4, apart=3))
+    PROJECTED(*make_call(steps=21, window=4))
+    assert asked == [18, 21]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("order", "window", "steps"), [("zfo", 2, 300), ("fz", 1, 4096), ("zfoi", 3, 300)])
-def test_as_accurate_on_cuda(
-    dtype: torch.dtype, order: str, window: int, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    for reverse in (False, True):
-        call = make_call(2, steps, 64, 72, window=window, order=order, dtype=dtype, reverse=reverse, device="cuda")
-        check(call, lambda call: PROJECTED(*call), roundings(dtype) if dtype in GENERATED else FEW)
+def test_as_accurate_on_cuda(dtype: torch.dtype, order: str, window: int, steps: int) -> None:
+    allowed = roundings(dtype) if dtype in GENERATED else FEW
+    options: dict[str, Any] = {"window": window, "order": order, "dtype": dtype, "device": "cuda"}
+    with matmul_precision("tf32"):
+        for reverse, apart in product((False, True), (None, window - 1)):
+            call = make_call(2, steps, 64, 72, apart=apart, reverse=reverse, **options)
+            check(call, lambda call: PROJECTED(*call), allowed)
 
 
-@pytest.mark.parametrize("options", [{}, {"time_first": True, "dtype": torch.bfloat16}, {"window": 1, "bias": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"time_first": True, "dtype": torch.bfloat16}, {"window": 1, "bias": False}, {"apart": 1, "reverse": True}],
+)
 def test_opcheck(options: dict[str, Any]) -> None:
     assert set(opcheck(PROJECTED, tuple(make_call(**options))).values()) == {"SUCCESS"}
 

@@ -32,10 +32,15 @@ def own(fast: Rewritten) -> list[SiteReport]:
     return [site for site in fast.sites if site.rule == "projected_recurrence"]
 
 
+def calls_made(fast: Rewritten) -> list[ProjectedArguments]:
+    """Their arguments, nodes in the place of tensors."""
+    given: list[Any] = [node.args for node in fast.calls_of(PROJECTED)]
+    return [ProjectedArguments(*each) for each in given]
+
+
 def call_of(fast: Rewritten) -> ProjectedArguments:
-    (node,) = fast.calls_of(PROJECTED)
-    given: Any = node.args
-    return ProjectedArguments(*given)
+    (call,) = calls_made(fast)
+    return call
 
 
 def without_gradients(function: Callable[..., Any], *given: Any) -> Any:

@@ -70,6 +70,14 @@ def test_what_would_not_be_faster_is_kept(case: str) -> None:
     assert not fast.calls_of(PROJECTED)
 
 
+@generated
+@pytest.mark.parametrize(("steps", "status"), [(17, "kept"), (18, "rewritten")])
+def test_steps_that_see_others_beside_are_none_of_the_kernel(steps: int, status: str) -> None:
+    fast = Rewritten(QRNN(8, 8, window=3, dtype=torch.bfloat16), {"strict": True})
+    without_gradients(fast, torch.randn(BATCH, steps, 8).bfloat16())
+    assert [site.status for site in own(fast)] == [status], own(fast)
+
+
 def test_on_a_cpu_it_is_kept() -> None:
     fast = Rewritten(QRNN(8, 8, dtype=torch.bfloat16), {"strict": True})
     without_gradients(fast, torch.randn(BATCH, 200, 8).bfloat16())
