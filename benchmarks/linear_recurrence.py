@@ -9,8 +9,8 @@
     error      relative Frobenius error against the loop in float64, with usual gates, with gates between 0.999 and 1,
                and with gates that are 0 or 1
     growth     from 2^14 to 2^22 steps
-    layer      a QRNN layer with fo-pooling and a window of two, over its product alone and the copy of what its
-               recurrence moves
+    layer      a QRNN layer with fo-pooling and a window of two, as it is and compiled, over its product alone and the
+               copy of what its recurrence moves
 
 On a GPU all of it, unless --parts says otherwise.  What a provider cannot do, or for which --seconds leaves no time, is
 left out, with the reason.
@@ -39,6 +39,7 @@ from benchmarks.recurrence_providers import OURS, PROVIDERS
 from structfly import measure
 
 KERNEL = "linear_recurrence"
+COMPILED = "structfly, compiled"
 COPY = "copy"
 PRODUCT = "product alone"
 PARTS = ("layer", "errors", "growth", "table")
@@ -106,7 +107,7 @@ class Bench:
             try:
                 call()
             except Exception as error:  # a peer's failure is a result
-                if who in (OURS, COPY, PRODUCT):
+                if who in (OURS, COMPILED, COPY, PRODUCT):
                     raise
                 self.leave_out(who, mode, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
             else:
@@ -205,8 +206,10 @@ def layer(bench: Bench) -> None:
     shape = LONG if bench.device == "cuda" else (1, 1024, 32)
     for training in (False, True):
         case = Layer(shape, "bfloat16", bench.device, training)
-        times = bench.times(case.mode, {PRODUCT: case.product(), COPY: case.copy(), OURS: case.call()})
-        bench.value(times[OURS] / (times[PRODUCT] + times[COPY]), OURS, case.mode, "x_bound")
+        ours = {OURS: case.call(compiled=False), COMPILED: case.call(compiled=True)}
+        times = bench.times(case.mode, {PRODUCT: case.product(), COPY: case.copy(), **ours})
+        for who in ours:
+            bench.value(times[who] / (times[PRODUCT] + times[COPY]), who, case.mode, "x_bound")
 
 
 def warm(problem: tuple[tuple[int, int, int], str], who: str, device: str = "cuda") -> None:
@@ -237,8 +240,8 @@ def misses(rows: Sequence[Row], device: str) -> list[str]:
         where, bar = BARS.get((row.mode, row.metric), ("", 0.0))
         if row.metric == "backward_extra_of_states":
             where, bar = "cuda", MOST_MEMORY
-        if row.provider == OURS and where == device and row.p50 > bar:
-            found.append(f"{row.mode}: {row.metric} is {row.p50:.3f}, must be at most {bar:.3g}")
+        if row.provider in (OURS, COMPILED) and where == device and row.p50 > bar:
+            found.append(f"{row.mode}, {row.provider}: {row.metric} is {row.p50:.3f}, must be at most {bar:.3g}")
     errors = {(row.provider, row.mode, row.metric): row.p50 for row in rows if row.metric.startswith("error_")}
     for (who, mode, metric), error in errors.items():
         theirs = errors.get(("loop", mode, metric))

@@ -28,19 +28,20 @@ class Layer:
         sizes = "x".join(map(str, self.shape))
         return f"QRNN fo, window 2, {sizes} {self.dtype}, {PASSES[self.training]}"
 
-    def call(self) -> Callable[[], object]:
-        """The layer; in training with the gradients of its input and parameters."""
+    def call(self, *, compiled: bool) -> Callable[[], object]:
+        """The layer, as it is or compiled by structfly; in training with the gradients of its input and parameters."""
         torch.manual_seed(0)
         dtype = getattr(torch, self.dtype)
         width = self.shape[2]
         layer = QRNN(width, width, pooling="fo", window=2, device=self.device, dtype=dtype)
+        forward = torch.compile(layer, backend="structfly", fullgraph=True, dynamic=False) if compiled else layer
         x = torch.randn(*self.shape, device=self.device, dtype=dtype).requires_grad_()
         upstream = torch.randn_like(x)
         leaves = [x, *layer.parameters()]
 
         def run() -> Sequence[Tensor]:
             with torch.set_grad_enabled(self.training):
-                output, _ = layer(x)
+                output, _ = forward(x)
             return torch.autograd.grad(output, leaves, upstream) if self.training else (output,)
 
         return run

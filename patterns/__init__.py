@@ -20,6 +20,7 @@ from structfly.patterns.linear_recurrence import CumulativeRecurrence, LinearRec
 from structfly.patterns.masked_linear import MaskedLinear
 from structfly.patterns.merged_linear import MergedLinear
 from structfly.patterns.merged_linear.rule import Times as OpTimes
+from structfly.patterns.projected_recurrence import ProjectedRecurrence
 from structfly.rewriter.rule import Rule
 
 DEFAULT_RULES: tuple[Rule[Any], ...] = (
@@ -30,7 +31,7 @@ DEFAULT_RULES: tuple[Rule[Any], ...] = (
     MaskedLinear(),
     BatchedChain(),
 )
-LATER_RULES: tuple[Rule[Any], ...] = (LayerEpilogue(),)
+LATER_RULES: tuple[Rule[Any], ...] = (LayerEpilogue(), ProjectedRecurrence())
 """Those that read what the others wrote."""
 RULE_NAMES = (
     *(rule.name for rule in (*DEFAULT_RULES, *LATER_RULES)),
@@ -78,6 +79,7 @@ __all__ = [
     "LinearRecurrence",
     "MaskedLinear",
     "MergedLinear",
+    "ProjectedRecurrence",
     "RestructuredLinear",
     "rules_under",
 ]

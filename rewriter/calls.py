@@ -138,6 +138,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "expand": (("input", "*sizes"), (), ("expand",)),
     "expand_as": (_BINARY, (), ("expand_as",)),
     "flip": (("input", "*dims"), (torch.flip,), ("flip",)),
+    "unfold": (("input", "dimension", "size", "step"), (), ("unfold",)),
     "roll": (("input", "shifts", "dims"), (torch.roll,), ("roll",)),
     "repeat_interleave": (
         ("input", "repeats", "dim"),

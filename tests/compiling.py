@@ -53,6 +53,10 @@ class Rewritten:
     def statuses(self) -> list[str]:
         return [site.status for site in self.sites]
 
+    def statuses_of(self, rule: str) -> list[str]:
+        """Those of one rule's sites."""
+        return [site.status for site in self.sites if site.rule == rule]
+
     @property
     def arguments(self) -> list[Arguments]:
         """The arguments of these calls, tensors as nodes."""

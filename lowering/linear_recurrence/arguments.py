@@ -151,6 +151,72 @@ class JointArguments(NamedTuple):
         return {LETTERS[letter]: joint.narrow(2, at * width, width) for at, letter in enumerate(self.order)}
 
 
+PROJECTED_NAME = "structfly::projected_linear_recurrence_v1"
+PROJECTED_ARGUMENTS = (
+    "Tensor inputs, Tensor? beside, Tensor weight, Tensor? bias, Tensor? initial, str order, int window, bool reverse, "
+    "bool time_first"
+)
+PROJECTED_RESULTS = "Tensor output, Tensor final"
+
+
+class ProjectedArguments(NamedTuple):
+    """The arguments where a linear map makes gates and input, as in a quasi-recurrent layer.
+
+    ``inputs`` (B, S, I), and ``beside`` (B, K, I) the steps before them, with ``reverse`` those after them: of all
+    these, S + K = T + window - 1, what the map takes at step t are the steps t, ..., t + window - 1, one after another.
+    ``weight`` (D times the letters, window I) in their dtype, ``bias`` (D times the letters,), and ``order`` as in
+    :class:`JointArguments`.  Gates are sigmoids and z is a tanh; without "i" w is 1 - f.  With ``time_first`` h lies in
+    memory as (T, B, D) does.
+    """
+
+    inputs: Tensor
+    beside: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    initial: Tensor | None
+    order: str
+    window: int
+    reverse: bool
+    time_first: bool
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.inputs.shape[1] + self._beside - self.window + 1
+
+    @property
+    def apart(self) -> int:
+        """Steps whose windows see what lies beside the inputs."""
+        return min(self._beside, self.steps)
+
+    @property
+    def _beside(self) -> int:
+        return 0 if self.beside is None else self.beside.shape[1]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.weight.shape[0] // len(self.order)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """As of :class:`Arguments`."""
+        return torch.float64 if self.inputs.dtype == torch.float64 else torch.float32
+
+    def empty_output(self) -> Tensor:
+        """Where h goes."""
+        batch = self.inputs.shape[0]
+        if self.time_first:
+            return self.inputs.new_empty(self.steps, batch, self.width).transpose(0, 1)
+        return self.inputs.new_empty(batch, self.steps, self.width)
+
+    def joint(self, projected: Tensor, initial: Tensor | None) -> JointArguments:
+        """The recurrence of what the map made of some steps, from such states on."""
+        return JointArguments(
+            projected, self.order, initial, None, None, "i" not in self.order, True, True, self.reverse, False
+        )
+
+
 def lowering_of(input: Tensor) -> str:
     """Which lowering a call takes."""
     return "triton" if input.is_cuda and input.dtype != torch.float64 else "aten"

@@ -13,7 +13,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from structfly.lowering.linear_recurrence import op as _op  # noqa: F401  defines the ops
-from structfly.lowering.linear_recurrence.arguments import UPSTREAM, Arguments, JointArguments
+from structfly.lowering.linear_recurrence import projected_op as _projected_op  # noqa: F401
+from structfly.lowering.linear_recurrence.arguments import UPSTREAM, Arguments, JointArguments, ProjectedArguments
 
 _BESIDE = UPSTREAM.count(",") + 1  # what the backward takes before the op's arguments
 
@@ -26,6 +27,15 @@ def _forward_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
 @register_flop_formula(torch.ops.structfly.joint_linear_recurrence_v1, get_raw=True)
 def _joint_forward_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
     return _forward(JointArguments(*arguments).separate)
+
+
+@register_flop_formula(torch.ops.structfly.projected_linear_recurrence_v1, get_raw=True)
+def _projected_flops(*arguments: Any, out_val: Any = None, **_: Any) -> int:
+    """Those of the map, and of the recurrence of what it makes."""
+    call = ProjectedArguments(*arguments)
+    batch, (out, inner) = call.inputs.shape[0], call.weight.shape
+    made = call.inputs.new_empty(batch, call.steps, out, device="meta")
+    return 2 * batch * call.steps * out * inner + _forward(call.joint(made, None).separate)
 
 
 @register_flop_formula(torch.ops.structfly.linear_recurrence_backward_v1, get_raw=True)

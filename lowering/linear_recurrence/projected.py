@@ -57,9 +57,14 @@ CUTS = {"zf": Cut(stages=3), "zfo": Cut()}
 most: so "zfoi" is none of these."""
 
 
+def letters_of(order: str) -> str:
+    """Its letters as :data:`CUTS` has them: in which order a weight makes them is all the same."""
+    return "".join(sorted(order, key="zfoi".index))
+
+
 def fastest_cut(order: str, dtype: torch.dtype) -> Cut:
-    """That of an order of :data:`CUTS`; 128 bytes of an operand's row are loaded at a time."""
-    return CUTS[order]._replace(inner=128 // dtype.itemsize)
+    """That of letters in :data:`CUTS`, in any order; 128 bytes of an operand's row are loaded at a time."""
+    return CUTS[letters_of(order)]._replace(inner=128 // dtype.itemsize)
 
 
 def projected_recurrence(

@@ -34,6 +34,22 @@ class Joint(NamedTuple):
     order: str
 
 
+class Whole(NamedTuple):
+    """A tensor of which sequences are all slices, with nothing beside them.
+
+    Attributes:
+        tensor: the tensor, of three dimensions.
+        order: what lies in it, by the letters of the op's ``order``.
+        dims: which of its dimensions are batch, steps and channels.
+        views: between it and the sequences, these among them.
+    """
+
+    tensor: fx.Node
+    order: str
+    dims: tuple[int, ...]
+    views: tuple[fx.Node, ...]
+
+
 def joint_of(sequences: Mapping[str, fx.Node], own: Collection[fx.Node], editor: Editor) -> Joint | None:
     """The tensor that ``sequences`` are all slices of, and all of which they are, or None.
 
@@ -42,23 +58,30 @@ def joint_of(sequences: Mapping[str, fx.Node], own: Collection[fx.Node], editor:
         own: nodes that the rewrite makes superfluous.
         editor: writes a view of the tensor where its dimensions have another order, and erases those of slices.
     """
-    views = {letter: list(_above(node)) for letter, node in sequences.items()}
-    for node in views["z"]:
-        if any(node not in each for each in views.values()):
+    goals, dead = set(sequences.values()), frozenset(own)
+    for node, order, dims, views in wholes_of(sequences):
+        if any(other_readers(node, goals, dead)):
             continue
-        between = [view for each in views.values() for view in each[: each.index(node)]]
-        arranged = _arrangement(node, sequences)
-        if arranged is None or not _is_only_for(node, set(sequences.values()), frozenset(own)):
-            continue
-        if _undifferentiated(node.graph).intersection(between):
+        if _undifferentiated(node.graph).intersection(views):
             return None
-        order, dims = arranged
-        editor.erase(between)
+        editor.erase(views)
         return Joint(node if dims == (0, 1, 2) else editor.call(torch.permute, node, dims), order)
     return None
 
 
-def _above(node: fx.Node) -> Iterator[fx.Node]:
+def wholes_of(sequences: Mapping[str, fx.Node]) -> Iterator[Whole]:
+    """The tensors of which ``sequences``, by letter, are all slices side by side, the nearest first."""
+    views = {letter: list(views_above(node)) for letter, node in sequences.items()}
+    for node in views["z"]:
+        if any(node not in each for each in views.values()):
+            continue
+        arranged = _arrangement(node, sequences)
+        if arranged is not None:
+            between = (view for each in views.values() for view in each[: each.index(node)])
+            yield Whole(node, *arranged, tuple(dict.fromkeys(between)))
+
+
+def views_above(node: fx.Node) -> Iterator[fx.Node]:
     """A view, and what it is a view of, one after another."""
     source: object = node
     while isinstance(source, fx.Node):
@@ -73,14 +96,16 @@ def _above(node: fx.Node) -> Iterator[fx.Node]:
             source = call["input"]
 
 
-def _is_only_for(node: fx.Node, goals: Collection[fx.Node], own: Collection[fx.Node]) -> bool:
-    """Whether a tensor is used by ``goals`` alone, perhaps through views, and by what nobody uses but ``own`` nodes."""
+def other_readers(node: fx.Node, goals: Collection[fx.Node], own: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """What reads a tensor, perhaps through views, besides ``goals`` and what nobody uses but ``own`` nodes."""
     for user in node.users:
-        if user not in goals and not _is_dead(user, own):
-            call = read(user)
-            if call is None or call.op not in _VIEWS or not _is_only_for(user, goals, own):
-                return False
-    return True
+        if user in goals or _is_dead(user, own):
+            continue
+        call = read(user)
+        if call is None or call.op not in _VIEWS:
+            yield user
+        else:
+            yield from other_readers(user, goals, own)
 
 
 def _undifferentiated(graph: fx.Graph) -> frozenset[fx.Node]:

@@ -134,16 +134,31 @@ def _broadcast(tensors: list[fx.Node], site: Recurrence, editor: Editor) -> tupl
     covered = all(any(shape[dim + 1] == size for shape in shapes) for dim, size in enumerate(full))
     joined = list(tensors)
     begins = not site.zeros or (isinstance(initial, fx.Node) and not covered)
+    first = None
     if begins:
         initial = editor.current(initial) if isinstance(initial, fx.Node) else initial
-        joined.append(_timed(Lifted(initial, False), site, editor))
-    if begins or len(set(shapes)) > 1 or shapes[0][1:] != full:
+        first = _timed(Lifted(initial, False), site, editor)
+    if first is not None and not covered:
+        joined.append(first)
+    if len(set(shapes)) > 1 or shapes[0][1:] != full or len(joined) > len(tensors):
         broadcast = editor.call(torch.broadcast_tensors, *joined)
         joined = [editor.getitem(broadcast, place) for place in range(len(joined))]
     if site.autocast or joined[1].meta["example_value"].dtype != site.like.dtype:
         joined[1] = editor.method("to", joined[1], site.like.dtype)
-    state = editor.call(torch.select, joined[-1], 0, 0) if begins else None
-    return joined[: len(tensors)], state
+    if first is None:
+        return joined, None
+    # Where sequences cover them, states need nothing of those, which may not be there in the end.
+    first = _expanded(first, joined[1], editor) if covered else joined.pop()
+    return joined, editor.call(torch.select, first, 0, 0)
+
+
+def _expanded(first: fx.Node, like: fx.Node, editor: Editor) -> fx.Node:
+    """A state with time before it, (1, *some of its dimensions), as large as those of ``like``."""
+    mine, theirs = (tuple(map(expression, each.meta["example_value"].shape[1:])) for each in (first, like))
+    if mine == theirs:
+        return first
+    sizes = [editor.size(like, dim + 1) for dim in range(len(theirs))]
+    return editor.method("expand", first, 1, *sizes)
 
 
 def _sequence(node: fx.Node, rank: int, editor: Editor) -> fx.Node:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from structfly.errors import ArgumentError
+from structfly.lowering.linear_recurrence.arguments import ProjectedArguments
 from structfly.lowering.linear_recurrence.projected import fastest_cut
+from structfly.lowering.linear_recurrence.projected_steps import in_one
 from structfly.nn.window_product import projected
-from structfly.nn.window_recurrence import why_in_two, window_recurrence
+from structfly.nn.window_recurrence import why_in_two
 from structfly.ops.joint_recurrence import joint_linear_recurrence
 from structfly.ops.recurrence import linear_recurrence
 
@@ -126,8 +128,8 @@ class QRNN(nn.Module):
             else:
                 weight: Any = projection.weight
                 bias: Any = projection.bias
-                cut = fastest_cut(order, input.dtype)
-                output, cell = window_recurrence(input, beside, weight, bias, order, cell, reverse=reverse, cut=cut)
+                call = ProjectedArguments(input, beside, weight, bias, cell, order, self.window, reverse, False)
+                output, cell = in_one(call, fastest_cut(order, input.dtype))
             outputs.append(output)
             cells.append(cell)
             lasts.append(_last(input, beside, reverse=reverse))

@@ -36,11 +36,14 @@ def why_written(projection: nn.Module, input: Tensor, beside: Tensor) -> str:
     """Why windows are written, or ""."""
     if not beside.shape[1]:
         return "a window of one step is the step"
-    return why_not_taken(projection, input, beside)
+    if why := why_not_taken(projection, input, beside):
+        return why
+    weight: Any = projection.weight
+    return why_no_products(weight, (input.shape[2], weight.shape[0]), tf32_allowed())
 
 
 def why_not_taken(projection: nn.Module, input: Tensor, beside: Tensor) -> str:
-    """Why no product takes windows from the input, or ""."""
+    """Why no product takes windows from the input, whatever it is made by, or ""."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(input.device.type) or sees_operations():
         return "compilers, transforms, modes and autocast take the layer's own operations"
     if type(projection) is not nn.Linear or any(getattr(projection, hooks) for hooks in _HOOKS):
@@ -52,7 +55,7 @@ def why_not_taken(projection: nn.Module, input: Tensor, beside: Tensor) -> str:
         return f"the input or the weight does not begin at a multiple of {ALIGNED} bytes"
     if not (weight.is_contiguous() and weight.dtype == input.dtype == beside.dtype):
         return "the weight is not contiguous, or the dtypes differ"
-    return why_no_products(weight, (input.shape[2], weight.shape[0]), tf32_allowed())
+    return ""
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from structfly.ops.recurrence import is_learned
+
 
 def windows(input: Tensor, beside: Tensor, *, reverse: bool) -> Tensor:
     """The steps that windows end with, or with ``reverse`` begin with, the earliest first.
 
     Written at once: a concatenation of the steps beside the input with it, and of what each place of a window sees,
-    would move the input twice more.
+    would move the input twice more.  Compilers are shown the concatenation where no gradient is asked for: on GPUs
+    Inductor copies windows from what is concatenated, and structfly's rule finds them by it.
 
     Args:
         input: (B, T, I).
@@ -25,6 +28,9 @@ def windows(input: Tensor, beside: Tensor, *, reverse: bool) -> Tensor:
     """
     if not beside.shape[1]:
         return input
+    if torch.compiler.is_compiling() and not is_learned(input, beside) and input.shape[1]:
+        seen = torch.cat([input, beside] if reverse else [beside, input], 1)
+        return seen.unfold(1, beside.shape[1] + 1, 1).transpose(2, 3).flatten(2)
     made: Tensor = _Windows.apply(input, beside, reverse)  # type: ignore[no-untyped-call]
     return made
 

@@ -107,7 +107,7 @@ def test_a_layer(name: str, dtype: torch.dtype) -> None:
     arguments = [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     fast = Rewritten(function)
     assert_like_eager(fast, function, arguments, dtype, roundings=32)
-    assert fast.statuses == ["rewritten"], fast.sites
+    assert fast.statuses_of("linear_recurrence") == ["rewritten"], fast.sites
     (call,) = calls(fast)
     assert Flags(call.complement, call.sigmoid, call.tanh, call.input_gate is not None) == flags
 

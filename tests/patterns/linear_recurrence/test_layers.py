@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from structfly.lowering.linear_recurrence.arguments import JointArguments
-from tests.compiling import Rewritten
+from tests.compiling import ALWAYS, Rewritten
 from tests.dispatched import Dispatched
 from tests.oracle import assert_like_eager
 from tests.patterns.linear_recurrence.programs import calls
@@ -101,7 +101,7 @@ def test_a_layer_is_taken_whole(letters: list[str], split: str, dtype: torch.dty
     layer = Layer("".join(letters), split, **options)
     fast = Rewritten(layer, then="aot_eager")
     assert_like_eager(fast, layer, arguments(len(letters), dtype), dtype, roundings=32)
-    assert fast.statuses == ["rewritten"], fast.sites
+    assert fast.statuses_of("linear_recurrence") == ["rewritten"], fast.sites
     call = joint_call(fast)
     assert call.order == layer.order
     assert (call.sigmoid, call.tanh, call.complement) == (True, True, "i" not in layer.order)
@@ -135,7 +135,7 @@ def test_a_projection_that_long_loops_share_is_taken_apart() -> None:
     x, w, b = arguments(2)
     x = torch.randn(1, 300, INPUTS)
     torch.testing.assert_close(fast(x, w, b), both_directions(x, w, b))
-    assert fast.statuses == ["rewritten", "rewritten"], fast.sites
+    assert fast.statuses_of("linear_recurrence") == ["rewritten", "rewritten"], fast.sites
     assert len(fast.calls_of(OP)) == 2
 
 
@@ -151,7 +151,7 @@ def test_its_backward_joins_nothing(order: str) -> None:
 
 def test_without_gradients_slices_are_as_good() -> None:
     layer = Layer("zfo")
-    fast = Rewritten(layer)
+    fast = Rewritten(layer, {**ALWAYS, "rules": {"projected_recurrence": False}})
     with torch.no_grad():
         torch.testing.assert_close(fast(*arguments(3)), layer(*arguments(3)))
     assert not fast.calls_of(JOINT_OP)
@@ -363,7 +363,7 @@ def test_output_gates_of_states_that_are_otherwise_unseen_are_the_ops(
 
     fast = Rewritten(layer)
     assert_like_eager(fast, layer, arguments(4), roundings=32)
-    assert fast.statuses == ["rewritten"], fast.sites
+    assert fast.statuses_of("linear_recurrence") == ["rewritten"], fast.sites
     assert [each.output_gate is not None for each in calls(fast)] == [taken]
     (graph,) = fast.graphs
     assert sum(node.target is operator.mul for node in graph.graph.nodes) < STEPS  # no step is left

@@ -222,7 +222,7 @@ def test_a_model(model: Callable[..., Tensor], loops: int, then: str) -> None:
     arguments = drawn((3, STEPS, 4), (8, 4), (8, 4))
     fast = Rewritten(model, then=then)
     assert_like_eager(fast, model, arguments, roundings=32)
-    assert fast.statuses == ["rewritten"] * loops, fast.sites
+    assert fast.statuses_of("linear_recurrence") == ["rewritten"] * loops, fast.sites
     assert len(calls(fast)) == loops
 
 
