@@ -137,6 +137,7 @@ _TABLE: dict[str, tuple[tuple[str, ...], tuple[Callable[..., Any], ...], tuple[s
     "numel": (("input",), (torch.numel,), ("numel", "nelement")),
     "expand": (("input", "*sizes"), (), ("expand",)),
     "expand_as": (_BINARY, (), ("expand_as",)),
+    "repeat": (("input", "*repeats"), (), ("repeat",)),
     "flip": (("input", "*dims"), (torch.flip,), ("flip",)),
     "unfold": (("input", "dimension", "size", "step"), (), ("unfold",)),
     "roll": (("input", "shifts", "dims"), (torch.roll,), ("roll",)),

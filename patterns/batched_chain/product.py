@@ -13,9 +13,6 @@ from structfly.rewriter.region import example
 
 Entries = tuple[tuple[fx.Node, ...], ...]
 
-ONE = "one "
-"""How labels begin of dimensions of size 1, along which the other operand is broadcast."""
-
 
 @dataclass(frozen=True)
 class Product:

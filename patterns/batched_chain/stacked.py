@@ -11,8 +11,9 @@ from typing import NamedTuple
 from torch import fx
 
 from structfly.patterns.batched_chain.axes import sizes_of
-from structfly.patterns.batched_chain.product import ONE, Product
+from structfly.patterns.batched_chain.product import Product
 from structfly.rewriter.calls import Call, read
+from structfly.rewriter.labelled import ONE
 from structfly.rewriter.region import example
 from structfly.rewriter.writes import written
 

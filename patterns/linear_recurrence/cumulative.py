@@ -8,41 +8,33 @@ With F_t = f_1 ... f_t the states are h_t = F_t (b_1 / F_1 + ... + b_t / F_t), w
 
 The first two divide by F, which is 0 as soon as the product is below the smallest number: their states are inf or nan
 from there on.  The third is inf - inf where a gate is 0, and its sums of logarithms lose digits as they grow.  The op
-has states there, which is another function: the rule is off unless it is switched on.
+has states there, which is another function: the rule is off unless it is switched on.  So it is with products with the
+matrix of quotients F_t / F_s, or of exp(A_t - A_s): see ``segment_sums``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import fx
 
 from structfly.config import SiteSettings
-from structfly.patterns.linear_recurrence.expressions import Expression, Operation, neg
+from structfly.patterns.linear_recurrence.gates import cumulated, exponential, exponential_of
 from structfly.patterns.linear_recurrence.menu import cumulative, recurrence_menu
-from structfly.patterns.linear_recurrence.whole import WholeSite, rewrite_whole, whole_site
+from structfly.patterns.linear_recurrence.segment_sums import read_segment_sums
+from structfly.patterns.linear_recurrence.whole import Source, WholeSite, rewrite_whole, whole_site
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.calls import Call, read
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import Region, example
-
-_Made = tuple[fx.Node, Callable[[Expression], Expression]]
-
-
-class _Scan(NamedTuple):
-    """A cumulative operation of a tensor along a dimension."""
-
-    node: fx.Node
-    source: fx.Node
-    dim: int
+from structfly.rewriter.region import Region
 
 
 class _Form(NamedTuple):
     """Gate and input as what is made of two tensors, and the nodes that make the states of them now."""
 
-    gate: _Made
-    input: _Made
+    gate: Source
+    input: Source
     dim: int
     nodes: tuple[fx.Node, ...]
 
@@ -67,34 +59,35 @@ class CumulativeRecurrence:
             if form is not None:
                 nodes = frozenset((*form.nodes, call.node))
                 yield whole_site(call.node, form.gate, form.input, form.dim, nodes, cumulative, region, self.name)
+        yield from read_segment_sums(region, self.name, exact=False)
 
 
 def _of_products(call: Call) -> _Form | None:
     """F * cumsum(b / F)."""
     for product, sums in _both(call):
-        summed = _scan(sums, "cumsum")
+        summed = cumulated(sums, "cumsum")
         gate = _gate_of(product)
         if summed is None or gate is None or gate.dim != summed.dim:
             continue
         divided = _divided(summed.source, product)
         if divided is not None:
             term, nodes = divided
-            return gate._replace(input=(term, _itself), nodes=(*gate.nodes, *nodes, sums, summed.source))
+            return gate._replace(input=Source(term), nodes=(*gate.nodes, *nodes, sums, summed.source))
     return None
 
 
 def _gate_of(product: fx.Node) -> _Form | None:
     """The gates of a cumulative product, or of the exponential of a cumulative sum; its input is not known yet."""
-    made = _scan(product, "cumprod")
+    made = cumulated(product, "cumprod")
     if made is not None:
-        return _Form((made.source, _itself), (made.source, _itself), made.dim, (product,))
+        return _Form(Source(made.source), Source(made.source), made.dim, (product,))
     call = read(product)
     if call is None or call.op != "exp":
         return None
-    sums = _scan(call["input"], "cumsum")
+    sums = cumulated(call["input"], "cumsum")
     if sums is None:
         return None
-    gate = _exponential_of(sums.source)
+    gate = exponential_of(sums.source)
     return _Form(gate, gate, sums.dim, (product, sums.node))
 
 
@@ -145,7 +138,7 @@ def _of_logarithms(call: Call) -> _Form | None:
     if total is None or total.op != "add" or total.get("alpha", 1) != 1:
         return None
     for sums, logarithms in _both(total):
-        gates, states = _scan(sums, "cumsum"), _scan(logarithms, "logcumsumexp")
+        gates, states = cumulated(sums, "cumsum"), cumulated(logarithms, "logcumsumexp")
         difference = None if states is None else read(states.source)
         if gates is None or states is None or difference is None or gates.dim != states.dim:
             continue
@@ -157,35 +150,8 @@ def _of_logarithms(call: Call) -> _Form | None:
             and isinstance(term, fx.Node)
         ):
             nodes = (total.node, sums, logarithms, difference.node)
-            return _Form(_exponential_of(gates.source), (term, _exponential), gates.dim, nodes)
+            return _Form(exponential_of(gates.source), Source(term, exponential), gates.dim, nodes)
     return None
-
-
-def _scan(node: object, op: str) -> _Scan | None:
-    call = read(node)
-    if call is None or call.op != op or call.get("dtype") is not None or not isinstance(call["dim"], int):
-        return None
-    tensor = example(call["input"])
-    return None if tensor is None else _Scan(call.node, call["input"], call["dim"] % tensor.ndim)
-
-
-def _exponential_of(logarithm: fx.Node) -> _Made:
-    """exp(l), which is a sigmoid where l is the logarithm of one."""
-    call = read(logarithm)
-    if call is not None and call.op == "logsigmoid":
-        return call["input"], lambda value: Operation("sigmoid", (("input", value),))
-    inner = read(call["input"]) if call is not None and call.op == "neg" else None
-    if inner is not None and inner.op == "softplus" and inner.get("beta", 1) == 1 and inner.get("threshold", 20) >= 20:
-        return inner["input"], lambda value: Operation("sigmoid", (("input", neg(value)),))
-    return logarithm, _exponential
-
-
-def _exponential(value: Expression) -> Expression:
-    return Operation("exp", (("input", value),))
-
-
-def _itself(value: Expression) -> Expression:
-    return value
 
 
 def _both(call: Call) -> list[tuple[fx.Node, fx.Node]]:

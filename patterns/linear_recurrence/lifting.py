@@ -79,7 +79,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 _METHODS = ("to", "float", "half", "bfloat16", "double", "type_as", "contiguous")
 _PRODUCTS = ("linear", "matmul")
-_DIMENSIONS = ("chunk", "split", "unbind", "unsqueeze", "squeeze", "cat", "stack")
+_DIMENSIONS = ("chunk", "split", "unbind", "unsqueeze", "squeeze", "permute", "cat", "stack")
 
 
 def why_not_lifted(value: Expression) -> tuple[fx.Node, str] | None:
@@ -228,6 +228,9 @@ class Lifting:
                 return editor.getitem(arguments["input"], index)
             index = index if isinstance(index, tuple) else (index,)
             return editor.call(operator.getitem, arguments["input"], (slice(None), *index) if timed else index)
+        if op == "permute":
+            dims = [dim % self(value["input"]).rank for dim in arguments["dims"]]
+            return editor.call(torch.permute, arguments["input"], (0, *(dim + 1 for dim in dims)) if timed else dims)
         dim = arguments.get("dim", 0)
         dim = dim + 1 if timed and dim >= 0 else dim
         if op in ("cat", "stack"):

@@ -6,6 +6,8 @@ state and gradients of output, gate and input.
 
 from __future__ import annotations
 
+import sympy
+
 from structfly.patterns.linear_recurrence.expressions import Operation
 from structfly.patterns.linear_recurrence.recurrence import Recurrence
 from structfly.patterns.linear_recurrence.site import RecurrenceSite
@@ -64,6 +66,16 @@ def cumulative(recurrence: Recurrence, steps: int) -> tuple[Stage, ...]:
     channel and write three; the backward has as many scans again, and moves twice as much."""
     moved = 8 * _moved(recurrence, steps)
     return tuple(Stage(0, count * moved, 3) for count in ((1, 2) if recurrence.gradient else (1,)))
+
+
+def multiplied(recurrence: Recurrence, steps: int, *, weights: Expression) -> tuple[Stage, ...]:
+    """The kernels of a product with the matrix of all gates' products, of so many numbers: one makes it, and one takes
+    it; the backward is four times as much."""
+    dtype = recurrence.like.dtype
+    made = Stage(0, weights * dtype.itemsize)
+    moved = weights * dtype.itemsize + 2 * _moved(recurrence, steps)
+    product = Stage(2 * recurrence.numbers * steps**2, moved, dtype=dtype, rows=sympy.Min(steps, recurrence.numbers))
+    return (made, product) * (5 if recurrence.gradient else 1)
 
 
 def _passes(recurrence: Recurrence, steps: Expression, kernels: Expression) -> tuple[Stage, ...]:

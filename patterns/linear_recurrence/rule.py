@@ -22,6 +22,7 @@ from structfly.patterns.linear_recurrence.recurrence import DTYPES, Recurrence
 from structfly.patterns.linear_recurrence.rewrite import rewrite_loop
 from structfly.patterns.linear_recurrence.scan_rewrite import rewrite_scan
 from structfly.patterns.linear_recurrence.scans import KINDS, ScanSite, read_scan
+from structfly.patterns.linear_recurrence.segment_sums import read_segment_sums
 from structfly.patterns.linear_recurrence.site import LoopSite, RecurrenceSite
 from structfly.patterns.linear_recurrence.steps import Loop, Unlike, read_way
 from structfly.patterns.linear_recurrence.trees import read_trees
@@ -42,6 +43,7 @@ class LinearRecurrence:
             read_scan(node, region, self.name) for node in region.graph.nodes if subgraph_kind(node) in KINDS
         ]
         results.extend(read_trees(region, self.name))
+        results.extend(read_segment_sums(region, self.name, exact=True))
         sliced = SlicedNodes(region)
         joins: Joins | None = None
         states: set[fx.Node] = set()

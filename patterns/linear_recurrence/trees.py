@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from torch import fx
 
 from structfly.patterns.linear_recurrence import spans as algebra
-from structfly.patterns.linear_recurrence.expressions import Expression
 from structfly.patterns.linear_recurrence.menu import doubled
 from structfly.patterns.linear_recurrence.recurrence import Recurrence
 from structfly.patterns.linear_recurrence.tree_reader import TreeReader
 from structfly.patterns.linear_recurrence.unread_trees import unread_trees
-from structfly.patterns.linear_recurrence.whole import WholeSite, whole_site
+from structfly.patterns.linear_recurrence.whole import Source, WholeSite, whole_site
 from structfly.records import Miss, Stage
 from structfly.rewriter.region import Region, qualified_name
 from structfly.rewriter.writes import written
@@ -75,7 +74,7 @@ def _site(node: fx.Node, reader: TreeReader, rule: str) -> WholeSite | Miss:
     def kept(recurrence: Recurrence, steps: int) -> tuple[Stage, ...]:
         return doubled(recurrence, steps, (steps - 1).bit_length())
 
-    gate, input = (spans.gate, _itself), (spans.input, _itself)
+    gate, input = Source(spans.gate), Source(spans.input)
     dim = reader.contents.dims[node]
     return whole_site(node, gate, input, dim, frozenset(nodes), kept, region, rule, last)
 
@@ -104,7 +103,3 @@ def _nodes_of(node: fx.Node, reader: TreeReader) -> set[fx.Node]:
         if each in below and found.issuperset(each.users):
             found.add(each)
     return found.difference((spans.gate, spans.input))
-
-
-def _itself(value: Expression) -> Expression:
-    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -49,10 +50,28 @@ class WholeSite(RecurrenceSite):
         return tuple(self.nodes)
 
 
+def _itself(value: Expression) -> Expression:
+    return value
+
+
+class Source(NamedTuple):
+    """A tensor that a gate or an input is made of, step by step.
+
+    Attributes:
+        tensor: the tensor.
+        made: what is made of a step's slice.
+        dim: time, where it has not that and all other dimensions where the states have them.
+    """
+
+    tensor: fx.Node
+    made: Callable[[Expression], Expression] = _itself
+    dim: int | None = None
+
+
 def whole_site(
     node: fx.Node,
-    gate: tuple[fx.Node, Callable[[Expression], Expression]],
-    input: tuple[fx.Node, Callable[[Expression], Expression]],
+    gate: Source,
+    input: Source,
     dim: int,
     nodes: frozenset[fx.Node],
     kept: Callable[[Recurrence, int], tuple[Stage, ...]],
@@ -64,7 +83,7 @@ def whole_site(
 
     Args:
         node: the states.
-        gate, input: a tensor, and what of it is the gate or the input.
+        gate, input: what they are made of.
         dim: time.
         nodes: what they are made by now.
         kept: the kernels of that.
@@ -78,12 +97,12 @@ def whole_site(
     def miss(reason: str) -> Miss:
         return Miss(rule, node, reason, 1, node, qualified_name(node))
 
-    length = value.shape[dim]
+    length, places = value.shape[dim], [dim if each.dim is None else each.dim for each in (gate, input)]
     if value.dtype not in DTYPES or value.device.type not in DEVICES:
         return miss(f"states of {value.dtype} on {value.device.type}; supported: {DTYPES} on {DEVICES}")
-    for name, (tensor, _) in {"gate": gate, "input": input}.items():
-        its = example(tensor)
-        if its is None or its.ndim != value.ndim or its.shape[dim] != length:
+    for name, source, place in zip(("gate", "input"), (gate, input), places, strict=True):
+        its = example(source.tensor)
+        if its is None or (source.dim is None and its.ndim != value.ndim) or its.shape[place] != length:
             return miss(f"the {name} has fewer dimensions or steps than the states")
     if value.ndim > 3 and not all(isinstance(size, int) for size in value.shape):
         return miss("states of more than two dimensions, of which one is not constant")
@@ -91,8 +110,8 @@ def whole_site(
         return miss("gradients or autocast are switched between the operations")
     with compat.example_mode(compat.fake_mode_of([value])):
         like = torch.select(value, dim, 0)
-    runs = tuple(_run(each, dim) for each, _ in (gate, input))
-    step, runs = opened(Affine(gate[1](Part(0)), input[1](Part(1))), runs)
+    runs = tuple(_run(source.tensor, place) for source, place in zip((gate, input), places, strict=True))
+    step, runs = opened(Affine(gate.made(Part(0)), input.made(Part(1))), runs)
     folded, result = fold(step), node
     gated = _output_gate(node, nodes, region, dim, sigmoid=folded.sigmoid)
     if gated is not None:
