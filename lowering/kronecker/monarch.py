@@ -28,7 +28,7 @@ from structfly.lowering.layer_products import Applied
 
 # Columns of a matrix up to which a product in tiles of many matrices is faster than a copy that orders its outputs.
 _NARROW = 128
-_LEAST_ROWS, _WHOLE = 1024, 128  # of which dx is made at a time, and what they are a multiple of
+_ROWS = 1024  # which make 128 tiles of 128 x 256 of 4096 features, nearly one for each processor of an H100
 
 _SHAPES = 1024  # of two factors, whose axes are remembered: every call asks for some
 
@@ -113,7 +113,7 @@ def backward_again(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[
     """The same where nothing was kept: only the first factor's product is made twice, and no sum is cut."""
     products = _Backward(grad, call)
     if wanted[0] and products.width <= products.axes.k * products.axes.inputs:
-        return products.in_place(wanted, rows_at_a_time(call, products.tokens, products.width))
+        return products.in_place(wanted, rows_at_a_time(call, products.width))
     numbers = products.tokens * products.width // products.axes.k
     return products.in_groups(wanted, blocks_at_a_time(call, numbers, products.axes.k))
 
@@ -232,11 +232,11 @@ def blocks_at_a_time(call: Applied, numbers: int, blocks: int) -> int:
     return -(-blocks // groups)
 
 
-def rows_at_a_time(call: Applied, tokens: int, width: int) -> int:
-    """Rows of which dx is made at a time, about equally many, with dz of so many beside it: half of what the dense
-    layer's gradient of its weight would take beyond those of the factors, but as many as give all processors a tile."""
-    most = max(_LEAST_ROWS, _room(call) // (2 * width))
-    return -(-tokens // (-(-tokens // most) * _WHOLE)) * _WHOLE if tokens > most else max(tokens, 1)
+def rows_at_a_time(call: Applied, width: int) -> int:
+    """Rows of which dx is made at a time, with dz of so many beside it: a multiple of what gives all processors a tile,
+    and no more than three quarters of what the dense layer's gradient of its weight would take beyond those of the
+    factors, if that is as many."""
+    return max(1, _room(call) * 3 // (4 * width * _ROWS)) * _ROWS
 
 
 def _room(call: Applied) -> int:

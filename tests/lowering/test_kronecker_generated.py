@@ -142,13 +142,17 @@ def test_gradients_take_the_place_of_nothing_that_is_needed(rank: int, rows: int
     torch.testing.assert_close(products.in_place(every, rows), products.in_groups(every, 2))
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (1024, 1024), (1025, 640), (16384, 1024), (16385, 1024)])
-def test_rows_are_about_equally_many_and_no_fewer_than_fill_the_processors(tokens: int, rows: int) -> None:
-    factors = [torch.empty(shape, device="meta") for shape in ((4, 1024, 1024), (4, 1024, 1024))]
-    call = Applied(torch.empty(tokens, 4096, device="meta"), factors, [4096])
-    assert monarch.rows_at_a_time(call, tokens, 4096) == rows
-    wide = Applied(torch.empty(tokens, 4096, device="meta"), factors, [2**20])
-    assert monarch.rows_at_a_time(wide, tokens, 4096) >= tokens
+@pytest.mark.parametrize(
+    ("blocks", "out_features", "rows"), [(2, 4096, 1024), (4, 4096, 1024), (16, 4096, 2048), (4, 16384, 8192)]
+)
+def test_dx_is_made_of_as_many_rows_as_leave_memory_below_the_dense_layers(
+    blocks: int, out_features: int, rows: int
+) -> None:
+    structure = Monarch(blocks_in=blocks, blocks_out=blocks, block_rank=4096 // blocks**2, strided=False)
+    factors = [torch.empty(shape, device="meta") for shape in structure.shapes(LayerSizes(4096, out_features))]
+    call = Applied(torch.empty(16384, 4096, device="meta"), factors, [out_features])
+    assert monarch.rows_at_a_time(call, 4096) == rows
+    assert rows * 4096 + sum(factor.numel() for factor in factors) < 4096 * out_features or blocks == 2
 
 
 @pytest.mark.parametrize("blocks", [4, 16])
