@@ -28,7 +28,7 @@ from structfly.lowering.layer_products import Applied
 
 # Columns of a matrix up to which a product in tiles of many matrices is faster than a copy that orders its outputs.
 _NARROW = 128
-
+_ROWS = 1024  # which make 128 tiles of 128 x 256 of 4096 features, nearly one for each processor of an H100
 
 _SHAPES = 1024  # of two factors, whose axes are remembered: every call asks for some
 
@@ -104,64 +104,143 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
 
 def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """The gradients that are wanted, of x and each factor."""
-    axes = _axes_of(call)
-    kept = between[0].view(len(call.x), axes.l, axes.k * axes.r)
-    return _gradients(grad, call, axes, wanted, axes.k, kept)
+    products = _Backward(grad, call)
+    kept = between[0].view(products.tokens, products.axes.l, products.axes.k * products.axes.r)
+    return products.in_groups(wanted, products.axes.k, kept)
 
 
-def backward_in_groups(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The same where nothing was kept: of a group of the first factor's blocks at a time.
+def backward_again(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The same where nothing was kept: only the first factor's product is made twice, and no sum is cut."""
+    products = _Backward(grad, call)
+    if wanted[0] and products.width <= products.axes.k * products.axes.inputs:
+        return products.in_place(wanted, rows_at_a_time(call, products.width))
+    numbers = products.tokens * products.width // products.axes.k
+    return products.in_groups(wanted, blocks_at_a_time(call, numbers, products.axes.k))
 
-    A block of inputs leads to numbers of its own between the factors.  So z and dz of a group are made, used, and let
-    go; no sum is cut, and only the first factor's product is made twice.
+
+class _Backward:
+    """The products of a backward.
+
+    Attributes:
+        axes: of the factors.
+        tokens: how many.
+        width: numbers of a token between the factors.
+        x: (tokens, k, inputs).
     """
-    axes = _axes_of(call)
-    size = blocks_at_a_time(call, len(call.x) * axes.l * axes.r, axes.k)
-    return _gradients(grad, call, axes, wanted, size, None)
 
+    def __init__(self, grad: Tensor, call: Applied) -> None:
+        self.axes = axes = _axes_of(call)
+        self.tokens, self.width = len(call.x), axes.k * axes.l * axes.r
+        self.x = padded(call.x, axes.k * axes.inputs).view(self.tokens, axes.k, axes.inputs)
+        self._grad, self._features = _in_blocks(grad, axes), call.x.shape[1]
+        self._first = _first(call, axes)
+        self._second = call.factors[1].reshape(axes.l, 1, axes.outputs, axes.k * axes.r)
 
-def _gradients(
-    grad: Tensor, call: Applied, axes: _Axes, wanted: Sequence[bool], size: int, kept: Tensor | None
-) -> list[Tensor | None]:
-    """The gradients that are wanted, ``size`` blocks at a time; ``kept`` is z (tokens, l, k r), or None."""
-    k, l, r, inputs, outputs, _ = axes  # noqa: E741
-    tokens, first, second = len(call.x), _first(call, axes), call.factors[1].reshape(l, 1, outputs, k * r)
-    grad = _in_blocks(grad, axes)
-    x = padded(call.x, k * inputs).view(tokens, k, inputs)
-    dx = grad.new_empty(tokens, k, inputs) if wanted[0] else None
-    of_first = first.new_empty(k, r, l, inputs) if wanted[1] else None
-    of_second = second.new_empty(l, 1, outputs, k * r) if wanted[2] else None
-    for start in range(0, k, size):
-        blocks = slice(start, min(start + size, k))
-        columns = slice(start * r, blocks.stop * r)
-        count = blocks.stop - start
+    def in_groups(self, wanted: Sequence[bool], size: int, kept: Tensor | None = None) -> list[Tensor | None]:
+        """The gradients that are wanted, of ``size`` blocks of the first factor at a time.
+
+        A block of inputs leads to numbers of its own between the factors.  So z and dz of a group are made, used, and
+        let go; z is not made where it was ``kept``, (tokens, l, k r).
+        """
+        k, l, r, *_ = self.axes  # noqa: E741
+        dx, of_first, of_second = self._empty(wanted)
+        for start in range(0, k, size):
+            blocks = slice(start, min(start + size, k))
+            columns, count = slice(start * r, blocks.stop * r), blocks.stop - start
+            if of_second is not None:
+                z = _between(self.x[:, blocks], self._first[blocks]).flatten(2) if kept is None else kept[..., columns]
+                self._make_of_second(z, of_second[..., columns], count)
+                del z
+            if of_first is None and dx is None:
+                continue
+            dz = self.x.new_empty(self.tokens, count, l, r)
+            self._make_dz(dz, columns)
+            if of_first is not None:
+                self._make_of_first(dz, blocks, of_first[blocks])
+            if dx is not None:
+                self._make_dx(dz, self._first[blocks], dx[:, blocks])
+            del dz
+        return self._made(dx, of_first, of_second)
+
+    def in_place(self, wanted: Sequence[bool], size: int) -> list[Tensor | None]:
+        """The same with z, then dz, and then dx in one place, which is ``size`` rows larger than dx alone.
+
+        dz lies at its end, and dx is made from its beginning on, of ``size`` rows at a time.  Where rows of dz are no
+        wider than those of dx, all that dx takes the place of is of rows of dz before those that it is made of:
+
+            dx of rows i..i + size ends at       (i + size) width of dx,
+            their dz begins at                   tokens width of dx + size width of dz - (tokens - i) width of dz.
+        """
+        k, l, r, inputs, *_ = self.axes  # noqa: E741
+        _, of_first, of_second = self._empty((False, *wanted[1:]))
+        place = self.x.new_empty(self.tokens * k * inputs + min(size, self.tokens) * self.width)
+        between = place[len(place) - self.tokens * self.width :]
         if of_second is not None:
-            z = _between(x[:, blocks], first[blocks]).flatten(2) if kept is None else kept[..., columns]
-            tiles = matrix_gradient_cut(second, tokens, l, (1, outputs), count * r)
-            matrix_gradients(grad, z, of_second[..., columns], tiles=tiles)
-            del z
-        if of_first is None and dx is None:
-            continue
-        dz = grad.new_empty(tokens, count, l, r)
-        tiles = product_tiles(second, tokens, (count, r), (1, outputs))
-        matrix_products(grad[:, :, None], second[..., columns], dz.transpose(1, 2), turned=True, tiles=tiles)
+            z = _between(self.x, self._first, between.view(self.tokens, l, k, r))
+            self._make_of_second(z.flatten(2), of_second, k)
+        dz = between.view(self.tokens, k, l, r)
+        self._make_dz(dz, slice(None))
         if of_first is not None:
-            tiles = matrix_gradient_cut(first, tokens, count, (l, r), inputs)
-            matrix_gradients(dz.flatten(2), x[:, blocks], of_first[blocks].transpose(1, 2), tiles=tiles)
-        if dx is not None:
-            tiles = product_tiles(first, tokens, (1, inputs), (l, r))
-            matrix_products(dz, first[blocks], dx[:, blocks, None], turned=True, tiles=tiles)
-        del dz
-    return [None if dx is None else dx.flatten(1)[:, : call.x.shape[1]], of_first, of_second]
+            self._make_of_first(dz, slice(None), of_first)
+        dx = place[: self.tokens * k * inputs].view(self.tokens, k, inputs)
+        for start in range(0, self.tokens, size):
+            rows = slice(start, start + size)
+            self._make_dx(dz[rows], self._first, dx[rows])
+        return self._made(dx, of_first, of_second)
+
+    def _empty(self, wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        k, l, r, inputs, outputs, _ = self.axes  # noqa: E741
+        sizes = ((self.tokens, k, inputs), (k, r, l, inputs), (l, 1, outputs, k * r))
+        dx, of_first, of_second = (
+            self.x.new_empty(size) if wants else None for size, wants in zip(sizes, wanted, strict=True)
+        )
+        return dx, of_first, of_second
+
+    def _made(self, dx: Tensor | None, *of_factors: Tensor | None) -> list[Tensor | None]:
+        return [None if dx is None else dx.flatten(1)[:, : self._features], *of_factors]
+
+    def _make_of_second(self, z: Tensor, out: Tensor, blocks: int) -> None:
+        """(l, 1, outputs, columns) of z (tokens, l, columns), those of so many blocks of the first factor."""
+        _, l, r, _, outputs, _ = self.axes  # noqa: E741
+        tiles = matrix_gradient_cut(self._second, self.tokens, l, (1, outputs), blocks * r)
+        matrix_gradients(self._grad, z, out, tiles=tiles)
+
+    def _make_dz(self, dz: Tensor, columns: slice) -> None:
+        """(tokens, blocks, l, r), by such columns of the second factor's matrices."""
+        _, _, r, _, outputs, _ = self.axes
+        tiles = product_tiles(self._second, self.tokens, (dz.shape[1], r), (1, outputs))
+        grad = self._grad[:, :, None]
+        matrix_products(grad, self._second[..., columns], dz.transpose(1, 2), turned=True, tiles=tiles)
+
+    def _make_of_first(self, dz: Tensor, blocks: slice, out: Tensor) -> None:
+        """(blocks, r, l, inputs) of dz (tokens, blocks, l, r)."""
+        _, l, r, inputs, *_ = self.axes  # noqa: E741
+        tiles = matrix_gradient_cut(self._first, self.tokens, len(out), (l, r), inputs)
+        matrix_gradients(dz.flatten(2), self.x[:, blocks], out.transpose(1, 2), tiles=tiles)
+
+    def _make_dx(self, dz: Tensor, first: Tensor, out: Tensor) -> None:
+        """(rows, blocks, inputs) of dz (rows, blocks, l, r)."""
+        _, l, r, inputs, *_ = self.axes  # noqa: E741
+        tiles = product_tiles(first, len(dz), (1, inputs), (l, r))
+        matrix_products(dz, first, out[:, :, None], turned=True, tiles=tiles)
 
 
 def blocks_at_a_time(call: Applied, numbers: int, blocks: int) -> int:
     """Blocks of a group, whose z has ``numbers`` each, so that groups are about equal and take no more than the dense
     layer's gradient of its weight would beyond those of the factors; one block where that is less."""
-    dense = call.x.shape[1] * call.static[0]
-    room = dense - sum(factor.numel() for factor in call.factors)
-    groups = -(-blocks // max(1, room // max(numbers, 1)))
+    groups = -(-blocks // max(1, _room(call) // max(numbers, 1)))
     return -(-blocks // groups)
+
+
+def rows_at_a_time(call: Applied, width: int) -> int:
+    """Rows of which dx is made at a time, with dz of so many beside it: a multiple of what gives all processors a tile,
+    and no more than three quarters of what the dense layer's gradient of its weight would take beyond those of the
+    factors, if that is as many."""
+    return max(1, _room(call) * 3 // (4 * width * _ROWS)) * _ROWS
+
+
+def _room(call: Applied) -> int:
+    return call.x.shape[1] * call.static[0] - sum(factor.numel() for factor in call.factors)
 
 
 def _axes_of(call: Applied) -> _Axes:
@@ -174,10 +253,10 @@ def _first(call: Applied, axes: _Axes) -> Tensor:
     return call.factors[0].reshape(axes.k, axes.r, axes.l, axes.inputs).transpose(1, 2)
 
 
-def _between(x: Tensor, first: Tensor) -> Tensor:
-    """(tokens, l, k, r) of x (tokens, k, inputs)."""
+def _between(x: Tensor, first: Tensor, out: Tensor | None = None) -> Tensor:
+    """z (tokens, l, k, r), in ``out`` if that is given, of x (tokens, k, inputs)."""
     tokens, (k, l, r, inputs) = len(x), first.shape  # noqa: E741
-    z = x.new_empty(tokens, l, k, r)
+    z = x.new_empty(tokens, l, k, r) if out is None else out
     tiles = product_tiles(first, tokens, (l, r), (1, inputs))
     matrix_products(x[:, :, None], first, z.transpose(1, 2), tiles=tiles)
     return z

@@ -36,9 +36,9 @@ def _why_no_epilogue(call: Applied) -> str:
     return "" if _generated(call) else lattice.why_not(call.factors, call.tf32)
 
 
-def _why_not_in_groups(call: Applied) -> str:
-    groups = _generated(call) is _WITH_MONARCH
-    return "" if groups else "what is between the factors is not made of a group of blocks at a time"
+def _why_not_again(call: Applied) -> str:
+    made = _generated(call) is _WITH_MONARCH
+    return "" if made else "what is between the factors is made at once"
 
 
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
@@ -58,7 +58,7 @@ KRONECKER = LayerOp(
     multiply_adds=_multiply_adds,
     adds_bias=True,
     why_no_epilogue=_why_no_epilogue,
-    in_chunks=InChunks(_why_not_in_groups, monarch.backward_in_groups),
+    in_chunks=InChunks(_why_not_again, monarch.backward_again),
 )
 """Takes the factors, the first applied first, of six axes each as :class:`FactorShape` has them, and in ``static`` the
 number of output features."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -93,19 +94,65 @@ def test_value_and_gradients_are_those_of_the_reference(
     compare(monarch, structure.shapes(sizes), sizes, tokens, bias, dtype)
 
 
-@settings(max_examples=12, deadline=None)
-@given(layer=monarchs(), tokens=st.integers(0, 40), size=st.integers(1, 4), dtype=st.sampled_from(DTYPES))
-def test_gradients_of_groups_of_blocks_are_those_of_the_reference(
-    layer: tuple[Monarch, LayerSizes], tokens: int, size: int, dtype: torch.dtype
+@settings(max_examples=24, deadline=None)
+@given(
+    layer=monarchs(),
+    tokens=st.integers(0, 40),
+    blocks=st.integers(1, 4),
+    rows=st.integers(1, 50),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_gradients_where_nothing_was_kept_are_those_of_the_reference(
+    layer: tuple[Monarch, LayerSizes], tokens: int, blocks: int, rows: int, dtype: torch.dtype
 ) -> None:
     structure, sizes = layer
 
     def backward(grad: Tensor, call: Applied, _: object, wanted: Sequence[bool]) -> list[Tensor | None]:
-        return monarch.backward_in_groups(grad, call, wanted)
+        return monarch.backward_again(grad, call, wanted)
 
     products = SimpleNamespace(between=monarch.between, finish=monarch.finish, backward=backward)
-    with mock.patch.object(monarch, "blocks_at_a_time", return_value=size):
+    with (
+        mock.patch.object(monarch, "blocks_at_a_time", return_value=blocks),
+        mock.patch.object(monarch, "rows_at_a_time", return_value=rows),
+    ):
         compare(products, structure.shapes(sizes), sizes, tokens, False, dtype)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product((False, True), repeat=3)))
+@pytest.mark.parametrize("rank", [8, 24])
+def test_only_gradients_that_are_wanted_are_made(wanted: tuple[bool, bool, bool], rank: int) -> None:
+    structure, sizes = Monarch(blocks_in=2, blocks_out=2, block_rank=rank, strided=False), LayerSizes(32, 48)
+    factors = [torch.randn(shape).to(DEVICE, torch.bfloat16) for shape in structure.shapes(sizes)]
+    x, grad = (torch.randn(9, size).to(DEVICE, torch.bfloat16) for size in sizes)
+    call = Applied(x, factors, [sizes.out_features])
+    every = monarch.backward_again(grad, call, (True, True, True))
+    for made, whole, wants in zip(monarch.backward_again(grad, call, wanted), every, wanted, strict=True):
+        assert (made is not None) == wants
+        torch.testing.assert_close(made, whole if wants else None)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32])
+@pytest.mark.parametrize("rows", [1, 7, 16, 40])
+def test_gradients_take_the_place_of_nothing_that_is_needed(rank: int, rows: int) -> None:
+    structure, sizes = Monarch(blocks_in=2, blocks_out=2, block_rank=rank, strided=False), LayerSizes(128, 48)
+    factors = [torch.randn(shape).to(DEVICE, torch.bfloat16) for shape in structure.shapes(sizes)]
+    x, grad = (torch.randn(40, size).to(DEVICE, torch.bfloat16) for size in sizes)
+    products = monarch._Backward(grad, Applied(x, factors, [sizes.out_features]))
+    every = (True, True, True)
+    torch.testing.assert_close(products.in_place(every, rows), products.in_groups(every, 2))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "out_features", "rows"), [(2, 4096, 1024), (4, 4096, 1024), (16, 4096, 2048), (4, 16384, 8192)]
+)
+def test_dx_is_made_of_as_many_rows_as_leave_memory_below_the_dense_layers(
+    blocks: int, out_features: int, rows: int
+) -> None:
+    structure = Monarch(blocks_in=blocks, blocks_out=blocks, block_rank=4096 // blocks**2, strided=False)
+    factors = [torch.empty(shape, device="meta") for shape in structure.shapes(LayerSizes(4096, out_features))]
+    call = Applied(torch.empty(16384, 4096, device="meta"), factors, [out_features])
+    assert monarch.rows_at_a_time(call, 4096) == rows
+    assert rows * 4096 + sum(factor.numel() for factor in factors) < 4096 * out_features or blocks == 2
 
 
 @pytest.mark.parametrize("blocks", [4, 16])
