@@ -20,9 +20,8 @@ from torch.nn import functional
 from structfly.errors import ArgumentError, UnsupportedError
 from structfly.lowering.linear_recurrence.arguments import JointArguments
 from structfly.lowering.linear_recurrence.projected import CUTS, Cut, projected_recurrence
-from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 from tests.lowering.block_products.test_products import DEVICE, DTYPES, roundings
-from tests.lowering.linear_recurrence.cases import joined
+from tests.lowering.linear_recurrence.cases import joined, specified
 from tests.oracle import assert_like_eager, in_float64
 
 SMALL = Cut(steps=4, rows=4, block=16, inner=16, warps=1, stages=2, group=2)
@@ -88,7 +87,7 @@ def by_loop(order: str, *, reverse: bool) -> Function:
     def run(inputs: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None) -> Tensor:
         joint = functional.linear(inputs, weight, bias)
         call = JointArguments(joint, order, initial, None, None, "i" not in order, True, True, reverse, False)
-        return joined(*linear_recurrence_reference(*call.separate[:-1]))
+        return specified(call.separate)
 
     return run
 

@@ -24,10 +24,9 @@ from structfly.lowering.linear_recurrence.arguments import ProjectedArguments
 from structfly.lowering.linear_recurrence.projected import CUTS
 from structfly.lowering.linear_recurrence.projected_op import PROJECTED
 from structfly.lowering.linear_recurrence.projected_steps import in_one, in_two, why_in_two
-from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
 from tests.lowering.block_products.test_products import DEVICE, roundings
 from tests.lowering.block_products.test_products import DTYPES as GENERATED
-from tests.lowering.linear_recurrence.cases import DTYPES, joined
+from tests.lowering.linear_recurrence.cases import DTYPES, joined, specified
 from tests.lowering.linear_recurrence.test_projected import SMALL
 from tests.oracle import FEW, assert_like_eager
 from tests.precision import matmul_precision
@@ -119,7 +118,7 @@ def check(call: ProjectedArguments, by: Callable[[ProjectedArguments], Any], all
             inputs = torch.cat([inputs, beside] if call.reverse else [beside, inputs], 1)
         rows = torch.cat([inputs[:, place : place + call.steps] for place in range(call.window)], -1)
         joint = call.joint(functional.linear(rows, weight, bias), initial)
-        return joined(*linear_recurrence_reference(*joint.separate[:-1]))
+        return specified(joint.separate)
 
     assert_like_eager(mine, theirs, call[:5], call.inputs.dtype, roundings=allowed)
 
