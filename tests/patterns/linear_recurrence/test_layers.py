@@ -391,3 +391,30 @@ def test_output_gates_of_doubling(begins: bool, activated: bool) -> None:
     assert fast.statuses == ["rewritten"], fast.sites
     (call,) = calls(fast)
     assert (call.output_gate is not None) == (activated and not begins)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("order", ["zf", "zfo", "zfoi"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_layer_of_a_convolution(window: int, order: str, turned: bool) -> None:
+    """With time behind the channels, where the convolution has it, or turned back at once."""
+    conv = torch.nn.Conv1d(INPUTS, len(order) * UNITS, window)
+    dim, channels = (1, 2) if turned else (2, 1)
+
+    def layer(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y = F.conv1d(F.pad(x.transpose(1, 2), (window - 1, 0)), w, b)
+        parts = dict(zip(order, (y.transpose(1, 2) if turned else y).chunk(len(order), channels), strict=True))
+        z, f, o, i = parts["z"].tanh(), parts["f"].sigmoid(), parts.get("o"), parts.get("i")
+        c, hs = torch.zeros_like(z.select(dim, 0)), []
+        for t in range(x.shape[1]):
+            weight = 1 - f.select(dim, t) if i is None else i.select(dim, t).sigmoid()
+            c = f.select(dim, t) * c + weight * z.select(dim, t)
+            hs.append(c if o is None else o.select(dim, t).sigmoid() * c)
+        return torch.stack(hs, dim)
+
+    fast = Rewritten(layer, then="aot_eager")
+    given = [arguments(1)[0], *(each.detach().clone().requires_grad_() for each in conv.parameters())]
+    assert_like_eager(fast, layer, given, roundings=32)
+    assert fast.statuses_of("linear_recurrence") == ["rewritten"], fast.sites
+    ((call,),) = (calls(fast),)
+    assert (call.sigmoid, call.tanh, call.complement) == (True, True, "i" not in order)
