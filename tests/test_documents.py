@@ -189,3 +189,20 @@ def test_figures_are_committed_results(document: Path, line: str, name: str, mod
     digits = 1 if unit == "ms" and found[0] < 100 else 0
     row = f"| {found[0]:.{digits}f} {unit} | {found[1]:.{digits}f} {unit} |"
     assert any(line in text and row in text for text in table.splitlines()), row
+
+
+@pytest.mark.parametrize(
+    ("line", "provider"),
+    [
+        ("| dense |", "dense"),
+        ("| Monarch, 4 blocks, kept |", "monarch, 4 blocks"),
+        ("| the same, made again |", "monarch, 4 blocks, nothing kept"),
+        ("| Monarch, 16 blocks, kept |", "monarch, 16 blocks"),
+        ("| the same, made again |", "monarch, 16 blocks, nothing kept"),
+    ],
+)
+def test_speed_and_memory_of_monarch_in_training_are_committed_results(line: str, provider: str) -> None:
+    mode = "16384x4096x4096 bfloat16, forward+backward"
+    speed, memory = (median("structured_linear_h100", mode, provider, each) for each in ("x_dense", "peak_extra_bytes"))
+    text = (ROOT / "docs" / "restructure.md").read_text(encoding="utf-8")
+    assert f"{line} {speed:.2f} | {memory / 2**20:.0f} MiB |" in text.splitlines()
