@@ -6,10 +6,10 @@ With F_t = f_1 ... f_t the states are h_t = F_t (b_1 / F_1 + ... + b_t / F_t), w
     A = cumsum(l),  f = exp(l),  h = exp(A) * cumsum(b * exp(-A))
     A = cumsum(l),  b = exp(v),  h = exp(A + logcumsumexp(v - A))          (Heinsen 2023)
 
-The first two divide by F, which is 0 as soon as the product is below the smallest number: their states are inf or nan
-from there on.  The third is inf - inf where a gate is 0, and its sums of logarithms lose digits as they grow.  The op
-has states there, which is another function: the rule is off unless it is switched on.  So it is with products with the
-matrix of quotients F_t / F_s, or of exp(A_t - A_s): see ``segment_sums``.
+and the first two with h_0 beside the sum.  They divide by F, which is 0 as soon as the product is below the smallest
+number: their states are inf or nan from there on.  The third is inf - inf where a gate is 0, and its sums of logarithms
+lose digits as they grow.  The op has states there, which is another function: the rule is off unless it is switched on.
+So it is with products with the matrix of quotients F_t / F_s, or of exp(A_t - A_s): see ``segment_sums``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from structfly.config import SiteSettings
-from structfly.patterns.linear_recurrence.gates import cumulated, exponential, exponential_of
+from structfly.patterns.linear_recurrence.gates import Cumulated, cumulated, exponential, exponential_of
 from structfly.patterns.linear_recurrence.menu import cumulative, recurrence_menu
 from structfly.patterns.linear_recurrence.segment_sums import read_segment_sums
+from structfly.patterns.linear_recurrence.step_matrices import repeated
 from structfly.patterns.linear_recurrence.whole import Source, WholeSite, rewrite_whole, whole_site
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.calls import Call, read
@@ -31,12 +32,14 @@ from structfly.rewriter.region import Region
 
 
 class _Form(NamedTuple):
-    """Gate and input as what is made of two tensors, and the nodes that make the states of them now."""
+    """Gate and input as what is made of two tensors, the nodes that make the states of them now, and the state before
+    the first step, None for zeros."""
 
     gate: Source
     input: Source
     dim: int
     nodes: tuple[fx.Node, ...]
+    initial: fx.Node | None = None
 
 
 class CumulativeRecurrence:
@@ -58,22 +61,43 @@ class CumulativeRecurrence:
             form = _of_products(call) if call.op == "mul" else _of_logarithms(call) if call.op == "exp" else None
             if form is not None:
                 nodes = frozenset((*form.nodes, call.node))
-                yield whole_site(call.node, form.gate, form.input, form.dim, nodes, cumulative, region, self.name)
+                yield whole_site(
+                    call.node,
+                    form.gate,
+                    form.input,
+                    form.dim,
+                    nodes,
+                    cumulative,
+                    region,
+                    self.name,
+                    initial=form.initial,
+                )
         yield from read_segment_sums(region, self.name, exact=False)
 
 
 def _of_products(call: Call) -> _Form | None:
-    """F * cumsum(b / F)."""
+    """F * cumsum(b / F), or F * (h_0 + cumsum(b / F))."""
     for product, sums in _both(call):
-        summed = cumulated(sums, "cumsum")
         gate = _gate_of(product)
-        if summed is None or gate is None or gate.dim != summed.dim:
-            continue
-        divided = _divided(summed.source, product)
-        if divided is not None:
-            term, nodes = divided
-            return gate._replace(input=Source(term), nodes=(*gate.nodes, *nodes, sums, summed.source))
+        for summed, initial, added in () if gate is None else _summed(sums):
+            divided = _divided(summed.source, product)
+            if gate is not None and gate.dim == summed.dim and divided is not None:
+                term, nodes = divided
+                nodes = (*gate.nodes, *nodes, *added, summed.node, summed.source)
+                return gate._replace(input=Source(term), nodes=nodes, initial=initial)
     return None
+
+
+def _summed(node: fx.Node) -> Iterator[tuple[Cumulated, fx.Node | None, tuple[fx.Node, ...]]]:
+    """A cumulative sum, what is added to it in all steps alike, and the nodes that do."""
+    call, made = read(node), cumulated(node, "cumsum")
+    if made is not None:
+        yield made, None, ()
+    elif call is not None and call.op == "add" and call.get("alpha", 1) == 1:
+        for sums, first in _both(call):
+            made, view = cumulated(sums, "cumsum"), repeated(first)
+            if made is not None and view is not None and view.dim == made.dim:
+                yield made, view.source, (node, *view.nodes)
 
 
 def _gate_of(product: fx.Node) -> _Form | None:

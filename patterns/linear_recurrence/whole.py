@@ -78,6 +78,7 @@ def whole_site(
     region: Region,
     rule: str,
     last: fx.Node | None = None,
+    initial: fx.Node | None = None,
 ) -> WholeSite | Miss:
     """The recurrence that makes the states ``node``, or why it is none that the op computes.
 
@@ -90,6 +91,7 @@ def whole_site(
         region: where they are.
         rule: which finds them.
         last: the last node that writes into them, if one does.
+        initial: the state before the first step, or None for zeros.
     """
     value = example(node)
     assert value is not None
@@ -119,8 +121,8 @@ def whole_site(
         folded, runs = folded._replace(output_gate=Part(len(runs))), (*runs, run)
     recurrence = Recurrence(
         step=folded,
-        initial=0.0,
-        zeros=True,
+        initial=0.0 if initial is None else initial,
+        zeros=initial is None,
         like=like,
         backward=False,
         gradient=needs_gradient(node),

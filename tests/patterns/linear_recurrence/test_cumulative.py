@@ -62,7 +62,19 @@ def one_over(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
     return gates * (z * (1 / gates)).cumsum(1)
 
 
+def products_from_a_state(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    gates = f.cumprod(1)
+    return gates * (h0.unsqueeze(1) + (z / gates).cumsum(1))
+
+
+def exponentials_from_a_state(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    sums = f.log().cumsum(1)
+    return sums.exp() * ((torch.exp(-sums) * z).cumsum(1) + h0[:, None].expand(-1, z.shape[1], -1))
+
+
 PROGRAMS: list[Program] = [
+    products_from_a_state,
+    exponentials_from_a_state,
     logarithms,
     logarithms_with_a_first_state,
     min_gru,
@@ -162,9 +174,27 @@ def an_inverse_that_is_not_negative(f: Tensor, z: Tensor, h0: Tensor, mask: Tens
     return sums.exp() * (z * torch.exp(sums)).cumsum(1)
 
 
+def with_something_at_each_step(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    gates = f.cumprod(1)
+    return gates * (z.exp() + (z / gates).cumsum(1))
+
+
+def with_something_for_each_channel(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    gates = f.cumprod(1)
+    return gates * (z[..., 0].unsqueeze(2) + (z / gates).cumsum(1))
+
+
+def with_a_multiple(f: Tensor, z: Tensor, h0: Tensor, mask: Tensor) -> Tensor:
+    gates = f.cumprod(1)
+    return gates * torch.add((z / gates).cumsum(1), h0.unsqueeze(1), alpha=2)
+
+
 @pytest.mark.parametrize(
     "program",
     [
+        with_something_at_each_step,
+        with_something_for_each_channel,
+        with_a_multiple,
         along_other_dimensions,
         of_other_gates,
         sums_of_other_sums,
