@@ -82,10 +82,12 @@ def why_no_triangle(mask: Mask, rank: int, dims: tuple[int, int], steps: int, di
     constant = read_constant(mask.source, region)
     if not isinstance(constant, Constant):
         return f"the mask {mask.source.name} is no constant: {constant}"
+    if constant.places:
+        return f"the mask {mask.source.name} is made of a module's state, which may change; make it where it is used"
     value = example(mask.source)
     assert value is not None
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(value.device.type, enabled=False):
-        kept = mask.keeps(constant.value(constant.leaves))
+        kept = mask.keeps(constant.value(()))
         if isinstance(kept, str):
             return f"the mask {mask.source.name} {kept}"
         kept = kept[(None,) * (rank - kept.ndim)]
