@@ -141,6 +141,7 @@ def _gradients(
     if for_left:
         steps.append(_added(above.transpose(0, 1), w[: len(left)], of_left, rows="a"))
     _run(steps, len(grad), width)
+    del steps, held, z, w, dh  # before the sums are rounded, which takes memory for the factors again
     made = (dx.flatten(1)[:, : call.x.shape[1]] if for_x else dx, of_right, of_scale.sum(0), of_left)
     return [each.to(grad.dtype) if want else None for each, want in zip(made, wanted, strict=True)]
 
