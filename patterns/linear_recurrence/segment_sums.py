@@ -43,8 +43,9 @@ def read_segment_sums(region: Region, rule: str, *, exact: bool) -> Iterator[Who
     """
     for call in region.calls:
         product = read_labelled(call)
-        for place in range(0 if product is None else 2):
-            assert product is not None
+        if product is None:
+            continue
+        for place in range(2):
             weights, labels, views = _without_ones(product.operands[place], product.terms[place])
             matrix = read_step_matrix(weights, region)
             if matrix is not None and matrix.exact == exact:
@@ -91,7 +92,7 @@ def _site(
             return miss(each, f"{each.name} writes into what it is made of; use what returns a new tensor")
     sizes = example_of(weights).shape
     steps = sizes[matrix.row]
-    if not isinstance(steps, int) or False:
+    if not isinstance(steps, int):
         return miss(weights, f"there are {steps} steps; taken is a number of them that the graph is compiled for")
     if reason := matrix.why_none(steps, region):
         return miss(weights, reason)

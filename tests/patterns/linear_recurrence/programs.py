@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from structfly.lowering.linear_recurrence.arguments import LETTERS, Arguments
 from tests.compiling import Rewritten
+from tests.oracle import assert_like_eager
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -164,6 +165,21 @@ def inputs(
         torch.randn(*s, generator=generator).to(dtype).requires_grad_() for s in ((batch, steps, width), (batch, width))
     )
     return [f, z, h0, torch.rand(batch, steps, generator=generator) < 0.3]
+
+
+@st.composite
+def any_inputs(draw: st.DrawFn) -> list[Tensor]:
+    """The same of two steps or more, of any size, in either wide dtype."""
+    sizes = (draw(st.integers(1, 3)), draw(st.integers(2, 9)), draw(st.integers(1, 3)))
+    return inputs(*sizes, draw(st.sampled_from((torch.float32, torch.float64))))
+
+
+def rewritten(program: Callable[..., Tensor], given: list[Tensor], options: Mapping[str, Any]) -> Rewritten:
+    """The program with its one recurrence rewritten, which gives what eager does."""
+    fast = Rewritten(program, options)
+    assert_like_eager(fast, program, given, given[0].dtype)
+    assert fast.statuses == ["rewritten"], fast.sites
+    return fast
 
 
 def calls(fast: Rewritten) -> list[Arguments]:
