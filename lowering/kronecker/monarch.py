@@ -240,6 +240,7 @@ def rows_at_a_time(call: Applied, width: int) -> int:
 
 
 def _room(call: Applied) -> int:
+    """Numbers of the dense weight beyond those of the factors."""
     return call.x.shape[1] * call.static[0] - sum(factor.numel() for factor in call.factors)
 
 
