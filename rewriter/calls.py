@@ -250,3 +250,18 @@ def flat(values: object) -> tuple[Any, ...]:
     if isinstance(values, (tuple, list)):
         return tuple(values[0]) if len(values) == 1 and isinstance(values[0], (tuple, list)) else tuple(values)
     return (values,)
+
+
+def index_entries(index: object, ndim: int) -> list[Any]:
+    """What an index says of each dimension of a tensor of so many; None where it makes a new one."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    used = sum(entry is not None and entry is not Ellipsis for entry in entries)
+    at = next((at for at, entry in enumerate(entries) if entry is Ellipsis), len(entries))
+    entries[at : at + 1] = [slice(None)] * (ndim - used)
+    return entries
+
+
+def both_ways(call: Call) -> list[tuple[fx.Node, fx.Node]]:
+    """The operands of a sum or a product in either order; none where one is a number."""
+    one, other = call["input"], call["other"]
+    return [(one, other), (other, one)] if isinstance(one, fx.Node) and isinstance(other, fx.Node) else []

@@ -26,7 +26,7 @@ from structfly.patterns.linear_recurrence.segment_sums import read_segment_sums
 from structfly.patterns.linear_recurrence.step_matrices import repeated
 from structfly.patterns.linear_recurrence.whole import Source, WholeSite, rewrite_whole, whole_site
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
-from structfly.rewriter.calls import Call, read
+from structfly.rewriter.calls import Call, both_ways, read
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.region import Region
 
@@ -77,7 +77,7 @@ class CumulativeRecurrence:
 
 def _of_products(call: Call) -> _Form | None:
     """F * cumsum(b / F), or F * (h_0 + cumsum(b / F))."""
-    for product, sums in _both(call):
+    for product, sums in both_ways(call):
         gate = _gate_of(product)
         for summed, initial, added in () if gate is None else _summed(sums):
             divided = _divided(summed.source, product)
@@ -94,7 +94,7 @@ def _summed(node: fx.Node) -> Iterator[tuple[Cumulated, fx.Node | None, tuple[fx
     if made is not None:
         yield made, None, ()
     elif call is not None and call.op == "add" and call.get("alpha", 1) == 1:
-        for sums, first in _both(call):
+        for sums, first in both_ways(call):
             made, view = cumulated(sums, "cumsum"), repeated(first)
             if made is not None and view is not None and view.dim == made.dim:
                 yield made, view.source, (node, *view.nodes)
@@ -123,7 +123,7 @@ def _divided(node: fx.Node, product: fx.Node) -> tuple[fx.Node, tuple[fx.Node, .
     if call.op == "div" and call.get("rounding_mode") is None and isinstance(call["input"], fx.Node):
         return (call["input"], (call["other"],)) if _same(call["other"], product) else None
     if call.op == "mul":
-        for term, factor in _both(call):
+        for term, factor in both_ways(call):
             nodes = _inverse(factor, product)
             if nodes:
                 return term, nodes
@@ -161,7 +161,7 @@ def _of_logarithms(call: Call) -> _Form | None:
     total = read(call["input"])
     if total is None or total.op != "add" or total.get("alpha", 1) != 1:
         return None
-    for sums, logarithms in _both(total):
+    for sums, logarithms in both_ways(total):
         gates, states = cumulated(sums, "cumsum"), cumulated(logarithms, "logcumsumexp")
         difference = None if states is None else read(states.source)
         if gates is None or states is None or difference is None or gates.dim != states.dim:
@@ -176,10 +176,3 @@ def _of_logarithms(call: Call) -> _Form | None:
             nodes = (total.node, sums, logarithms, difference.node)
             return _Form(exponential_of(gates.source), Source(term, exponential), gates.dim, nodes)
     return None
-
-
-def _both(call: Call) -> list[tuple[fx.Node, fx.Node]]:
-    one, other = call["input"], call["other"]
-    if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
-        return []
-    return [(one, other), (other, one)]

@@ -229,7 +229,7 @@ class Lifting:
             index = index if isinstance(index, tuple) else (index,)
             return editor.call(operator.getitem, arguments["input"], (slice(None), *index) if timed else index)
         if op == "permute":
-            dims = [dim % self(value["input"]).rank for dim in arguments["dims"]]
+            dims = arguments["dims"]
             return editor.call(torch.permute, arguments["input"], (0, *(dim + 1 for dim in dims)) if timed else dims)
         dim = arguments.get("dim", 0)
         dim = dim + 1 if timed and dim >= 0 else dim

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from structfly.rewriter.calls import Call, read
+from structfly.rewriter.calls import both_ways, read
 from structfly.rewriter.constants import Constant, read_constant
 from structfly.rewriter.region import Region, example
 
@@ -59,7 +59,7 @@ def masked(node: object, fill: float, region: Region, *, products: bool = True) 
         yield Masked(call.node, call["input"], Mask(None, diagonal=call.get("diagonal", 0)))
     elif (call.op == "mul" and fill == 0 and products) or (call.op == "add" and fill and call.get("alpha", 1) == 1):
         keeps = _ones if call.op == "mul" else _zeros
-        for value, mask in _both(call):
+        for value, mask in both_ways(call):
             if isinstance(read_constant(mask, region), Constant):
                 yield Masked(call.node, value, Mask(mask, keeps))
 
@@ -117,9 +117,3 @@ def _ones(value: Tensor) -> Tensor | str:
 def _zeros(value: Tensor) -> Tensor | str:
     known = bool(((value == 0) | (value == -math.inf)).all())
     return value == 0 if known else "has other values than 0 and -inf"
-
-
-def _both(call: Call) -> Iterator[tuple[fx.Node, fx.Node]]:
-    one, other = call["input"], call["other"]
-    if isinstance(one, fx.Node) and isinstance(other, fx.Node):
-        yield from ((one, other), (other, one))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import fx
 
 from structfly.patterns.linear_recurrence.spans import OTHER, ZERO, Pieces, filling
-from structfly.rewriter.calls import Call, flat, read
+from structfly.rewriter.calls import Call, index_entries, read
 from structfly.rewriter.region import example
 
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
@@ -37,9 +37,9 @@ def taken(call: Call) -> Taken | None:
     if tensor is None:
         return None
     if call.op == "getitem":
-        entries = _entries(call["index"], tensor.ndim)
-        cut = [] if entries is None else [dim for dim, entry in enumerate(entries) if entry != slice(None)]
-        if entries is None or len(cut) != 1:
+        entries = index_entries(call["index"], tensor.ndim)
+        cut = [dim for dim, entry in enumerate(entries) if entry != slice(None)]
+        if len(cut) != 1 or not all(isinstance(entry, slice) for entry in entries):
             return None
         dim, part = cut[0], entries[cut[0]]
     elif call.op == "narrow":
@@ -56,15 +56,6 @@ def taken(call: Call) -> Taken | None:
         return None
     places = range(tensor.shape[dim])[part]
     return Taken(dim, places.start, len(places), places.step) if places.step > 0 and len(places) else None
-
-
-def _entries(index: Any, ndim: int) -> list[slice] | None:
-    entries = list(flat(index)) if isinstance(index, tuple) else [index]
-    places = [place for place, entry in enumerate(entries) if entry is Ellipsis]
-    if places:
-        entries[places[0] : places[0] + 1] = [slice(None)] * (ndim - len(entries) + 1)
-    entries += [slice(None)] * (ndim - len(entries))
-    return entries if all(isinstance(entry, slice) for entry in entries) else None
 
 
 def padding(call: Call) -> Padding | None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from structfly.rewriter.calls import Call, flat, read
+from structfly.rewriter.calls import Call, index_entries, read
 from structfly.rewriter.region import example
 
 Span = tuple[int | None, int | None, int | None]
@@ -83,14 +83,9 @@ def _element(call: Call) -> Slice | None:
 
 def _indexed(call: Call) -> Slice | None:
     tensor = example(call["input"])
-    entries = list(flat(call["index"])) if isinstance(call["index"], tuple) else [call["index"]]
-    if tensor is None or not all(type(entry) in (int, slice) or entry in (None, Ellipsis) for entry in entries):
+    entries = [] if tensor is None else index_entries(call["index"], tensor.ndim)
+    if tensor is None or not all(type(entry) in (int, slice) or entry is None for entry in entries):
         return None
-    used = sum(entry is not None and entry is not Ellipsis for entry in entries)
-    if Ellipsis not in entries:
-        entries.append(Ellipsis)
-    at = entries.index(Ellipsis)
-    entries[at : at + 1] = [slice(None)] * (tensor.ndim - used)
     dim = 0
     dropped: list[tuple[int, int, int]] = []
     kept: list[tuple[int, int, int]] = []

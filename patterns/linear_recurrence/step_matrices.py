@@ -13,7 +13,7 @@ from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_recurrence.gates import cumulated, exponential_of
 from structfly.patterns.linear_recurrence.masks import Mask, Masked, masked, why_no_triangle
 from structfly.patterns.linear_recurrence.whole import Source
-from structfly.rewriter.calls import Call, flat, read
+from structfly.rewriter.calls import Call, index_entries, read
 from structfly.rewriter.region import Region, example
 
 
@@ -145,16 +145,12 @@ def _inserted(call: Call) -> int | None:
     """Which dimension a view has more than what it is of, if it differs in nothing else."""
     if call.op not in ("unsqueeze", "getitem"):
         return None
-    made = example(call.node)
-    if made is None or example(call["input"]) is None:
+    tensor = example(call["input"])
+    if tensor is None:
         return None
     if call.op == "unsqueeze":
-        return int(call["dim"]) % made.ndim
-    entries = list(flat(call["index"]))
-    if Ellipsis in entries:
-        at = entries.index(Ellipsis)
-        entries[at : at + 1] = [slice(None)] * (made.ndim - len(entries) + 1)
-    entries += [slice(None)] * (made.ndim - len(entries))
+        return int(call["dim"]) % (tensor.ndim + 1)
+    entries = index_entries(call["index"], tensor.ndim)
     new = [at for at, entry in enumerate(entries) if entry is None]
     whole = all(entry is None or entry == slice(None) for entry in entries)
     return new[0] if whole and len(new) == 1 else None

@@ -24,6 +24,16 @@ from tests.patterns.projected_recurrence.cases import (
 )
 
 
+def assert_pinned(layer: Callable[..., tuple[Tensor, ...]]) -> None:
+    """It is as it was, for what it reads is written before the op would read it."""
+    given = arguments(dtype=torch.float32)
+    fast = Rewritten(layer)
+    torch.testing.assert_close(without_gradients(fast, *given), layer(*given))
+    (site,) = own(fast)
+    assert site.status == "missed"
+    assert "writes into a tensor that the nodes of this site read" in site.reason
+
+
 def test_windows_that_others_read_stay() -> None:
     def layer(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         windows = x.unfold(1, 2, 1).transpose(2, 3).flatten(2)
@@ -44,12 +54,7 @@ def test_what_windows_are_of_must_not_change_before_the_op_reads_it() -> None:
         x.add_(1.0)
         return pooled(y), windows, x
 
-    given = arguments(dtype=torch.float32)
-    fast = Rewritten(layer)
-    torch.testing.assert_close(without_gradients(fast, *given), layer(*given))
-    (site,) = own(fast)
-    assert site.status == "missed"
-    assert "writes into a tensor that the nodes of this site read" in site.reason
+    assert_pinned(layer)
 
 
 BESIDE: Mapping[str, Callable[[Tensor], tuple[Tensor, bool]]] = {
@@ -110,12 +115,7 @@ def test_what_is_joined_must_not_change_before_the_op_reads_it(place: int) -> No
         parts[place].add_(1.0)
         return pooled(y), *parts
 
-    given = arguments(dtype=torch.float32)
-    fast = Rewritten(layer)
-    torch.testing.assert_close(without_gradients(fast, *given), layer(*given))
-    (site,) = own(fast)
-    assert site.status == "missed"
-    assert "writes into a tensor that the nodes of this site read" in site.reason
+    assert_pinned(layer)
 
 
 def other_unfoldings(x: Tensor, kind: str) -> Tensor:
