@@ -1,5 +1,6 @@
-"""The calls of CUDA's driver that a kernel's launch needs, by their documented interface (CUDA driver API, sections
-"Execution Control" and "Module Management")."""
+"""The calls of CUDA's driver that launches need, by their documented interface (CUDA driver API, sections "Execution
+Control", "Module Management", "Tensor Map Object Management", "Memory Management", "Event Management" and "Stream
+Management")."""
 
 from __future__ import annotations
 
@@ -7,8 +8,7 @@ import ctypes
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-PARAMETER_BUFFER, PARAMETER_BUFFER_SIZE, PARAMETERS_END = 1, 2, 0
-"""CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END: what stands in the list that says where parameters are."""
+_PARAMETER_BUFFER, _PARAMETER_BUFFER_SIZE, _PARAMETERS_END = 1, 2, 0  # CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE and _END
 
 
 class ParameterPlace(NamedTuple):
@@ -29,6 +29,10 @@ def driver() -> Any:
             *[ctypes.c_uint] * 7,
             *[ctypes.c_void_p] * 3,
         ]
+        library.cuTensorMapReplaceAddress.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        library.cuMemsetD8Async.argtypes = [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, ctypes.c_void_p]
+        library.cuEventRecord.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        library.cuStreamWaitEvent.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     except (OSError, AttributeError):
         return None
     return library
@@ -45,6 +49,23 @@ def parameter_places(function: int) -> list[ParameterPlace]:
     while not driver().cuFuncGetParamInfo(function, len(places), ctypes.byref(offset), ctypes.byref(size)):
         places.append(ParameterPlace(offset.value, size.value))
     return places
+
+
+class ParametersAt:
+    """What a launch is told of where its parameters are.
+
+    Args:
+        address, size: of the buffer that they lie in.
+
+    Attributes:
+        pointers: the list that the driver takes.
+    """
+
+    def __init__(self, address: int, size: int) -> None:
+        self._size = ctypes.c_size_t(size)  # which the list has the address of
+        self.pointers = (ctypes.c_void_p * 5)(
+            _PARAMETER_BUFFER, address, _PARAMETER_BUFFER_SIZE, ctypes.addressof(self._size), _PARAMETERS_END
+        )
 
 
 def check(result: int, what: str) -> None:

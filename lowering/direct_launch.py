@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.cuda_driver import (
-    PARAMETER_BUFFER,
-    PARAMETER_BUFFER_SIZE,
-    PARAMETERS_END,
     ParameterPlace,
+    ParametersAt,
     check,
     driver,
     parameter_places,
@@ -93,11 +91,37 @@ class _Buffer(threading.local):
 
     def __init__(self, size: int) -> None:
         self.bytes = bytearray(size)
-        self._held = (ctypes.c_char * size).from_buffer(self.bytes), ctypes.c_size_t(size)
-        address, address_of_size = map(ctypes.addressof, self._held)
-        self.extra = (ctypes.c_void_p * 5)(
-            PARAMETER_BUFFER, address, PARAMETER_BUFFER_SIZE, address_of_size, PARAMETERS_END
-        )
+        self.at = ParametersAt(ctypes.addressof((ctypes.c_char * size).from_buffer(self.bytes)), size)
+
+
+class Address(NamedTuple):
+    """Where an address lies among a launch's parameters.
+
+    Attributes:
+        offset: of the parameter, in bytes.
+        tensor: what begins at the address.
+        in_map: whether the parameter is a tensor map, which has the address in it.
+    """
+
+    offset: int
+    tensor: Tensor
+    in_map: bool
+
+
+class Parameters(NamedTuple):
+    """All that the driver is given of a launch but the stream.
+
+    Attributes:
+        kernel: the kernel, which lives as long.
+        fixed: its function, the programs along each axis, the threads of a program and its shared memory.
+        packed: the bytes of its parameters.
+        addresses: of tensors, among those.
+    """
+
+    kernel: DirectKernel
+    fixed: tuple[int, ...]
+    packed: bytes
+    addresses: Sequence[Address]
 
 
 class DirectKernel:
@@ -112,8 +136,8 @@ class DirectKernel:
     def __init__(self, compiled: Any, arguments: Sequence[Argument], places: Sequence[ParameterPlace]) -> None:
         from triton.runtime import driver as active_driver
 
-        metadata = compiled.metadata
-        self._function, self._program = compiled.function, (32 * metadata.num_warps, 1, 1, metadata.shared)
+        self._compiled, metadata = compiled, compiled.metadata
+        self._program = (32 * metadata.num_warps, 1, 1, metadata.shared)
         self._launch: Callable[..., int] = driver().cuLaunchKernel
         device, current_stream = torch.cuda.current_device(), active_driver.active.get_current_stream
         self._stream: Callable[[], int] = lambda: current_stream(device)
@@ -124,6 +148,23 @@ class DirectKernel:
         self._pack: Callable[..., None] = struct.Struct("".join(codes)).pack_into
         self._buffer = _Buffer(places[-1].offset + places[-1].size)
         self._arguments = [(each.position, _numbers_of(each)) for each in arguments]
+        self._addresses, parameter = [], 0
+        for each in arguments:
+            if each.metadata is not None or each.codes == (_ADDRESS,):
+                self._addresses.append((each.position, places[parameter].offset, each.metadata is not None))
+            parameter += len(each.codes)
+
+    def parameters(self, grid: tuple[int, ...], every: Sequence[Any]) -> Parameters:
+        """Those of a launch of so many programs along each of three axes, with these arguments up to the constants."""
+        numbers = [number for position, numbers_of in self._arguments for number in numbers_of(every[position])]
+        packed = bytearray(len(self._buffer.bytes))
+        self._pack(packed, 0, *numbers)
+        addresses = []
+        for position, offset, in_map in self._addresses:
+            tensor = every[position].base if in_map else every[position]
+            if isinstance(tensor, Tensor):
+                addresses.append(Address(offset, tensor, in_map))
+        return Parameters(self, (self._compiled.function, *grid, *self._program), bytes(packed), addresses)
 
     def bind(self, grid: tuple[int, ...], first: Sequence[Any], own: int, last: Sequence[Any]) -> Callable[..., None]:
         """Launches of so many programs along each of three axes.
@@ -143,7 +184,7 @@ class DirectKernel:
                 readers.append((position - begin, numbers_of))
             else:
                 after += numbers_of(last[position - end])
-        fixed, empty = (self._function, *grid, *self._program), 0 in grid
+        fixed, empty = (self._compiled.function, *grid, *self._program), 0 in grid
 
         def launch(*own: Any) -> None:
             if empty:
@@ -153,7 +194,7 @@ class DirectKernel:
                 numbers += numbers_of(own[place])
             buffer = self._buffer
             self._pack(buffer.bytes, 0, *numbers, *after)
-            check(self._launch(*fixed, self._stream(), None, buffer.extra), "the launch of a kernel")
+            check(self._launch(*fixed, self._stream(), None, buffer.at.pointers), "the launch of a kernel")
 
         return launch
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from structfly.errors import UnsupportedError
 from structfly.lowering.descriptor import rounds_to_tf32, triton_rounds
 from structfly.lowering.direct_launch import DirectKernel, direct_kernel, has_launch_hooks
+from structfly.lowering.replay.recorder import Recorder, recorder
 
 
 class Launch:
@@ -56,7 +57,22 @@ class Launch:
         if straight is None:
             straight = self._straight[aligned] = self._found(arguments)
         launch = straight.hooked if has_launch_hooks() else straight.usual
-        launch(*arguments)
+        if (recording := recorder()) is None:
+            launch(*arguments)
+        else:
+            self._recorded(recording, straight, launch, arguments)
+
+    def _recorded(
+        self, recording: Recorder, straight: _Straight, launch: Callable[..., None], arguments: tuple[Any, ...]
+    ) -> None:
+        """The same while a call is recorded."""
+        every = (*self._first, *arguments, *self._arguments)
+        if straight.direct is None or launch is not straight.usual:
+            recording.call(straight.of_every, every)
+        elif 0 not in self._grid:
+            parameters = straight.direct.parameters(_along_axes(self._grid), every)
+            launch(*arguments)
+            recording.launched(parameters)
 
     def _found(self, arguments: tuple[Any, ...]) -> _Straight:
         """Launches with arguments of the kinds that these have.
@@ -74,14 +90,18 @@ class Launch:
             compiled = self._kernel.warmup(*every, grid=self._grid, **named)
             if compiled is None:  # the interpreter compiles nothing
                 run = self._kernel[self._grid]
-                return _Straight(*[lambda *arguments: run(*first, *arguments, *last, **named)] * 2)
+                interpreted = lambda *arguments: run(*first, *arguments, *last, **named)  # noqa: E731
+                return _Straight(interpreted, interpreted, lambda *every: run(*every, **named), None)
             rounds = any(map(rounds_to_tf32, every))
             found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled), rounds)
-        grid = (*self._grid, 1, 1)[:3]
+        grid = _along_axes(self._grid)
         launch, constants = found.kernel[grid], tuple(self._constants.values())
 
         def by_triton(*arguments: Any) -> None:
             launch(*first, *arguments, *last, *constants)
+
+        def of_every(*every: Any) -> None:
+            launch(*every, *constants)
 
         by_driver = None if found.direct is None else found.direct.bind(grid, first, len(arguments), last)
         if found.rounds and not triton_rounds():
@@ -90,15 +110,24 @@ class Launch:
                     "the driver does not launch this kernel, and this Triton cuts its float32 operands off where they "
                     "are to be rounded to TF32; use Triton 3.7 or later, or full float32"
                 )
-            return _Straight(by_driver, by_driver)
-        return _Straight(by_driver or by_triton, by_triton)
+            return _Straight(by_driver, by_driver, of_every, found.direct)
+        return _Straight(by_driver or by_triton, by_triton, of_every, found.direct)
 
 
 class _Straight(NamedTuple):
-    """Launches that take the arguments of a call: the usual ones, and those while Triton has launch hooks."""
+    """Launches that take the arguments of a call.
+
+    Attributes:
+        usual: the usual ones.
+        hooked: those while Triton has launch hooks.
+        of_every: Triton's, of all arguments up to the constants.
+        direct: what the usual ones are by, None for Triton.
+    """
 
     usual: Callable[..., None]
     hooked: Callable[..., None]
+    of_every: Callable[..., None]
+    direct: DirectKernel | None
 
 
 class _Compiled(NamedTuple):
@@ -130,6 +159,10 @@ class _Thread(threading.local):
 
 _THREAD = _Thread()
 _COMPILED: dict[tuple[Any, ...], _Compiled] = {}
+
+
+def _along_axes(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return (*grid, 1, 1)[:3]
 
 
 def _current_device() -> int:

@@ -22,6 +22,7 @@ from structfly.errors import UnsupportedError
 from structfly.lowering.activations import activated
 from structfly.lowering.layer_products import Applied, Backward, Between, Finish, InChunks
 from structfly.lowering.precision import tf32_allowed
+from structfly.lowering.replay.replayed import replayed
 from structfly.lowering.vmap import one_by_one
 
 DEVICES = ("cpu", "cuda")
@@ -111,8 +112,8 @@ class LayerOp:
             "(Tensor grad, Tensor x, Tensor[] factors, Tensor[] kept, int[] static, bool[] wanted, bool tf32)"
             " -> Tensor[]",
         )
-        torch.library.impl(forward_name, DEVICES)(self._forward)
-        torch.library.impl(backward_name, DEVICES)(self._backward)
+        torch.library.impl(forward_name, DEVICES)(replayed(self._forward))
+        torch.library.impl(backward_name, DEVICES)(replayed(self._backward))
         torch.library.register_fake(forward_name, self._forward_fake)
         torch.library.register_fake(backward_name, self._backward_fake)
         torch.library.register_autograd(forward_name, self._differentiate, setup_context=self._setup_context)

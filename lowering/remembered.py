@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from structfly.lowering.replay.recorder import recorder, unseen
+
 Found = TypeVar("Found")
 
 
@@ -34,9 +36,17 @@ def remembered(find: Callable[..., Found], *arguments: Tensor | Hashable) -> Fou
 
     Inference tensors do not count how often they were written: about them everything is found anew.
     """
+    found = _found(find, arguments)
+    if (recording := recorder()) is not None:
+        recording.found(remembered, (find, *arguments), found)
+    return found
+
+
+def _found(find: Callable[..., Found], arguments: tuple[Tensor | Hashable, ...]) -> Found:
     tensors = [each for each in arguments if isinstance(each, Tensor)]
     if any(each.is_inference() for each in tensors):
-        return find(*arguments)
+        with unseen():
+            return find(*arguments)
     first, *others = tensors
     known: dict[Hashable, _Entry] = _KNOWN.setdefault(first, {})
     key = (find, *(Tensor if isinstance(each, Tensor) else each for each in arguments))
@@ -44,7 +54,7 @@ def remembered(find: Callable[..., Found], *arguments: Tensor | Hashable) -> Fou
     entry = known.get(key)
     if entry is not None and entry.versions == versions and _are(entry.others, others):
         return cast(Found, entry.found)  # by this very function
-    with torch.inference_mode(False):  # what is found serves later calls that may record gradients
+    with unseen(), torch.inference_mode(False):  # what is found serves later calls that may record gradients
         found = find(*arguments)
     known[key] = _Entry(tuple(map(weakref.ref, others)), versions, found)
     return found

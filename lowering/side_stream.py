@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from structfly.lowering.replay.recorder import recorder
+
 
 class SideStream:
     """A stream for work that needs nothing later than ``fork`` and is done at ``join``, if it is used."""
@@ -20,9 +22,12 @@ class SideStream:
 
     def fork(self) -> None:
         """What has been launched so far comes before all work in this stream."""
-        if self._stream is not None:
-            self._forked.record(torch.cuda.current_stream())
-            self._stream.wait_event(self._forked)
+        if self._stream is None:
+            return
+        self._forked.record(torch.cuda.current_stream())
+        self._stream.wait_event(self._forked)
+        if (recording := recorder()) is not None:
+            recording.forked(self._stream)
 
     def __enter__(self) -> None:
         self._context = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -33,9 +38,12 @@ class SideStream:
 
     def join(self) -> None:
         """The current stream waits for that work."""
-        if self._stream is not None:
-            self._joined.record(self._stream)
-            torch.cuda.current_stream().wait_event(self._joined)
+        if self._stream is None:
+            return
+        self._joined.record(self._stream)
+        torch.cuda.current_stream().wait_event(self._joined)
+        if (recording := recorder()) is not None:
+            recording.joined(self._stream)
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from types import FunctionType
 from typing import Any, TypeVar, cast
@@ -250,6 +250,16 @@ def example_mode(mode: Any) -> Iterator[None]:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Fail the running CUDA program if ``condition`` () is False, without waiting for the device."""
     torch._assert_async(condition, message)
+
+
+def current_stream(device: torch.device) -> int:
+    """The current stream of a CUDA device, as CUDA's driver has it."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def unseen_by_modes() -> AbstractContextManager[object]:
+    """No dispatch mode sees operations in this context."""
+    return torch._C._DisableTorchDispatch()
 
 
 def register_autograd(op: Any, differentiate: Callable[..., Any], setup_context: Callable[..., None]) -> None:

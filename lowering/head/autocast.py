@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +11,6 @@ from torch import Tensor
 from structfly.lowering.head.linear import DEVICES
 
 _LIBRARY = torch.library.Library("structfly", "FRAGMENT")
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast is off on ``device``; where it is already, nothing is switched, which takes the host time."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def register_autocast(name: str, arguments: Any, multiplied: Sequence[str], op: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structfly.lowering.head.autocast import without_autocast
+from structfly.lowering.autocast import without_autocast
 from structfly.lowering.head.linear import Wanted, allocate_gradients
 from structfly.lowering.head.reduction import finished, statistic_coefficients
 from structfly.lowering.linear_cross_entropy.arguments import Arguments, Outputs

@@ -38,11 +38,12 @@ from structfly.lowering.linear_cross_entropy.arguments import (
     Arguments,
     Outputs,
 )
+from structfly.lowering.replay.replayed import replayed
 
 torch.library.define(NAME, f"({ARGUMENTS}) -> ({RESULTS}, {GRADIENTS}, {OPERAND_GRADIENTS})")
 torch.library.define(BACKWARD_NAME, f"({UPSTREAM}, {ARGUMENTS}) -> ({GRADIENTS}, {OPERAND_GRADIENTS})")
-torch.library.impl(NAME, DEVICES)(kernels.forward)
-torch.library.impl(BACKWARD_NAME, DEVICES)(kernels.backward)
+torch.library.impl(NAME, DEVICES)(replayed(kernels.forward))
+torch.library.impl(BACKWARD_NAME, DEVICES)(replayed(kernels.backward))
 
 
 def linear_cross_entropy(*arguments: Any) -> Outputs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -15,6 +14,7 @@ from structfly.errors import UnsupportedError
 from structfly.lowering.head.chunks import ROWS_A_SUM
 from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.row_kernels import KERNEL_DTYPES, launch_sizes
+from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_cross_entropy.rows import (
     ClassTerms,
     Coefficients,
@@ -128,11 +128,12 @@ def _launch(
         logits.stride(0),
         rows,
     )
-    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+    with on_device(logits.device):
         if not (known and by_class):
-            kernels.rows[(rows,)](*arguments, CLASSES=classes, BLOCK=block, num_warps=warps)
+            Launch(kernels.rows, (rows,), {"CLASSES": classes, "BLOCK": block}, num_warps=warps)(*arguments)
         if by_class:
-            kernels.tiles[(tiles, groups)](*arguments, CLASSES=classes, BLOCK=tile, ROWS=ROWS_A_SUM)
+            constants = {"CLASSES": classes, "BLOCK": tile, "ROWS": ROWS_A_SUM}
+            Launch(kernels.tiles, (tiles, groups), constants)(*arguments)
     row_totals, class_totals = iter(row_sums.sum(2)), iter(class_sums.sum(1))
     return tuple(next(class_totals if operand in by_class else row_totals) for operand in wanted)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from structfly.errors import StructflyError
-from structfly.lowering.head.autocast import without_autocast
+from structfly.lowering.autocast import without_autocast
 from structfly.lowering.head.epilogue import parse_epilogue
 from structfly.lowering.head.linear import Gradients, Wanted, allocate_gradients
 from structfly.lowering.head.reduction import finished, reduced, row_coefficients, upstream_coefficients

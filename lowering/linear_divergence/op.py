@@ -20,11 +20,12 @@ from structfly.lowering.head.autograd import HeadAutograd
 from structfly.lowering.head.linear import DEVICES, DIFFERENTIABLE, GRADIENTS, Wanted, allocate_gradients, in_dtypes_of
 from structfly.lowering.linear_divergence import kernels
 from structfly.lowering.linear_divergence.arguments import ARGUMENTS, BACKWARD_NAME, NAME, Arguments
+from structfly.lowering.replay.replayed import replayed
 
 torch.library.define(NAME, f"({ARGUMENTS}) -> (Tensor loss, Tensor factor, {GRADIENTS})")
 torch.library.define(BACKWARD_NAME, f"(Tensor grad_loss, {ARGUMENTS}) -> ({GRADIENTS})")
-torch.library.impl(NAME, DEVICES)(kernels.forward)
-torch.library.impl(BACKWARD_NAME, DEVICES)(kernels.backward)
+torch.library.impl(NAME, DEVICES)(replayed(kernels.forward))
+torch.library.impl(BACKWARD_NAME, DEVICES)(replayed(kernels.backward))
 
 
 def linear_divergence(*arguments: Any) -> tuple[Tensor, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from structfly.errors import UnsupportedError
 from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.row_kernels import KERNEL_DTYPES, launch_sizes
+from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.linear_divergence.rows import RowTerms
 from structfly.lowering.template import Parameter, load, render
 
@@ -49,8 +49,8 @@ def row_step_triton(
     )
     block, warps = launch_sizes(classes)
     nothing = losses  # a pointer the kernel does not read
-    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-        kernel[(rows,)](
+    with on_device(logits.device):
+        Launch(kernel, (rows,), {"CLASSES": classes, "BLOCK": block}, num_warps=warps)(
             logits,
             teacher,
             nothing if coefficient is None else coefficient.contiguous(),
@@ -59,9 +59,6 @@ def row_step_triton(
             losses,
             logits.stride(0),
             teacher.stride(0),
-            CLASSES=classes,
-            BLOCK=block,
-            num_warps=warps,
         )
     return losses
 

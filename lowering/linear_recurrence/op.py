@@ -55,6 +55,7 @@ from structfly.lowering.linear_recurrence.arguments import (
     kept_rows,
     states_for_backward,
 )
+from structfly.lowering.replay.replayed import replayed
 from structfly.lowering.second_derivative import refuse_second_derivative
 from structfly.lowering.vmap import one_by_one
 
@@ -122,8 +123,8 @@ def _define(
     def differentiate(ctx: Any, needed: Sequence[bool], *upstream: Any) -> tuple[Tensor | None, ...]:
         return _differentiate(form, ctx, needed, *upstream)
 
-    torch.library.impl(name, DEVICES)(run)
-    torch.library.impl(backward, DEVICES)(run_backward)
+    torch.library.impl(name, DEVICES)(replayed(run))
+    torch.library.impl(backward, DEVICES)(replayed(run_backward))
     torch.library.register_fake(name, fake)
     torch.library.register_fake(backward, backward_fake)
     register_autograd(form.forward, differentiate, setup_context)

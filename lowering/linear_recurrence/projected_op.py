@@ -13,6 +13,7 @@ from torch import Tensor
 
 from structfly.compat import register_autograd
 from structfly.errors import UnsupportedError
+from structfly.lowering.autocast import without_autocast
 from structfly.lowering.linear_recurrence import projected_steps
 from structfly.lowering.linear_recurrence.arguments import (
     PROJECTED_ARGUMENTS,
@@ -21,6 +22,7 @@ from structfly.lowering.linear_recurrence.arguments import (
     ProjectedArguments,
 )
 from structfly.lowering.linear_recurrence.op import DEVICES
+from structfly.lowering.replay.replayed import replayed
 from structfly.lowering.vmap import one_by_one
 
 torch.library.define(PROJECTED_NAME, f"({PROJECTED_ARGUMENTS}) -> ({PROJECTED_RESULTS})")
@@ -29,7 +31,7 @@ PROJECTED: Any = getattr(torch.ops.structfly, PROJECTED_NAME.removeprefix("struc
 
 def _run(*given: Any) -> tuple[Tensor, Tensor]:
     call = ProjectedArguments(*given)
-    with torch.autocast(call.inputs.device.type, enabled=False):
+    with without_autocast(call.inputs.device):
         return projected_steps.forward(call)
 
 
@@ -50,7 +52,7 @@ def _refuse(ctx: Any, needed: Any, *upstream: Any) -> NoReturn:
     )
 
 
-torch.library.impl(PROJECTED_NAME, DEVICES)(_run)
+torch.library.impl(PROJECTED_NAME, DEVICES)(replayed(_run))
 torch.library.register_fake(PROJECTED_NAME, _fake)
 register_autograd(PROJECTED, _refuse, _keep_nothing)
 torch.library.register_vmap(PROJECTED_NAME, one_by_one(PROJECTED))
