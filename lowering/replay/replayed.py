@@ -70,16 +70,17 @@ def replayed(function: FunctionT) -> FunctionT:
             return function(*arguments)
         key, tensors = form_of(arguments)
         form = forms.find((key, _settings()))
-        if form is None or form.why_not:  # when it is first called, kernels may have to be compiled
-            return function(*arguments)
-        with on_device(device), without_autocast(device):
-            for recording in form.recordings:
-                done, result = recording.replay(tensors)
-                if done:
-                    return result
-        if len(form.recordings) >= _RECORDINGS:
-            return function(*arguments)
-        return _recorded(function, arguments, tensors, form)
+        with on_device(device):
+            if form is None or form.why_not:  # when it is first called, kernels may have to be compiled
+                return function(*arguments)
+            with without_autocast(device):
+                for recording in form.recordings:
+                    done, result = recording.replay(tensors)
+                    if done:
+                        return result
+            if len(form.recordings) >= _RECORDINGS:
+                return function(*arguments)
+            return _recorded(function, arguments, tensors, form)
 
     return cast(FunctionT, call)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,3 +151,17 @@ def test_products_are_launched_from_a_thread_that_has_not_used_the_device() -> N
     with ThreadPoolExecutor(1) as thread:
         thread.submit(matrix_products, a, b, c, tiles=SAFE).result()
     torch.testing.assert_close(c.view(64, 64), (a.view(64, 64) @ b.view(64, 64).t()), rtol=0.05, atol=0.1)
+
+
+def test_nothing_else_launches_kernels() -> None:
+    """A launch that goes another way would be missing where a call is replayed."""
+    folder = Path(launch.__file__).parent
+    found = [
+        f"{path.relative_to(folder)}:{node.lineno}"
+        for path in sorted(folder.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and (isinstance(node.func.slice, ast.Tuple) or "grid" in ast.unparse(node.func.slice))
+    ]
+    assert not found, "kernel[grid](...) outside Launch"

@@ -156,7 +156,7 @@ def test_an_op_gives_the_same_bits_replayed_on_a_gpu(
     with torch.cuda.stream(torch.cuda.Stream()):
         check(CASES[name], monkeypatch, 3)
     check(CASES[name], monkeypatch, 3)
-    assert len(replays) >= 6
+    assert len(replays) >= 4
 
 
 @pytest.mark.gpu
