@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode, is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv
 

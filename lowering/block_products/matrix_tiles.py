@@ -17,7 +17,8 @@ _HOPPER = (9, 0)
 _LEAST_PART = 8  # columns: 16 bytes, the least that a descriptor moves
 _SHAPES = 1024  # whose tiles are remembered: every call asks for some
 PRODUCTS = Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4)
-FEW_TOKENS = Tiles(m=64, n=64, k=128, group=8, parts=1, warps=4, stages=4)
+# Narrow, so that more processors read weights, in long steps, of which each has much under way.
+FEW_TOKENS = Tiles(m=64, n=32, k=256, group=8, parts=1, warps=4, stages=4)
 # The largest first; the next where a larger leaves processors without a tile.
 GRADIENTS = (
     Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=3),

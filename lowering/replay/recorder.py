@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from structfly.compat import storage_key, unseen_by_modes
+from structfly.compat import TorchDispatchMode, storage_key, unseen_by_modes
 from structfly.lowering.cuda_driver import driver
 from structfly.lowering.direct_launch import Parameters
 from structfly.lowering.replay.lookup import Lookup
