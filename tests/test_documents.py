@@ -206,3 +206,18 @@ def test_speed_and_memory_of_monarch_in_training_are_committed_results(line: str
     speed, memory = (median("structured_linear_h100", mode, provider, each) for each in ("x_dense", "peak_extra_bytes"))
     text = (ROOT / "docs" / "restructure.md").read_text(encoding="utf-8")
     assert f"{line} {speed:.2f} | {memory / 2**20:.0f} MiB |" in text.splitlines()
+
+
+def test_times_of_models_of_structured_layers_are_committed_results() -> None:
+    mode = "32 blocks, 1536 hidden units, 4096 between, 4096 tokens, bfloat16, forward+backward+AdamW"
+    layers = ("pixelfly, grid 16, 3 factors, rank 128", "monarch, 4 blocks", "dense")
+    graph = [1e3 * median("structured_model_h100", f"{mode}, a CUDA graph a step", each, "time_s") for each in layers]
+    launched = [1e3 * median("structured_model_launched_h100", mode, each, "time_s") for each in layers]
+    text = " ".join((ROOT / "docs" / "restructure.md").read_text(encoding="utf-8").split())
+    assert (
+        f"took {graph[0]:.1f} ms as a graph with Pixelfly layers and {graph[1]:.1f} ms with Monarch's of 4 blocks, "
+        f"where dense ones took {graph[2]:.1f} ms"
+    ) in text
+    assert f"they took {launched[0]:.0f}, {launched[1]:.0f} and {launched[2]:.0f} ms" in text
+    waited = [median("structured_model_h100", f"{mode}, a CUDA graph a step", each, "waiting_share") for each in layers]
+    assert max(waited) < 0.01
