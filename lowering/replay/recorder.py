@@ -97,11 +97,13 @@ class Recorder(TorchDispatchMode):
 
     def forked(self, stream: torch.cuda.Stream) -> None:
         """From now on this stream works beside."""
-        self.steps.append(Fork(stream))
+        if not self.why_not:
+            self.steps.append(Fork(stream))
 
     def joined(self, stream: torch.cuda.Stream) -> None:
         """It has been waited for."""
-        self.steps.append(Join(stream))
+        if not self.why_not:
+            self.steps.append(Join(stream))
 
     def found(self, look_up: Callable[..., Any], arguments: Sequence[Any], found: Any) -> None:
         """``look_up(*arguments)`` gave that, as it is to in each replay."""

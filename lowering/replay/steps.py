@@ -110,6 +110,8 @@ class Zeros:
         self._set: Callable[..., int] = driver().cuMemsetD8Async
 
     def __call__(self, frame: Frame) -> None:
+        if not self._bytes:
+            return
         stream = frame.stream if self.beside is None else self.beside.cuda_stream
         address = frame.addresses[self._memory] + self._offset
         check(self._set(address, 0, self._bytes, stream), "writing zeros")

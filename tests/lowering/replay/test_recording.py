@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from structfly.lowering.replay.recorder import Recorder
 from structfly.lowering.replay.recording import Recording
 from structfly.lowering.replay.replayed import replayed
 from structfly.lowering.replay.steps import Fork, Join
@@ -125,3 +126,13 @@ def test_recording_a_call_keeps_nothing_alive(replays: list[Recording]) -> None:
         assert run(torch.zeros(2)).tolist() == [4.0, 4.0]
     assert len(replays) == 1
     assert alive[4:] == alive[:4]
+
+
+def test_streams_of_a_call_that_is_not_replayed_are_left_alone() -> None:
+    """There may be no driver to tell of them."""
+    recorder = Recorder([torch.ones(2)])
+    recorder.why_not = "there is no driver"
+    stream: Any = SimpleNamespace(cuda_stream=1)
+    recorder.forked(stream)
+    recorder.joined(stream)
+    assert not recorder.steps

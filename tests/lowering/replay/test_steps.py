@@ -125,6 +125,7 @@ def test_zeros(driver: Driver) -> None:
     Zeros(view(1, 8, 3, 5, dtype=torch.bfloat16), None)(frame(0, 256))
     side: Any = SimpleNamespace(cuda_stream=SIDE)
     Zeros(view(0, 0, 7), side)(frame(64, 256))
+    Zeros(view(0, 0, 0, 4), None)(frame(0, 256))  # of which there is no address
     assert driver.calls == [("zeros", 264, 0, 30, STREAM), ("zeros", 64, 0, 28, SIDE)]
 
 
