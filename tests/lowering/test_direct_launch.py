@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import weakref
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from structfly.lowering.block_products.matrices import matrix_products
 from structfly.lowering.descriptor import rounds_to_tf32
 from structfly.lowering.direct_launch import arguments_of, direct_kernel
 from structfly.lowering.tuning.choice import SAFE
+from tests.lowering.drivers import NotingDriver
 
 BOX = "tensordesc<bf16[64, 32]>"
 METADATA = {
@@ -51,31 +51,16 @@ class TensorMap:
 
 
 @dataclass
-class Driver:
-    """Stands for CUDA's driver: knows where a kernel's parameters lie, and notes launches."""
+class Driver(NotingDriver):
+    """Knows where a kernel's parameters lie, too."""
 
     places: list[tuple[int, int]] = field(default_factory=lambda: list(PLACES))
-    launches: list[tuple[tuple[int, ...], bytes]] = field(default_factory=list)
-    result: int = 0
 
     def cuFuncGetParamInfo(self, function: int, number: int, offset: Any, size: Any) -> int:  # noqa: N802
         assert function == FUNCTION
         if number == len(self.places):
             return 1
         offset._obj.value, size._obj.value = self.places[number]
-        return 0
-
-    def cuLaunchKernel(self, *arguments: Any) -> int:  # noqa: N802
-        *fixed, pointers, extra = arguments
-        assert pointers is None
-        of_buffer, buffer, of_size, size, end = extra
-        assert (of_buffer, of_size, end) == (1, 2, None)
-        length = ctypes.c_size_t.from_address(size).value
-        self.launches.append((tuple(fixed), ctypes.string_at(buffer, length)))
-        return self.result
-
-    def cuGetErrorString(self, result: int, text: Any) -> int:  # noqa: N802
-        text._obj.value = b"no such thing"
         return 0
 
 
