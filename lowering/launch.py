@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,18 +61,16 @@ class Launch:
         if (recording := recorder()) is None:
             launch(*arguments)
         else:
-            self._recorded(recording, straight, launch, arguments)
+            self._recorded(recording, straight, arguments)
 
-    def _recorded(
-        self, recording: Recorder, straight: _Straight, launch: Callable[..., None], arguments: tuple[Any, ...]
-    ) -> None:
-        """The same while a call is recorded."""
+    def _recorded(self, recording: Recorder, straight: _Straight, arguments: tuple[Any, ...]) -> None:
+        """The same while a call is recorded, as none is while Triton has launch hooks."""
         every = (*self._first, *arguments, *self._arguments)
-        if straight.direct is None or launch is not straight.usual:
+        if straight.direct is None:
             recording.call(straight.of_every, every)
         elif 0 not in self._grid:
             parameters = straight.direct.parameters(_along_axes(self._grid), every)
-            launch(*arguments)
+            straight.usual(*arguments)
             recording.launched(parameters)
 
     def _found(self, arguments: tuple[Any, ...]) -> _Straight:
@@ -89,20 +88,14 @@ class Launch:
             named = {**self._constants, **self._options}
             compiled = self._kernel.warmup(*every, grid=self._grid, **named)
             if compiled is None:  # the interpreter compiles nothing
-                run = self._kernel[self._grid]
-                interpreted = lambda *arguments: run(*first, *arguments, *last, **named)  # noqa: E731
-                return _Straight(interpreted, interpreted, lambda *every: run(*every, **named), None)
+                interpreted = partial(self._kernel[self._grid], **named)
+                around = _around(interpreted, first, last)
+                return _Straight(around, around, interpreted, None)
             rounds = any(map(rounds_to_tf32, every))
             found = _COMPILED[key] = _Compiled(compiled, direct_kernel(compiled), rounds)
         grid = _along_axes(self._grid)
-        launch, constants = found.kernel[grid], tuple(self._constants.values())
-
-        def by_triton(*arguments: Any) -> None:
-            launch(*first, *arguments, *last, *constants)
-
-        def of_every(*every: Any) -> None:
-            launch(*every, *constants)
-
+        of_every = _around(found.kernel[grid], (), tuple(self._constants.values()))
+        by_triton = _around(of_every, first, last)
         by_driver = None if found.direct is None else found.direct.bind(grid, first, len(arguments), last)
         if found.rounds and not triton_rounds():
             if by_driver is None:
@@ -159,6 +152,11 @@ class _Thread(threading.local):
 
 _THREAD = _Thread()
 _COMPILED: dict[tuple[Any, ...], _Compiled] = {}
+
+
+def _around(launch: Callable[..., None], first: tuple[Any, ...], last: tuple[Any, ...]) -> Callable[..., None]:
+    """The same launch of what stands between these arguments."""
+    return lambda *arguments: launch(*first, *arguments, *last)
 
 
 def _along_axes(grid: tuple[int, ...]) -> tuple[int, ...]:

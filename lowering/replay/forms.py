@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-_ALIGNMENT = 16  # bytes: what kernels are compiled for beginning at, or not
+from structfly.lowering.descriptor import ALIGNED
 
 
 def form_of(value: Any) -> tuple[Hashable, list[Tensor]]:
@@ -27,7 +27,7 @@ def _form(value: Any, tensors: list[Tensor], begins: dict[int, tuple[int, int]])
         memory = address - int(value.storage_offset()) * value.itemsize
         first, begin = begins.setdefault(memory, (len(tensors), address))
         tensors.append(value)
-        place = (first, address - begin, address % _ALIGNMENT)
+        place = (first, address - begin, address % ALIGNED)
         return value.dtype, value.shape, value.stride(), value.device, value.requires_grad, place
     if isinstance(value, (list, tuple)):
         return tuple([_form(each, tensors, begins) for each in value])

@@ -163,33 +163,28 @@ class KernelLaunch:
                 struct.pack_into("=Q", self._buffer, place, address)
 
 
-class Fork:
-    """Another stream begins to work beside: it waits for what has been launched so far.
+class _Order:
+    """The order of two streams: one waits for what has been launched in the other.
 
     Args:
-        beside: the other stream.
+        beside: the stream that is not replayed on.
     """
 
     memories: frozenset[int] = frozenset()
 
     def __init__(self, beside: torch.cuda.Stream) -> None:
         self.beside, self._event = beside, _Event()
+
+
+class Fork(_Order):
+    """The stream beside begins to work, after what has been launched so far."""
 
     def __call__(self, frame: Frame) -> None:
         self._event.between(frame.stream, self.beside.cuda_stream)
 
 
-class Join:
-    """The stream that is replayed on waits for another, and has all to itself again.
-
-    Args:
-        beside: the other stream.
-    """
-
-    memories: frozenset[int] = frozenset()
-
-    def __init__(self, beside: torch.cuda.Stream) -> None:
-        self.beside, self._event = beside, _Event()
+class Join(_Order):
+    """The stream that is replayed on waits for the one beside, and has all to itself again."""
 
     def __call__(self, frame: Frame) -> None:
         self._event.between(self.beside.cuda_stream, frame.stream)
