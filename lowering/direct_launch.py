@@ -21,13 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from structfly.lowering.cuda_driver import (
-    ParameterPlace,
-    ParametersAt,
-    check,
-    driver,
-    parameter_places,
-)
+from structfly.lowering.cuda_driver import KernelLauncher, ParameterPlace, Program, driver, parameter_places
 from structfly.lowering.descriptor import rounds_to_tf32
 
 TENSOR_MAP_BYTES = 128
@@ -37,6 +31,7 @@ _SCALARS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f
 _SCALARS |= {"u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
 _ADDRESS = "Q"
 _SCRATCH_SPACES = 2
+_WAIT = "griddepcontrol.wait"
 _MOST_MAPS = 256  # descriptors that are remembered for each argument of a kernel
 
 
@@ -87,11 +82,11 @@ def arguments_of(signature: Sequence[str], descriptors: Sequence[dict[str, Any]]
 
 
 class _Buffer(threading.local):
-    """A thread's own parameters of a kernel, for the driver reads them while other threads may run."""
+    """A thread's own parameters of a launch, for the driver reads them while other threads may run."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, program: Program, size: int) -> None:
         self.bytes = bytearray(size)
-        self.at = ParametersAt(ctypes.addressof((ctypes.c_char * size).from_buffer(self.bytes)), size)
+        self.launch = KernelLauncher(program, ctypes.addressof((ctypes.c_char * size).from_buffer(self.bytes)), size)
 
 
 class Address(NamedTuple):
@@ -113,13 +108,13 @@ class Parameters(NamedTuple):
 
     Attributes:
         kernel: the kernel, which lives as long.
-        fixed: its function, the programs along each axis, the threads of a program and its shared memory.
+        program: what of it is launched.
         packed: the bytes of its parameters.
         addresses: of tensors, among those.
     """
 
     kernel: DirectKernel
-    fixed: tuple[int, ...]
+    program: Program
     packed: bytes
     addresses: Sequence[Address]
 
@@ -136,9 +131,7 @@ class DirectKernel:
     def __init__(self, compiled: Any, arguments: Sequence[Argument], places: Sequence[ParameterPlace]) -> None:
         from triton.runtime import driver as active_driver
 
-        self._compiled, metadata = compiled, compiled.metadata
-        self._program = (32 * metadata.num_warps, 1, 1, metadata.shared)
-        self._launch: Callable[..., int] = driver().cuLaunchKernel
+        self._compiled, self._waits = compiled, _WAIT in compiled.asm["ptx"]
         device, current_stream = torch.cuda.current_device(), active_driver.active.get_current_stream
         self._stream: Callable[[], int] = lambda: current_stream(device)
         codes, end = ["="], 0
@@ -146,7 +139,7 @@ class DirectKernel:
             codes.append(f"{place.offset - end}x{code}")
             end = place.offset + place.size
         self._pack: Callable[..., None] = struct.Struct("".join(codes)).pack_into
-        self._buffer = _Buffer(places[-1].offset + places[-1].size)
+        self._size = places[-1].offset + places[-1].size
         self._arguments = [(each.position, _numbers_of(each)) for each in arguments]
         self._addresses, parameter = [], 0
         for each in arguments:
@@ -157,14 +150,14 @@ class DirectKernel:
     def parameters(self, grid: tuple[int, ...], every: Sequence[Any]) -> Parameters:
         """Those of a launch of so many programs along each of three axes, with these arguments up to the constants."""
         numbers = [number for position, numbers_of in self._arguments for number in numbers_of(every[position])]
-        packed = bytearray(len(self._buffer.bytes))
+        packed = bytearray(self._size)
         self._pack(packed, 0, *numbers)
         addresses = []
         for position, offset, in_map in self._addresses:
             tensor = every[position].base if in_map else every[position]
             if isinstance(tensor, Tensor):
                 addresses.append(Address(offset, tensor, in_map))
-        return Parameters(self, (self._compiled.function, *grid, *self._program), bytes(packed), addresses)
+        return Parameters(self, self._program(grid), bytes(packed), addresses)
 
     def bind(self, grid: tuple[int, ...], first: Sequence[Any], own: int, last: Sequence[Any]) -> Callable[..., None]:
         """Launches of so many programs along each of three axes.
@@ -184,7 +177,7 @@ class DirectKernel:
                 readers.append((position - begin, numbers_of))
             else:
                 after += numbers_of(last[position - end])
-        fixed, empty = (self._compiled.function, *grid, *self._program), 0 in grid
+        buffer, empty = _Buffer(self._program(grid), self._size), 0 in grid
 
         def launch(*own: Any) -> None:
             if empty:
@@ -192,11 +185,14 @@ class DirectKernel:
             numbers = before.copy()
             for place, numbers_of in readers:
                 numbers += numbers_of(own[place])
-            buffer = self._buffer
             self._pack(buffer.bytes, 0, *numbers, *after)
-            check(self._launch(*fixed, self._stream(), None, buffer.at.pointers), "the launch of a kernel")
+            buffer.launch(self._stream())
 
         return launch
+
+    def _program(self, grid: tuple[int, ...]) -> Program:
+        metadata = self._compiled.metadata
+        return Program(self._compiled.function, grid, 32 * metadata.num_warps, metadata.shared, self._waits)
 
 
 def _numbers_of(argument: Argument) -> Callable[[Any], Sequence[Any]]:

@@ -13,8 +13,12 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 
 from structfly.lowering.descriptor import descriptor, has_descriptor
+from structfly.lowering.device_profile import device_model
 from structfly.lowering.launch import Launch
 from structfly.lowering.template import Parameter, load, render
+
+_DEPENDENT_LAUNCHES = (9, 0)
+"""The compute capability from which on a kernel can be launched before the one ahead of it ends."""
 
 
 def _power_of_two(value: int) -> int:
@@ -279,11 +283,17 @@ def launch_of(
         "PROGRAMS": programs,
     }
     shared: dict[str, Parameter] = {"name": template, "split": split > 1, "parts": tiles.parts}
-    kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
+    kernel = kernel_of(template, tuple({**shared, **parameters}.items()), device)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return Launch(kernel, (programs,), constants, arguments, first, **options)
 
 
 @lru_cache(maxsize=256)
-def kernel_of(template: str, parameters: tuple[tuple[str, Parameter], ...]) -> Any:
-    return getattr(load(render(template, **dict(parameters))), template)
+def kernel_of(template: str, parameters: tuple[tuple[str, Parameter], ...], device: torch.device) -> Any:
+    """The kernel of a template's name; where ``device`` can launch it so, one that waits itself for those before it."""
+    return getattr(load(render(template, **dict(parameters), waits=_waits_itself(device))), template)
+
+
+def _waits_itself(device: torch.device) -> bool:
+    capability = device_model(device).capability
+    return capability is not None and capability >= _DEPENDENT_LAUNCHES

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from structfly.lowering.cuda_driver import ParametersAt, check, driver
+from structfly.lowering.cuda_driver import KernelLauncher, check, driver
 from structfly.lowering.direct_launch import Parameters
 from structfly.lowering.replay.values import Constant, Frame, Value, View, tensors_in
 
@@ -127,14 +127,14 @@ class KernelLaunch:
     """
 
     def __init__(self, parameters: Parameters, views: Sequence[View], beside: torch.cuda.Stream | None) -> None:
-        self.beside, self._kernel, self._fixed = beside, parameters.kernel, parameters.fixed
-        self._launch: Callable[..., int] = driver().cuLaunchKernel
+        self.beside, self._kernel = beside, parameters.kernel
         self._side = None if beside is None else beside.cuda_stream
         space = ctypes.create_string_buffer(len(parameters.packed) + _MAP_ALIGNMENT)
         self._begin = -ctypes.addressof(space) % _MAP_ALIGNMENT
         self._buffer = space
         struct.pack_into(f"{len(parameters.packed)}s", space, self._begin, parameters.packed)
-        self._at = ParametersAt(ctypes.addressof(space) + self._begin, len(parameters.packed))
+        at = ctypes.addressof(space) + self._begin
+        self._launch = KernelLauncher(parameters.program, at, len(parameters.packed))
         self._addresses = [
             (view.memory, self._begin + place.offset, view.offset, place.in_map)
             for view, place in zip(views, parameters.addresses, strict=True)
@@ -149,8 +149,7 @@ class KernelLaunch:
         if now != self._known:
             self._move(addresses)
             self._known = now
-        stream = frame.stream if self._side is None else self._side
-        check(self._launch(*self._fixed, stream, None, self._at.pointers), "the launch of a kernel")
+        self._launch(frame.stream if self._side is None else self._side)
 
     def _move(self, addresses: Sequence[int]) -> None:
         self._known = []  # of which nothing is right if the driver refuses one

@@ -14,6 +14,7 @@ import torch
 from structfly.lowering import cuda_driver, direct_launch, launch
 from structfly.lowering.block_products import matrices
 from structfly.lowering.block_products.matrices import matrix_products
+from structfly.lowering.block_products.matrix_tiles import FEW_TOKENS
 from structfly.lowering.descriptor import rounds_to_tf32
 from structfly.lowering.direct_launch import arguments_of, direct_kernel
 from structfly.lowering.tuning.choice import SAFE
@@ -91,8 +92,9 @@ def maps(monkeypatch: pytest.MonkeyPatch) -> list[TensorMap]:
 
 
 def compiled(signature: dict[str, str] = SIGNATURE, **changed: Any) -> Any:
-    metadata = SimpleNamespace(**{**METADATA, **changed})
-    return SimpleNamespace(function=FUNCTION, metadata=metadata, src=SimpleNamespace(signature=signature), run=None)
+    asm = {"ptx": changed.pop("ptx", "ret;")}
+    metadata, source = SimpleNamespace(**{**METADATA, **changed}), SimpleNamespace(signature=signature)
+    return SimpleNamespace(function=FUNCTION, metadata=metadata, src=source, asm=asm, run=None)
 
 
 @dataclass(eq=False)
@@ -186,6 +188,14 @@ def test_a_launch_that_was_made_ready_is_left_to_triton_while_triton_has_hooks(
     assert by_triton == [((3, 1, 1), 6, y, 16)]
 
 
+def test_only_kernels_that_wait_themselves_start_early(driver: Driver, maps: list[TensorMap]) -> None:
+    for ptx in ("ret;", "griddepcontrol.wait; ret;"):
+        kernel = direct_kernel(compiled(ptx=ptx))
+        assert kernel is not None
+        kernel.bind((1, 1, 1), (), 5, ())(Descriptor(1024, 100), 1, 4096, 1, 0.5)
+    assert driver.early == [False, True]
+
+
 def test_nothing_of_a_launch_is_kept(driver: Driver, maps: list[TensorMap]) -> None:
     kernel = direct_kernel(compiled())
     assert kernel is not None
@@ -274,3 +284,29 @@ def test_products_are_launched_by_the_driver_unless_triton_has_hooks(monkeypatch
     assert len(entered) == 1
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[3])
+
+
+@pytest.mark.gpu
+def test_a_product_that_starts_early_reads_what_the_one_before_it_writes() -> None:
+    """Few programs each, so that those of the next have multiprocessors to start on at once."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    side, count = 1024, 12
+    weights = [
+        torch.randn(1, 1, side, side, generator=generator, device="cuda").bfloat16() / side**0.5 for _ in range(count)
+    ]
+    rows = [torch.randn(16, 1, 1, side, generator=generator, device="cuda").bfloat16()]
+    rows += [torch.empty_like(rows[0]) for _ in weights]
+
+    def run(*, apart: bool) -> list[torch.Tensor]:
+        for each in rows[1:]:
+            each.fill_(torch.nan)
+        for source, weight, made in zip(rows, weights, rows[1:], strict=False):
+            matrix_products(source, weight, made, tiles=FEW_TOKENS)
+            if apart:
+                torch.cuda.synchronize()
+        return [each.clone() for each in rows[1:]]
+
+    expected = run(apart=True)
+    torch.testing.assert_close(expected[0], rows[0] @ weights[0].mT, rtol=2e-2, atol=2e-2)
+    for _ in range(50):
+        assert all(map(torch.equal, run(apart=False), expected))

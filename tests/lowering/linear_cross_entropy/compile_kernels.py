@@ -66,7 +66,17 @@ def compile_one(
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     assert made.metadata.shared <= shared, f"{function}: {made.metadata.shared} bytes of shared memory, not {shared}"
     check_parameters(made)
+    check_wait(made.asm["ptx"])
     return made
+
+
+def check_wait(ptx: str) -> None:
+    """A kernel that waits for those before it does so ahead of all that it reads and writes, and only then lets the
+    next one be launched."""
+    before, wait, after = ptx.partition("griddepcontrol.wait")
+    assert not wait or not re.search(r"(ld|st|red)\.(global|relaxed|acquire|volatile)|atom\.|cp\.async", before)
+    assert "griddepcontrol.launch_dependents" not in before
+    assert bool(wait) == ("griddepcontrol.launch_dependents" in after)
 
 
 def check_parameters(made: Any) -> None:
@@ -169,6 +179,7 @@ def product(
         "split": split,
         "parts": tiles.parts,
         "interpreted": False,
+        "waits": True,
     }
     a, b = (tiles.m, tiles.k), (tiles.k, tiles.n)
     types = {

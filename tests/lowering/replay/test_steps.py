@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from structfly.lowering import cuda_driver
+from structfly.lowering.cuda_driver import Program
 from structfly.lowering.direct_launch import Address, Parameters
 from structfly.lowering.replay import steps
 from structfly.lowering.replay.steps import Fork, Join, KernelLaunch, Zeros
 from structfly.lowering.replay.values import Frame, View
 from tests.lowering.drivers import NotingDriver
 
+PROGRAM = Program(77, (5, 1, 1), 128, 4096, waits=True)
 FIXED = (77, 5, 1, 1, 128, 1, 1, 4096)
 STREAM, SIDE = 9, 11
 
@@ -79,7 +81,7 @@ def launch(beside: Any = None) -> KernelLaunch:
         Address(144, torch.empty(0), False),
     ]
     kernel: Any = None
-    parameters = Parameters(kernel, FIXED, packed, places)
+    parameters = Parameters(kernel, PROGRAM, packed, places)
     return KernelLaunch(parameters, [view(1, 0, 4), view(0, 16, 4), view(1, 8, 4)], beside)
 
 
@@ -91,6 +93,7 @@ def test_a_launch_has_the_addresses_of_its_own_tensors(driver: Driver) -> None:
         ((*FIXED, STREAM), struct.pack("=Q120xi4xQQ", second, 42, first + 16, second + 8))
         for first, second in ((1024, 2048), (1024, 2048), (1024, 4096), (512, 4096))
     ]
+    assert all(driver.early)
     moved = [call[1] for call in driver.calls if call[0] == "moved"]
     assert moved == [2048, 4096, 4096]  # not where all lay where it did before
 
