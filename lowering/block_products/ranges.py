@@ -12,9 +12,10 @@ from structfly.lowering.gemm import kernel_of
 from structfly.lowering.launch import Launch, on_device
 from structfly.lowering.template import Parameter
 
-# Additions and multiplications of 16-bit numbers that a device does while it moves a byte: about 600 TFLOP/s against
-# 3 TB/s.
-_BALANCE = 200
+# Additions and multiplications of 16-bit numbers that a device does while it moves a byte of ranges: 600 TFLOP/s, and
+# 1.2 TB/s, what products with ranges in benchmarks/results/block_products_h100.json come to.  That is less than half of
+# what a copy moves: nothing is multiplied while a tile in float32 is written, nor while ranges are added.
+_BALANCE = 500
 _MOST_ROUNDS = 4  # of ranges, where whole sums have none: it bounds what they hold
 _BLOCK = 1024
 

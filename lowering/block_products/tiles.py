@@ -20,22 +20,27 @@ _WHOLE_STEP, _SHORT_STEP = 64, 32  # of an inner side
 
 
 class Cut(NamedTuple):
-    """Tiles, and how long a multiprocessor takes for an entry of them, against the first of its list.
+    """Tiles, and what they cost.
 
-    ``abreast``: how many of them, side by side, a program makes of gradients, which share what they take of a.
+    Attributes:
+        cost: how long a multiprocessor takes for an entry of them, against the first of its list.
+        abreast: how many of them, side by side, a program makes of gradients, which share what they take of a.
+        reaching: how many times as long it takes where tiles reach beyond a side of b that its rows lie along.
     """
 
     tiles: Tiles
     cost: float
     abreast: int = 1
+    reaching: float = 1.0
 
 
 # Costs are means of benchmarks/results/block_products_h100.json, at 16384 tokens or more, over the products that leave
-# none of a cut's tiles partly empty, each against the first cut there, or one that was measured against it elsewhere.
+# none of a cut's tiles partly empty, each against the first cut there, or one that was measured against it elsewhere;
+# those of tiles that reach beyond a side are of the products there that do.
 SUMS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
     Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.06),
-    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.01),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.01, reaching=1.2),
     Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.27),
     Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.69),
     Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.84),
@@ -51,8 +56,8 @@ SHORT_SUMS = (
 )
 GRADIENTS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
-    Cut(Tiles(m=128, n=128, k=64, group=8, parts=4, warps=8, stages=3), 0.97, abreast=2),
-    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.06),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=8, stages=3), 0.97, abreast=2, reaching=1.2),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.06, reaching=1.35),
     Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.41),
     Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.84),
     Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 2.1),
@@ -60,17 +65,20 @@ GRADIENTS = (
 )
 
 
-def sum_tiles(like: Tensor, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
-    """Of sums (tokens, parts, side_n) of products with blocks ``side_k`` long."""
-    return _sum_tiles(like.device, like.element_size(), tokens, parts, side_n, side_k)
+def sum_tiles(like: Tensor, tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False) -> Tiles:
+    """Of sums (tokens, parts, side_n) of products with blocks ``side_k`` long, which are stored ``turned`` or not."""
+    return _sum_tiles(like.device, like.element_size(), tokens, parts, side_n, side_k, turned)
 
 
 @lru_cache(maxsize=1024)  # every call asks for some
-def _sum_tiles(device: torch.device, itemsize: int, tokens: int, parts: int, side_n: int, side_k: int) -> Tiles:
+def _sum_tiles(
+    device: torch.device, itemsize: int, tokens: int, parts: int, side_n: int, side_k: int, turned: bool
+) -> Tiles:
     def time(cut: Cut, processors: int) -> float:
         tiles = cut.tiles
         count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
-        return -(-count // processors) * tiles.m * tiles.n * cut.cost
+        cost = cut.cost * (cut.reaching if turned and side_n % tiles.n else 1.0)
+        return -(-count // processors) * tiles.m * tiles.n * cost
 
     return _best(device, itemsize, sum_cuts(side_k, itemsize), time).tiles
 
@@ -90,7 +98,8 @@ def gradient_cut(device: torch.device, tokens: int, members: Sequence[int], made
         programs, step = programs_on(device, cut.tiles), cut.tiles.for_itemsize(made.itemsize).k
         split = ranges(count, tokens, step, programs, made.itemsize) if count else 1
         area = cut.tiles.m * cut.tiles.n * cut.abreast
-        return rounds(split, count, tokens, processors, made.itemsize) * area * cut.cost
+        cost = cut.cost * (cut.reaching if made.side_n % cut.tiles.n else 1.0)
+        return rounds(split, count, tokens, processors, made.itemsize) * area * cost
 
     return _best(device, made.itemsize, GRADIENTS, time)
 

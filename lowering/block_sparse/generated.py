@@ -57,7 +57,7 @@ def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid,
     tokens = len(grad)
     dx = grad.new_empty(tokens, grid.columns, grid.block_in)
     source = grad.view(tokens, grid.rows, grid.block_out)
-    tiles = sum_tiles(values, tokens, grid.columns, grid.block_in, grid.block_out)
+    tiles = sum_tiles(values, tokens, grid.columns, grid.block_in, grid.block_out, turned=True)
     thin = beside and (beside[0], beside[1].view(-1, grid.columns, grid.block_in))
     block_sums(source, values, dx, by_columns(layout, grid.columns), turned=True, beside=thin, tiles=tiles)
     return dx.flatten(1)

@@ -30,7 +30,7 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tenso
     _, tile, group = tiles.shape
     made = dense.new_empty(len(order), padded_rows(len(dense)))
     groups = len(order) // group
-    cut = sum_tiles(tiles, len(dense), groups, group, tile)
+    cut = sum_tiles(tiles, len(dense), groups, group, tile, turned=True)
     members = remembered(_by_group, index, groups)
     block_sums(_in_tiles(dense, tile), tiles, made, members, turned=True, rows=order, tiles=cut)
     return made

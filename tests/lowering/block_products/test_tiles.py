@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.block_products import CASES, name_of
+from benchmarks.block_products import CASES, TILE, TILES, intervals, name_of
 from structfly.lowering.block_products import matrix_tiles, tiles
 from structfly.lowering.block_products.gradient_places import Gradients
 from structfly.lowering.block_products.tiles import Cut
@@ -35,10 +36,16 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def chosen(name: str, tokens: int, inside: int, out: int, grid: int, factors: int, rank: int) -> Cut:
     side_k, side_n = inside // grid, out // grid
     if name == "sums":
-        made = tiles._sum_tiles(torch.device("cuda"), 2, tokens, grid, side_n, side_k)
-        return next(cut for cut in tiles.sum_cuts(side_k) if cut.tiles == made)
+        return of_sums(tokens, grid, side_n, side_k)
+    if name == "sums turned":
+        return of_sums(tokens, grid, side_k, side_n, turned=True)
     shape = Gradients(grid, grid, side_n, side_k, rank if "low rank" in name else 0)
     return tiles.gradient_cut(torch.device("cuda"), tokens, [1 + factors] * grid, shape)
+
+
+def of_sums(tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False) -> Cut:
+    made = tiles._sum_tiles(torch.device("cuda"), 2, tokens, parts, side_n, side_k, turned)
+    return next(cut for cut in tiles.sum_cuts(side_k) if cut.tiles == made)
 
 
 ALL = {
@@ -58,7 +65,7 @@ def test_tiles_of_wider_numbers_are_of_as_many_bytes(cut: Tiles) -> None:
 @pytest.mark.usefixtures("h100")
 @pytest.mark.parametrize(("side_k", "itemsize", "step"), [(96, 2, 32), (128, 2, 64), (96, 4, 32), (48, 4, 16)])
 def test_steps_leave_as_little_empty_of_wider_numbers(side_k: int, itemsize: int, step: int) -> None:
-    assert tiles._sum_tiles(torch.device("cuda"), itemsize, 16384, 16, 256, side_k).k == step
+    assert tiles._sum_tiles(torch.device("cuda"), itemsize, 16384, 16, 256, side_k, False).k == step
 
 
 @pytest.mark.usefixtures("h100")
@@ -71,12 +78,31 @@ def test_gradients_are_cut_for_their_numbers(tokens: int, itemsize: int) -> None
 
 
 @pytest.mark.usefixtures("h100")
-@pytest.mark.parametrize("name", ["sums", "gradients", "gradients with low rank"])
+@pytest.mark.parametrize("name", ["sums", "sums turned", "gradients", "gradients with low rank"])
 @pytest.mark.parametrize("case", [case for case in CASES if case[0] >= 16384])
-def test_no_product_takes_much_longer_than_in_the_best_tiles(case: tuple[int, ...], name: str) -> None:
+def test_no_product_of_blocks_takes_much_longer_than_in_the_best_tiles(case: tuple[int, ...], name: str) -> None:
     tokens, inside, out, grid, factors, rank = case
     mode = f"{name} {tokens}x{inside}x{out} bfloat16, blocks {inside // grid}x{out // grid}"
+    check(mode, chosen(name, tokens, inside, out, grid, factors, rank))
+
+
+@pytest.mark.usefixtures("h100")
+@pytest.mark.parametrize("name", ["components", "features", "gradients"])
+@pytest.mark.parametrize("case", TILES)
+def test_no_product_of_tiles_takes_much_longer_than_in_the_best_ones(case: tuple[Any, ...], name: str) -> None:
+    tokens, features, groups, share = case
+    index, places = intervals(features // TILE, groups, share), features // TILE
+    mode = f"{name} {tokens}x{features}x{groups * TILE} bfloat16, {index.shape[1]} tiles {TILE}x{TILE}"
+    if name == "gradients":
+        members = torch.bincount(index[1], minlength=places).tolist()
+        cut = tiles.gradient_cut(torch.device("cuda"), tokens, members, Gradients(places, groups, TILE, TILE))
+    else:
+        turned = name == "components"
+        cut = of_sums(tokens, groups if turned else places, TILE, TILE, turned=turned)
+    check(mode, cut)
+
+
+def check(mode: str, cut: Cut) -> None:
     rows = [row for row in json.loads(RESULT.read_text())["rows"] if row["mode"] == mode]
     times = {row["provider"]: row["p50"] for row in rows if row["provider"] != "torch.mm"}
-    cut = chosen(name, tokens, inside, out, grid, factors, rank)
     assert times[name_of(cut)] <= MOST * min(times.values())
