@@ -48,15 +48,12 @@ def read_activity(trace: dict[str, Any]) -> Activity:
     Raises:
         ValueError: no kernel is in the trace.
     """
-    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     launched = {
         event["args"]["correlation"]: float(event["ts"]) + float(event["dur"])
-        for event in events
-        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+        for event in trace["traceEvents"]
+        if event.get("ph") == "X" and event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
     }
-    kernels = sorted((e for e in events if e.get("cat") in _ON_DEVICE), key=lambda event: float(event["ts"]))
-    if not kernels:
-        raise ValueError("the trace has no kernels; profile a step that runs on a GPU")
+    kernels = _kernels(trace)
     first = last = float(kernels[0]["ts"])
     total = busy = waiting = 0.0
     for event in kernels:
@@ -69,12 +66,44 @@ def read_activity(trace: dict[str, Any]) -> Activity:
     return Activity(len(kernels), total * 1e-6, (last - first) * 1e-6, busy * 1e-6, waiting * 1e-6)
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One of those that a call launches.
+
+    Attributes:
+        name: as the profiler has it.
+        seconds: of each call.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+
+
+def read_kernels(trace: dict[str, Any], calls: int) -> list[Kernel]:
+    """Those of each of so many equal calls, in the order in which they began, copies and fills among them.
+
+    Raises:
+        ValueError: the trace has no kernels, or calls had different ones.
+    """
+    kernels = _kernels(trace)
+    each, rest = divmod(len(kernels), calls)
+    made = [kernels[place::each] for place in range(each)]
+    if rest or any(len({event["name"] for event in events}) > 1 for events in made):
+        raise ValueError(f"{len(kernels)} kernels are not those of {calls} equal calls; profile warm steps of one form")
+    return [Kernel(events[0]["name"], tuple(float(each["dur"]) * 1e-6 for each in events)) for events in made]
+
+
 def profiled(call: Callable[[], object], calls: int, keep: Path | None = None) -> Activity:
     """The GPU's activity during so many warm calls, one after another; the host is not profiled, so as not to slow it.
 
     Args:
         keep: where the trace is written, with .json.gz at its end, or None.
     """
+    return read_activity(trace_of(call, calls, keep))
+
+
+def trace_of(call: Callable[[], object], calls: int, keep: Path | None = None) -> dict[str, Any]:
+    """The trace of so many warm calls, as :func:`profiled` has it."""
     with TemporaryDirectory() as folder:
         path = keep or Path(folder) / "trace.json.gz"
         for _ in range(2):  # the first starts the device's counters up, and its trace is written over
@@ -85,4 +114,18 @@ def profiled(call: Callable[[], object], calls: int, keep: Path | None = None) -
                 torch.cuda.synchronize()
             profiler.export_chrome_trace(str(path))
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            return read_activity(json.load(file))
+            made: dict[str, Any] = json.load(file)
+    return made
+
+
+def _kernels(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """In the order in which they began.
+
+    Raises:
+        ValueError: there are none.
+    """
+    events = (event for event in trace["traceEvents"] if event.get("ph") == "X")
+    kernels = sorted((e for e in events if e.get("cat") in _ON_DEVICE), key=lambda event: float(event["ts"]))
+    if not kernels:
+        raise ValueError("the trace has no kernels; profile a step that runs on a GPU")
+    return kernels

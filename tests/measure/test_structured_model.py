@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import structured_layers, structured_model
-from benchmarks.device_trace import read_activity
+from benchmarks.device_trace import read_activity, read_kernels
 from benchmarks.structured_layers import DENSE
 from benchmarks.structured_model import Block, Shape
 
@@ -48,6 +48,19 @@ def test_busy_and_waiting_are_parts_of_the_span(drawn: list[tuple[int, int, int]
     covered = {at for start, length, _ in drawn for at in range(start, start + length)}
     assert found.busy_seconds == pytest.approx(len(covered) * 1e-6)
     assert found.busy_seconds + found.waiting_seconds <= found.span_seconds * (1 + 1e-9)
+
+
+def test_kernels_of_equal_calls_are_told_apart() -> None:
+    made = trace((10, 20, 5), (21, 24, 6), (30, 45, 28), (46, 50, 29))
+    for event, name in zip((e for e in made["traceEvents"] if e.get("cat") == "kernel"), "abab", strict=True):
+        event["name"] = name
+    found = read_kernels(made, 2)
+    assert [each.name for each in found] == ["a", "b"]
+    assert [each.seconds for each in found] == [pytest.approx((10e-6, 15e-6)), pytest.approx((3e-6, 4e-6))]
+    assert [each.name for each in read_kernels(made, 1)] == list("abab")
+    for calls in (3, 4):
+        with pytest.raises(ValueError, match=f"4 kernels are not those of {calls} equal calls"):
+            read_kernels(made, calls)
 
 
 def test_a_trace_without_kernels_is_refused() -> None:
