@@ -288,7 +288,8 @@ def test_products_are_launched_by_the_driver_unless_triton_has_hooks(monkeypatch
 
 @pytest.mark.gpu
 def test_a_product_that_starts_early_reads_what_the_one_before_it_writes() -> None:
-    """Few programs each, so that those of the next have multiprocessors to start on at once."""
+    """Few programs each, so that those of the next have multiprocessors to start on at once; all are launched while the
+    device is busy with something else, so that it never waits for the host."""
     generator = torch.Generator("cuda").manual_seed(0)
     side, count = 1024, 12
     weights = [
@@ -296,10 +297,13 @@ def test_a_product_that_starts_early_reads_what_the_one_before_it_writes() -> No
     ]
     rows = [torch.randn(16, 1, 1, side, generator=generator, device="cuda").bfloat16()]
     rows += [torch.empty_like(rows[0]) for _ in weights]
+    other = torch.zeros(8192, 8192, device="cuda", dtype=torch.bfloat16)
 
     def run(*, apart: bool) -> list[torch.Tensor]:
         for each in rows[1:]:
             each.fill_(torch.nan)
+        for _ in range(0 if apart else 4):
+            other @ other
         for source, weight, made in zip(rows, weights, rows[1:], strict=False):
             matrix_products(source, weight, made, tiles=FEW_TOKENS)
             if apart:
