@@ -28,6 +28,11 @@ class Applied(NamedTuple):
     tf32: bool = False
 
 
+def room_beside_factors(call: Applied) -> int:
+    """Numbers of the dense weight, whose gradient that layer's backward makes, beyond those of the factors."""
+    return call.x.shape[1] * call.static[0] - sum(factor.numel() for factor in call.factors)
+
+
 # What is made on the way to y, and y (N, out) from that, with the bias of what it is applied to.
 Between = Callable[[Applied], list[Tensor]]
 Finish = Callable[[Applied, Sequence[Tensor]], Tensor]

@@ -42,6 +42,7 @@ def block_gradients(
     *,
     b_turned: bool = False,
     beside: LowRankGradients | None = None,
+    room: Tensor | None = None,
 ) -> None:
     """c[i] = a[:, row]^T b[:, column] of the part of each that ``places`` has for i, summed over the tokens.
 
@@ -53,6 +54,7 @@ def block_gradients(
         c: (blocks, side_m, side_n), contiguous, written.
         places: which parts those are, and the tiles; with those of ``beside``.
         beside: what else is made, or None.
+        room: memory of any numbers, contiguous, that holds the sums of ranges where it is large enough, or None.
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -68,7 +70,7 @@ def block_gradients(
     if not count:
         return
     split = ranges(count, tokens, tiles.k, programs_on(a.device, tiles), a.element_size())
-    sums = c.new_empty(split, sum(each.numel() for each in results), dtype=torch.float32) if split > 1 else None
+    sums = _sums(c, split, sum(each.numel() for each in results), room) if split > 1 else None
     operands = [a, b] if beside is None else [a, b, beside.dz, beside.z]
     made = _ready(tuple(map(form, operands)), tuple(map(form, results)), count, abreast, tiles, split, b_turned)
     written = results if sums is None else list(sums.split([each.numel() for each in results], dim=1))
@@ -77,6 +79,14 @@ def block_gradients(
     made(*operands, listed, *written)
     if sums is not None:
         add_ranges(sums, results)
+
+
+def _sums(like: Tensor, ranges: int, entries: int, room: Tensor | None) -> Tensor:
+    """(ranges, entries) float32, in ``room`` if that is large enough."""
+    size = ranges * entries * torch.float32.itemsize
+    if room is None or room.numel() * room.itemsize < size:
+        return like.new_empty(ranges, entries, dtype=torch.float32)
+    return room[: size // room.itemsize].view(torch.float32).view(ranges, entries)
 
 
 @lru_cache(maxsize=REMEMBERED)

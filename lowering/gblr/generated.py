@@ -24,11 +24,11 @@ def why_not(tiles: Tensor, tf32: bool) -> str:
     return why_no_products(tiles, tiles.shape[1:], tf32)
 
 
-def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor) -> Tensor:
-    """(dense M)^T with its rows put where ``order`` says: the product's tiles are stored transposed, so that a row that
-    goes elsewhere is still as long as a tile."""
+def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
+    """(dense M)^T with its rows put where ``order`` says, in ``out`` if that is given: the product's tiles are stored
+    transposed, so that a row that goes elsewhere is still as long as a tile."""
     _, tile, group = tiles.shape
-    made = dense.new_empty(len(order), padded_rows(len(dense)))
+    made = dense.new_empty(len(order), padded_rows(len(dense))) if out is None else out
     groups = len(order) // group
     cut = sum_tiles(tiles, len(dense), groups, group, tile, turned=True)
     members = remembered(_by_group, index, groups)
@@ -45,26 +45,45 @@ def spread(
     activation: str = "",
 ) -> Tensor:
     """The activation of ``components`` (groups * group, N) transposed, times M^T, + bias (features,): (N, features)."""
+    made = components.new_empty(components.shape[1], padded_features(features, tiles))
+    spread_to(made, components, tiles, index, bias, activation)
+    return made[:, :features].contiguous()
+
+
+def spread_to(
+    out: Tensor,
+    components: Tensor,
+    tiles: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "",
+) -> None:
+    """The same in ``out`` (N, :func:`padded_features`), of N of the tokens."""
     _, tile, group = tiles.shape
-    places = -(-features // tile)
+    made = out.unflatten(1, (-1, tile))
+    places = made.shape[1]
     if bias is not None:
         bias = padded(bias[None], places * tile).view(places, tile)
-    made = components.new_empty(components.shape[1], places, tile)
     cut = sum_tiles(tiles, len(made), places, tile, group)
     of_groups = components.unflatten(0, (-1, group))
     members = remembered(_by_place, index, places)
     block_sums(of_groups, tiles, made, members, a_turned=True, bias=bias, activation=activation, tiles=cut)
-    return made.flatten(1)[:, :features].contiguous()
 
 
-def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor) -> Tensor:
-    """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0."""
+def padded_features(features: int, tiles: Tensor) -> int:
+    """Those of whole tiles."""
+    return -(-features // tiles.shape[1]) * tiles.shape[1]
+
+
+def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor, room: Tensor | None = None) -> Tensor:
+    """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0.  ``room`` is as in
+    :func:`block_gradients`."""
     _, tile, group = tiles.shape
     made = torch.empty_like(tiles)
     in_tiles, of_groups = _in_tiles(dense, tile), components.unflatten(0, (-1, group))
     shape = Gradients(in_tiles.shape[1], len(of_groups), tile, group, itemsize=tiles.element_size())
     places = remembered(_placed, index, shape, about(len(dense)))
-    block_gradients(in_tiles, of_groups, made, places, b_turned=True)
+    block_gradients(in_tiles, of_groups, made, places, b_turned=True, room=room)
     return made
 
 

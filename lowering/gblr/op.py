@@ -6,7 +6,8 @@ With z = P R^T x and g the gradient with respect to y,
     dL = g z^T at L's tiles,    dz = P^T L^T g,    dR = x dz^T at R's tiles,    dx = R dz.
 
 z and dz are held with a row for each component and the tokens along it: a permutation moves whole rows.
-On GPUs the products are generated where :func:`~structfly.lowering.gblr.generated.why_not` has nothing against it.
+On GPUs the products are generated where :func:`~structfly.lowering.gblr.generated.why_not` has nothing against it, and
+a backward that kept nothing makes all of this in dx's memory: :mod:`structfly.lowering.gblr.in_place`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from structfly.lowering.block_products.support import padded_rows
-from structfly.lowering.gblr import generated, tile_products
+from structfly.lowering.gblr import generated, in_place, tile_products
 from structfly.lowering.gblr.tile_products import inverse
 from structfly.lowering.layer_op import LayerOp
-from structfly.lowering.layer_products import Applied, is_traced
+from structfly.lowering.layer_products import Applied, InChunks, is_traced
 from structfly.lowering.remembered import remembered
 
 
@@ -57,6 +58,12 @@ def _plain(call: Applied, tiles: Tensor, *others: Tensor) -> bool:
     return is_traced(tiles, *others) or bool(generated.why_not(tiles, call.tf32))
 
 
+def _why_not_in_place(call: Applied) -> str:
+    """Of calls that are not differentiated."""
+    right, _, left, _, _ = call.factors
+    return generated.why_not(right, call.tf32) or generated.why_not(left, call.tf32)
+
+
 def _kept_shapes(rows: int, shapes: Sequence[Any], _: Sequence[int]) -> list[tuple[int, ...]]:
     return [(shapes[4][0], padded_rows(rows))]
 
@@ -77,6 +84,7 @@ GBLR = LayerOp(
     multiply_adds=_multiply_adds,
     adds_bias=True,
     why_no_epilogue=lambda call: generated.why_not(call.factors[2], call.tf32),
+    in_chunks=InChunks(_why_not_in_place, in_place.backward),
 )
 """Takes ``right`` (right_tiles, tile, group), ``right_index`` (2, right_tiles), ``left`` (left_tiles, tile, group),
 ``left_index`` (2, left_tiles) and ``order`` (groups * group,); static: out_features."""

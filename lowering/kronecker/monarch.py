@@ -24,7 +24,7 @@ from structfly.lowering.block_products.matrix_tiles import matrix_gradient_cut, 
 from structfly.lowering.block_products.support import padded, why_no_products
 from structfly.lowering.block_products.turned import turned
 from structfly.lowering.kronecker.reference import FactorShape
-from structfly.lowering.layer_products import Applied
+from structfly.lowering.layer_products import Applied, room_beside_factors
 
 # Columns of a matrix up to which a product in tiles of many matrices is faster than a copy that orders its outputs.
 _NARROW = 128
@@ -228,7 +228,7 @@ class _Backward:
 def blocks_at_a_time(call: Applied, numbers: int, blocks: int) -> int:
     """Blocks of a group, whose z has ``numbers`` each, so that groups are about equal and take no more than the dense
     layer's gradient of its weight would beyond those of the factors; one block where that is less."""
-    groups = -(-blocks // max(1, _room(call) // max(numbers, 1)))
+    groups = -(-blocks // max(1, room_beside_factors(call) // max(numbers, 1)))
     return -(-blocks // groups)
 
 
@@ -236,12 +236,7 @@ def rows_at_a_time(call: Applied, width: int) -> int:
     """Rows of which dx is made at a time, with dz of so many beside it: a multiple of what gives all processors a tile,
     and no more than three quarters of what the dense layer's gradient of its weight would take beyond those of the
     factors, if that is as many."""
-    return max(1, _room(call) * 3 // (4 * width * _ROWS)) * _ROWS
-
-
-def _room(call: Applied) -> int:
-    """Numbers of the dense weight beyond those of the factors."""
-    return call.x.shape[1] * call.static[0] - sum(factor.numel() for factor in call.factors)
+    return max(1, room_beside_factors(call) * 3 // (4 * width * _ROWS)) * _ROWS
 
 
 def _axes_of(call: Applied) -> _Axes:

@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from structfly.lowering.layer_flops import LAYER_OPS
 from structfly.patterns.structure import Structure, StructuredLinear
 from structfly.records.layer import LayerSizes
+from tests.memory import MostAtOnce
 
 _OPS = {getattr(torch.ops.structfly, op.name).default: op for op in LAYER_OPS}
 
@@ -56,24 +54,11 @@ def _saved_bytes(layer: StructuredLinear, x: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-class _MostAtOnce(TorchDispatchMode):
-    """The most bytes of new tensors that were alive at a time, those within the layers' ops among them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.alive: list[tuple[StorageWeakRef, int]] = []
-        self.bytes = 0
+class _MostAtOnce(MostAtOnce):
+    """Of those made within the layers' ops, too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _OPS:
             with self:
                 return _OPS[func]._forward(*args)
-        result = func(*args, **(kwargs or {}))
-        self.alive = [(storage, size) for storage, size in self.alive if not storage.expired()]
-        known = {storage.cdata for storage, _ in self.alive}
-        known |= {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in known:
-                self.alive.append((StorageWeakRef(made.untyped_storage()), made.untyped_storage().nbytes()))
-        self.bytes = max(self.bytes, sum(size for _, size in self.alive))
-        return result
+        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -154,6 +154,23 @@ def test_the_same_bits_every_time() -> None:
     assert all(torch.equal(*each) for each in zip(*made, strict=True))
 
 
+def test_sums_of_ranges_lie_in_room_that_is_large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "ranges", lambda *_: 3)
+    shape = Gradients(2, 2, 24, 16)
+    rows, columns = drawn_places(shape, 3, 0)
+    a, b = random(torch.bfloat16, 0, 70, 2, 24), random(torch.bfloat16, 1, 70, 2, 16)
+    enough = 2 * 3 * 3 * 24 * 16  # numbers of 16 bits as large as those of float32
+    made = []
+    for size in (0, enough - 1, enough, enough + 100):
+        room = torch.full((size,), 7.0, dtype=torch.bfloat16, device=DEVICE)
+        c = torch.empty(3, 24, 16, dtype=torch.bfloat16, device=DEVICE)
+        block_gradients(a, b, c, gradients.placed(rows, columns, shape, 70), room=room)
+        made.append(c)
+        assert bool((room == 7).all()) == (size < enough)
+        assert (room[enough:] == 7).all()
+    assert all(torch.equal(made[0], each) for each in made[1:])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("tiles", "abreast"), [*((cut.tiles, cut.abreast) for cut in GRADIENTS), *SEVERAL])
 @pytest.mark.parametrize("split", [1, 3])

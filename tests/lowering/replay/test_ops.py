@@ -14,6 +14,7 @@ from structfly.lowering.linear_cross_entropy import kernels
 from structfly.lowering.linear_cross_entropy.op import linear_cross_entropy
 from structfly.lowering.replay import replayed
 from structfly.lowering.replay.recording import Recording
+from structfly.patterns import gblr as of_tiles
 from structfly.patterns.blast import Blast
 from structfly.patterns.gblr_learned import GaudiGBLR
 from structfly.patterns.low_rank import LowRank
@@ -135,6 +136,9 @@ CASES: dict[str, Case] = {
     "blast": structured(Blast(rank=16, row_blocks=4, column_blocks=4)),
     "low rank": structured(LowRank(rank=16)),
     "gblr": gblr,
+    "gblr, nothing kept": structured(
+        of_tiles.GBLR(tile=16, group=16, groups=2, right_tiles=4, left_tiles=8, rematerialise=True)
+    ),
     "recurrence": recurrence,
 }
 
@@ -160,14 +164,16 @@ def test_an_op_gives_the_same_bits_replayed_on_a_gpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["exponentials, forward", "blocks", "monarch, nothing kept"])
+@pytest.mark.parametrize("name", ["exponentials, forward", "blocks", "monarch, nothing kept", "gblr, nothing kept"])
 def test_a_replay_takes_no_more_memory_than_the_call(replays: list[Recording], name: str) -> None:
     sizes = {"rows": 4096, "hidden": 512, "classes": 8192, "workspace": 16 * 2**20}
     monarch = Monarch(blocks_in=4, blocks_out=4, block_rank=32, rematerialise=True)
+    tiled = of_tiles.GBLR(tile=64, group=64, groups=2, right_tiles=8, left_tiles=16, rematerialise=True)
     cases = {
         "exponentials, forward": head("exponentials", "forward", **sizes),
         "blocks": head("blocks", "forward", **sizes),
         "monarch, nothing kept": structured(monarch, 512, 4096),
+        "gblr, nothing kept": structured(tiled, 512, 4096),
     }
     function, leaves = cases[name](0)
 
