@@ -92,7 +92,8 @@ SETTINGS: Mapping[str, Callable[[LayerSizes], Structure]] = {
 """Structures with settings, by the name of the provider, for layers of any sizes that they fit."""
 
 GBLR = "gblr, masks of a quarter"
-OURS = (*SETTINGS, GBLR)
+_GBLR_AGAIN = f"{GBLR}, {_REMATERIALISED}"
+OURS = (*SETTINGS, GBLR, _GBLR_AGAIN)
 TWO_PRODUCTS = "two products"  # of torch.mm: the peer that low rank must be no slower than
 
 
@@ -105,7 +106,7 @@ def of_setting(setting: Callable[[LayerSizes], Structure]) -> Callable[[LayerSiz
     return build
 
 
-def of_masks(masks: Path | None) -> Callable[[LayerSizes, Place], nn.Module]:
+def of_masks(masks: Path | None, *, rematerialise: bool = False) -> Callable[[LayerSizes, Place], nn.Module]:
     """Generalised block low rank, finalised: of learned masks, or of equally wide ones at random places.
 
     Args:
@@ -115,10 +116,11 @@ def of_masks(masks: Path | None) -> Callable[[LayerSizes, Place], nn.Module]:
     def build(sizes: LayerSizes, place: Place) -> nn.Module:
         for layer in () if masks is None else layers_of(masks, place.device, place.dtype).values():
             if (layer.in_features, layer.out_features) == tuple(sizes):
-                return layer.finalise()
+                return layer.finalise(rematerialise=rematerialise)
         components = min(sizes)
         width = min(1.0, GBLR_SHARE * sizes.parameters / (components * sum(sizes)))
-        return GaudiGBLR(*sizes, components, bias=False, width=width, device=place.device, dtype=place.dtype).finalise()
+        layer = GaudiGBLR(*sizes, components, bias=False, width=width, device=place.device, dtype=place.dtype)
+        return layer.finalise(rematerialise=rematerialise)
 
     return build
 
@@ -126,7 +128,8 @@ def of_masks(masks: Path | None) -> Callable[[LayerSizes, Place], nn.Module]:
 def structured(masks: Path | None) -> dict[str, Provider]:
     """structfly's providers; see :func:`of_masks`."""
     made = {name: Provider(of_setting(setting), "structfly") for name, setting in SETTINGS.items()}
-    return {**made, GBLR: Provider(of_masks(masks), "structfly")}
+    of_gblr = {GBLR: of_masks(masks), _GBLR_AGAIN: of_masks(masks, rematerialise=True)}
+    return {**made, **{name: Provider(build, "structfly") for name, build in of_gblr.items()}}
 
 
 def dense() -> Provider:

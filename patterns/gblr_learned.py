@@ -155,7 +155,14 @@ class GaudiGBLR(nn.Module):
         return LOW_RANK(x, [right, left], self.bias)
 
     @torch.no_grad()
-    def finalise(self, tile: int | None = None, group: int | None = None, threshold: float = 1e-3) -> nn.Module:
+    def finalise(
+        self,
+        tile: int | None = None,
+        group: int | None = None,
+        threshold: float = 1e-3,
+        *,
+        rematerialise: bool = False,
+    ) -> nn.Module:
         """The layer with its components cut to tiles: a :class:`StructuredLinear` of :class:`GBLR`.
 
         Components are grouped so that those of a group have few tiles besides their own; every tile that an interval
@@ -163,14 +170,14 @@ class GaudiGBLR(nn.Module):
         sigma are below ``threshold``, which become 0.
 
         Tiles are ``tile`` features of ``group`` components; without them 128 of 128 on a GPU, where smaller ones take
-        longer than what they leave out, and 32 of 16 elsewhere.
+        longer than what they leave out, and 32 of 16 elsewhere.  ``rematerialise`` is the structure's.
 
         Raises:
             ArgumentError: all components are empty.
         """
-        return self._linear(tile, group, threshold)
+        return self._linear(tile, group, threshold, rematerialise)
 
-    def _linear(self, tile: int | None, group: int | None, threshold: float) -> StructuredLinear:
+    def _linear(self, tile: int | None, group: int | None, threshold: float, rematerialise: bool) -> StructuredLinear:
         usual = GPU_TILES if self.left.is_cuda else USUAL_TILES
         tile, group = tile or usual[0], group or usual[1]
         rows, columns = (mask * (mask.abs() >= threshold) for mask in self.masks())
@@ -182,7 +189,8 @@ class GaudiGBLR(nn.Module):
         )
         if self.bias is not None:
             like.bias.copy_(self.bias)
-        return StructuredLinear.of_factors(like, cut.structure, cut.factors(left, right)).train(self.training)
+        structure = cut.structure.model_copy(update={"rematerialise": rematerialise})
+        return StructuredLinear.of_factors(like, structure, cut.factors(left, right)).train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, components={self.components}, bias={self.bias is not None}"
@@ -232,7 +240,14 @@ class GaudiGBLRConv2d(GaudiGBLR):
         return F.conv2d(seen, left[:, :, None, None], self.bias)
 
     @torch.no_grad()
-    def finalise(self, tile: int | None = None, group: int | None = None, threshold: float = 1e-3) -> nn.Module:
+    def finalise(
+        self,
+        tile: int | None = None,
+        group: int | None = None,
+        threshold: float = 1e-3,
+        *,
+        rematerialise: bool = False,
+    ) -> nn.Module:
         """As :meth:`GaudiGBLR.finalise`, an :class:`UnfoldedConv2d` of such a layer."""
-        linear = self._linear(tile, group, threshold)
+        linear = self._linear(tile, group, threshold, rematerialise)
         return UnfoldedConv2d(linear, self.kernel_size, self.stride, self.padding, self.dilation).train(self.training)

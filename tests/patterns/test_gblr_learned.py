@@ -91,12 +91,16 @@ def test_full_masks_are_the_linear_layer(dtype: torch.dtype) -> None:
     tile=st.integers(1, 8),
     group=st.integers(1, 6),
     seed=st.integers(0, 100),
+    rematerialise=st.booleans(),
 )
-def test_finalised_layer_computes_the_same(sizes: tuple[int, int], tile: int, group: int, seed: int) -> None:
+def test_finalised_layer_computes_the_same(
+    sizes: tuple[int, int], tile: int, group: int, seed: int, rematerialise: bool
+) -> None:
     layer = drawn(GaudiGBLR(*sizes, dtype=torch.float64), seed)
-    final = layer.finalise(tile, group)
+    final = layer.finalise(tile, group, rematerialise=rematerialise)
     assert isinstance(final, StructuredLinear)
     assert isinstance(final.structure, GBLR)
+    assert final.structure.rematerialise == rematerialise
     torch.testing.assert_close(final.to_dense(), layer.to_dense(), rtol=0, atol=1e-10)
     x = torch.randn(3, sizes[0], dtype=torch.float64)
     torch.testing.assert_close(final.forward(x), layer(x), rtol=0, atol=1e-10)
