@@ -26,6 +26,7 @@ from benchmarks.recording import Row
 from benchmarks.structured_case import PASSES, Case, Layer, make_inputs, make_layer, step
 from benchmarks.structured_layers import DENSE, OURS, Place
 from structfly import measure
+from structfly.errors import ArgumentError
 from structfly.records.layer import LayerSizes
 
 KERNEL = "structured_kernels"
@@ -129,7 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case = Case(tokens, LayerSizes(*of_layer), "bfloat16", "cuda", passes == PASSES[True])
                 x, upstream = make_inputs(case)
                 for name in (DENSE, *chosen.providers):
-                    layer = make_layer(known[name], case.sizes, Place("cuda", torch.bfloat16))
+                    try:
+                        layer = make_layer(known[name], case.sizes, Place("cuda", torch.bfloat16))
+                    except ArgumentError as problem:
+                        console.print(f"{name} is left out: {' '.join(str(problem).split())}")
+                        continue
                     call = partial(step, layer, x, upstream, training=case.training)
                     for _ in range(_WARM):
                         call()
