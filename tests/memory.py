@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class MostAtOnce(TorchDispatchMode):
-    """The most bytes of new tensors that were alive at a time in this context."""
+    """The most bytes of new tensors that were alive at a time in this context, those without numbers left out."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -24,7 +24,9 @@ class MostAtOnce(TorchDispatchMode):
         known = {storage.cdata for storage, _ in self.alive}
         known |= {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for made in tree_leaves(result):
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in known:
+            if not isinstance(made, Tensor) or made.is_meta:
+                continue
+            if made.untyped_storage()._cdata not in known:
                 self.alive.append((StorageWeakRef(made.untyped_storage()), made.untyped_storage().nbytes()))
         self.bytes = max(self.bytes, sum(size for _, size in self.alive))
         return result

@@ -10,19 +10,21 @@ registers for 64 tokens by 32 components, for which x and V are read 3.2e9 bytes
 
 Forward keeps z, and backward makes h again where it makes dz.  Where nothing is kept, both take a chunk of tokens at a
 time, of which z and h are in one place: so many tokens as need no more memory than the gradients of the dense weight's
-layer.  Backward then makes z again, and adds to the factors' gradients, sums in float32, chunk after chunk.
+layer.  Backward then makes z again, and adds to the factors' gradients, sums in float32, chunk after chunk; where dx is
+wanted, the first chunks are held in its memory: :mod:`structfly.lowering.blast.runs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from structfly.lowering.blast.mixing import MOST_BLOCKS, mixing, mixing_with_gradients, ranges
+from structfly.lowering.blast.runs import Run, runs_within
 from structfly.lowering.block_products.chunks import Step, chunk_gradients, chunk_products, rows_of_chunk
 from structfly.lowering.block_products.matrix_tiles import GRADIENTS, PRODUCTS, gradient_tiles, product_tiles
 from structfly.lowering.block_products.support import padded, padded_rows, why_no_products
@@ -61,7 +63,8 @@ def finish(call: Applied, between: Sequence[Tensor]) -> Tensor:
 
 def backward(grad: Tensor, call: Applied, between: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
     """The gradients that are wanted, of x and each factor."""
-    return _gradients(grad, call, wanted, padded_rows(len(grad)), between[0])
+    tokens = len(grad)
+    return _gradients(grad, call, wanted, [Run(0, tokens, padded_rows(tokens), within=False)], between[0])
 
 
 def forward_in_chunks(call: Applied) -> Tensor:
@@ -74,7 +77,7 @@ def forward_in_chunks(call: Applied) -> Tensor:
 
 def backward_in_chunks(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tensor | None]:
     """The gradients that are wanted, of x and each factor."""
-    return _gradients(grad, call, wanted, backward_tokens(call), None)
+    return _gradients(grad, call, wanted, backward_runs(call, wanted), None)
 
 
 def forward_tokens(call: Applied) -> int:
@@ -83,12 +86,20 @@ def forward_tokens(call: Applied) -> int:
     return rows_of_chunk(len(call.x), _token_bytes(call), room)
 
 
-def backward_tokens(call: Applied) -> int:
-    """Of a chunk whose components take, with the sums over the chunks, no more bytes than the dense weight's gradient;
-    of few where that is not to be had."""
+def backward_runs(call: Applied, wanted: Sequence[bool]) -> list[Run]:
+    """Of chunks whose components take, with the sums over the chunks, no more bytes beside dx than the dense weight's
+    gradient; of few tokens where that is not to be had."""
+    right, tokens = call.factors[0], len(call.x)
     of_sums = torch.float32.itemsize * sum(factor.numel() for factor in call.factors)
     room = call.x.element_size() * call.x.shape[1] * call.static[0] - of_sums
-    return rows_of_chunk(len(call.x), 2 * _token_bytes(call), room)  # of z and h, and of dh and dz
+
+    def alone(rest: int) -> int:
+        return rows_of_chunk(rest, 2 * _token_bytes(call), room)  # of z and h, and of dh and dz
+
+    if not wanted[0]:
+        return [Run(0, tokens, alone(tokens), within=False)]
+    held = sum(_taken(wanted)) * _planes(call) * right.shape[1]
+    return list(runs_within(tokens, len(right) * right.shape[2], held, alone))
 
 
 def _outputs(call: Applied, first: list[Step], z: Tensor, w: Tensor) -> Tensor:
@@ -105,45 +116,73 @@ def _outputs(call: Applied, first: list[Step], z: Tensor, w: Tensor) -> Tensor:
 
 
 def _gradients(
-    grad: Tensor, call: Applied, wanted: Sequence[bool], width: int, kept: Tensor | None
+    grad: Tensor, call: Applied, wanted: Sequence[bool], runs: Sequence[Run], kept: Tensor | None
 ) -> list[Tensor | None]:
-    """The gradients that are wanted, in chunks of ``width`` tokens; ``kept`` is z of all of them, or None."""
+    """The gradients that are wanted, in chunks; ``kept`` is z of all tokens, or None."""
     right, scale, left = call.factors
     sources = (call.x, *call.factors)
     if not len(grad) or not any(wanted):
         return [each.new_zeros(each.shape) if want else None for each, want in zip(sources, wanted, strict=True)]
-    for_x, for_right, for_scale, for_left = wanted
-    z_taken, dh_taken = for_scale or for_left, for_x or for_right or for_scale
-    held = call.x.new_empty(z_taken + dh_taken, _planes(call), right.shape[1], width)
-    w, dh = held[0], held[-1]
-    z = w if kept is None else kept
+    for_x, for_right, _, for_left = wanted
     dx = call.x.new_empty((len(grad), len(right), right.shape[2]) if for_x else 0)
     of_right, of_left = (
         factor.new_zeros(factor.shape if want else 0, dtype=torch.float32)
         for factor, want in ((right, for_right), (left, for_left))
     )
-    parts = ranges(scale, width) if z_taken and dh_taken else 0
+    parts = max(ranges(scale, run.width) for run in runs) if all(_taken(wanted)) else 0
     of_scale = scale.new_zeros(parts, *scale.shape, dtype=torch.float32)
+    made = _Made(dx, of_right, of_scale, of_left)
     x, above = _in_blocks(call.x, right), _in_blocks(grad, left.mT)
+    for run in runs:
+        # What is held is let go of before other memory is asked for, the rounded sums' at last.
+        _run(_backward_steps(x, above, call, wanted, run, kept, made), run.stop, run.width, run.start)
+    rounded = (dx.flatten(1)[:, : call.x.shape[1]] if for_x else dx, of_right, of_scale.sum(0), of_left)
+    return [each.to(grad.dtype) if want else None for each, want in zip(rounded, wanted, strict=True)]
+
+
+class _Made(NamedTuple):
+    """What a backward makes: dx (N, column_blocks, in_block), and the factors' gradients in float32, that of the scale
+    in ranges."""
+
+    dx: Tensor
+    of_right: Tensor
+    of_scale: Tensor
+    of_left: Tensor
+
+
+def _backward_steps(
+    x: Tensor, above: Tensor, call: Applied, wanted: Sequence[bool], run: Run, kept: Tensor | None, made: _Made
+) -> list[Step]:
+    """Those of a run's chunks."""
+    right, scale, left = call.factors
+    for_x, for_right, _, for_left = wanted
+    z_taken, dh_taken = _taken(wanted)
+    size = torch.Size((z_taken + dh_taken, _planes(call), right.shape[1], run.width))
+    held = made.dx.flatten()[made.dx.numel() - size.numel() :].view(size) if run.within else x.new_empty(size)
+    w, dh = held[0], held[-1]
+    z = w if kept is None else kept
     steps: list[Step] = []
     if z_taken and kept is None:
         steps.append(_components(right, x, z))
     if dh_taken:
         steps.append(_components(left, above, dh, turned=True))
     if z_taken and dh_taken:
-        steps.append(mixing_with_gradients(z, w, dh, scale, of_scale))
+        steps.append(mixing_with_gradients(z, w, dh, scale, made.of_scale[: ranges(scale, run.width)]))
     else:
         steps.append(mixing(z, w, scale) if z_taken else mixing(dh, dh, scale.mT))
     if for_x:
-        steps.append(_features(dh, right, dx, turned=True))
+        steps.append(_features(dh, right, made.dx, turned=True))
     if for_right:
-        steps.append(_added(dh[: len(right)], x.transpose(0, 1), of_right, rows="b"))
+        steps.append(_added(dh[: len(right)], x.transpose(0, 1), made.of_right, rows="b"))
     if for_left:
-        steps.append(_added(above.transpose(0, 1), w[: len(left)], of_left, rows="a"))
-    _run(steps, len(grad), width)
-    del steps, held, z, w, dh  # before the sums are rounded, which takes memory for the factors again
-    made = (dx.flatten(1)[:, : call.x.shape[1]] if for_x else dx, of_right, of_scale.sum(0), of_left)
-    return [each.to(grad.dtype) if want else None for each, want in zip(made, wanted, strict=True)]
+        steps.append(_added(above.transpose(0, 1), w[: len(left)], made.of_left, rows="a"))
+    return steps
+
+
+def _taken(wanted: Sequence[bool]) -> tuple[bool, bool]:
+    """Whether the gradients that are wanted take z, and dh."""
+    for_x, for_right, for_scale, for_left = wanted
+    return for_scale or for_left, for_x or for_right or for_scale
 
 
 def _token_bytes(call: Applied) -> int:
@@ -203,8 +242,8 @@ def _added(a: Tensor, b: Tensor, sums: Tensor, *, rows: Literal["a", "b"]) -> St
     return chunk_gradients(a, b, sums, rows=rows, tiles=tiles)
 
 
-def _run(steps: Sequence[Step], tokens: int, width: int) -> None:
-    """Take the steps with the chunks of so many tokens, one after another."""
-    for start in range(0, tokens, width):
+def _run(steps: Sequence[Step], stop: int, width: int, start: int = 0) -> None:
+    """Take the steps with the chunks of tokens up to ``stop``, one after another."""
+    for first in range(start, stop, width):
         for step in steps:
-            step(start)
+            step(first)

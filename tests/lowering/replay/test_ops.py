@@ -134,6 +134,7 @@ CASES: dict[str, Case] = {
     "monarch, nothing kept": structured(Monarch(blocks_in=4, blocks_out=4, block_rank=4, rematerialise=True)),
     "pixelfly": structured(Pixelfly(grid=4, n_factors=2, rank=16), bias=True),
     "blast": structured(Blast(rank=16, row_blocks=4, column_blocks=4)),
+    "blast, nothing kept": structured(Blast(rank=16, row_blocks=4, column_blocks=4, rematerialise=True), rows=1000),
     "low rank": structured(LowRank(rank=16)),
     "gblr": gblr,
     "gblr, nothing kept": structured(
