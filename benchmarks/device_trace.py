@@ -72,7 +72,8 @@ class Kernel:
 
     Attributes:
         name: as the profiler has it.
-        seconds: of each call.
+        seconds: of each call, from its beginning or the end of the kernels before it: one that starts early, to wait
+            for those, is not busy until then.
     """
 
     name: str
@@ -90,7 +91,13 @@ def read_kernels(trace: dict[str, Any], calls: int) -> list[Kernel]:
     made = [kernels[place::each] for place in range(each)]
     if rest or any(len({event["name"] for event in events}) > 1 for events in made):
         raise ValueError(f"{len(kernels)} kernels are not those of {calls} equal calls; profile warm steps of one form")
-    return [Kernel(events[0]["name"], tuple(float(each["dur"]) * 1e-6 for each in events)) for events in made]
+    seconds: dict[int, float] = {}
+    last = 0.0
+    for event in kernels:
+        start, end = float(event["ts"]), float(event["ts"]) + float(event["dur"])
+        seconds[id(event)] = max(0.0, end - max(start, last)) * 1e-6
+        last = max(last, end)
+    return [Kernel(events[0]["name"], tuple(seconds[id(event)] for event in events)) for events in made]
 
 
 def profiled(call: Callable[[], object], calls: int, keep: Path | None = None) -> Activity:

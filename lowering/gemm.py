@@ -17,8 +17,7 @@ from structfly.lowering.device_profile import device_model
 from structfly.lowering.launch import Launch
 from structfly.lowering.template import Parameter, load, render
 
-_DEPENDENT_LAUNCHES = (9, 0)
-"""The compute capability from which on a kernel can be launched before the one ahead of it ends."""
+_EARLY_STARTS = (9, 0)  # the compute capability from which on there are programmatic dependent launches
 
 
 def _power_of_two(value: int) -> int:
@@ -267,7 +266,7 @@ def launch_of(
 
     Args:
         template: extends the skeleton.
-        parameters: its own.
+        parameters: its own, and "waits" where programs may start before the kernels ahead of theirs end, and wait.
         tiles: how it is cut up.
         count: tiles of the result.
         split: programs that share the inner dimension of a tile.
@@ -282,18 +281,18 @@ def launch_of(
         "SPLIT": split,
         "PROGRAMS": programs,
     }
-    shared: dict[str, Parameter] = {"name": template, "split": split > 1, "parts": tiles.parts}
-    kernel = kernel_of(template, tuple({**shared, **parameters}.items()), device)
+    shared: dict[str, Parameter] = {"name": template, "split": split > 1, "parts": tiles.parts, "waits": False}
+    kernel = kernel_of(template, tuple({**shared, **parameters}.items()))
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return Launch(kernel, (programs,), constants, arguments, first, **options)
 
 
 @lru_cache(maxsize=256)
-def kernel_of(template: str, parameters: tuple[tuple[str, Parameter], ...], device: torch.device) -> Any:
-    """The kernel of a template's name; where ``device`` can launch it so, one that waits itself for those before it."""
-    return getattr(load(render(template, **dict(parameters), waits=_waits_itself(device))), template)
+def kernel_of(template: str, parameters: tuple[tuple[str, Parameter], ...]) -> Any:
+    return getattr(load(render(template, **dict(parameters))), template)
 
 
-def _waits_itself(device: torch.device) -> bool:
+def can_start_early(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one ahead of it ends, and wait for it itself."""
     capability = device_model(device).capability
-    return capability is not None and capability >= _DEPENDENT_LAUNCHES
+    return capability is not None and capability >= _EARLY_STARTS

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.chunks import Step
-from structfly.lowering.gemm import kernel_of, processors_of
+from structfly.lowering.gemm import processors_of
 from structfly.lowering.launch import Launch, on_device
-from structfly.lowering.template import Parameter
+from structfly.lowering.template import load, render
 
 MOST_BLOCKS = 64
 """Along a side: a program has a tile of all of them."""
@@ -69,17 +69,19 @@ def _step(tensors: list[Tensor], scale: Tensor, *, gradients: bool) -> Step:
     components, *blocks = scale.shape
     tokens, parts = tile(blocks, width, z.element_size()), ranges(scale, width)
     rows, columns = blocks
-    parameters: dict[str, Parameter] = {
-        "rows": rows,
-        "columns": columns,
-        "side_rows": side(rows),
-        "side_columns": side(columns),
-        "gradients": gradients,
-        "ragged": width % tokens > 0,
-        "interpreted": not z.is_cuda,
-        "bfloat16": z.dtype == torch.bfloat16,
-    }
-    kernel = kernel_of("blast_mixing", tuple(parameters.items()), z.device)
+    kernel = load(
+        render(
+            "blast_mixing",
+            rows=rows,
+            columns=columns,
+            side_rows=side(rows),
+            side_columns=side(columns),
+            gradients=gradients,
+            ragged=width % tokens > 0,
+            interpreted=not z.is_cuda,
+            bfloat16=z.dtype == torch.bfloat16,
+        )
+    ).blast_mixing
     constants = {"BT": tokens, "TILES": -(-width // (tokens * parts)), "RANGES": parts}
     arguments = [*tensors, scale.contiguous(), width // 8, components]
     launch = Launch(kernel, (components * parts,), constants, arguments, num_warps=WARPS, num_stages=STAGES)

@@ -15,7 +15,7 @@ from torch import Tensor
 from structfly.lowering.block_products.ready import REMEMBERED, Ready, ready
 from structfly.lowering.block_products.support import with_inner_side_last
 from structfly.lowering.descriptor import Boxes, Form, form
-from structfly.lowering.gemm import TORCH_MM, Library, Tiles
+from structfly.lowering.gemm import TORCH_MM, Library, Tiles, can_start_early
 from structfly.lowering.template import Parameter
 
 
@@ -106,6 +106,9 @@ def _products(
         "k_box": k.box,
         "k_tiles": k.tiles,
         "part_box": part,
+        # Of few tokens a launch takes little longer than another waits for it.  Of many, programs that start early may
+        # come to share a multiprocessor while others have none.
+        "waits": tokens <= tiles.m and can_start_early(of_a.device),
     }
     if k.in_one_run:
         runs = a.view(*a.shape[:2], a.shape[2] * a.shape[3])

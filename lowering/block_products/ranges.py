@@ -59,7 +59,7 @@ def add_ranges(sums: Tensor, results: Sequence[Tensor]) -> None:
         "interpreted": not sums.is_cuda,
         "bfloat16": made[0].dtype == torch.bfloat16,
     }
-    kernel = kernel_of("range_sums", tuple(parameters.items()), sums.device)
+    kernel = kernel_of("range_sums", tuple(parameters.items()))
     launch = Launch(kernel, (-(-first // _BLOCK),), {"BLOCK": _BLOCK}, num_warps=4)
     with on_device(sums.device):
         launch(sums, *arguments, *sums.shape)

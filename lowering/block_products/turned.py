@@ -27,7 +27,7 @@ def turned(features: Tensor) -> Tensor:
         tile = _tile(a, b)
         programs = -(-rows // tile.rows) * -(-a // tile.a) * -(-b // tile.b)
         constants = {"ROWS": tile.rows, "TILE_A": tile.a, "TILE_B": tile.b}
-        launch = Launch(kernel_of("turned_features", (), features.device), (programs,), constants, num_warps=4)
+        launch = Launch(kernel_of("turned_features", ()), (programs,), constants, num_warps=4)
         with on_device(features.device):
             launch(features, made, rows, a, b)
     return made

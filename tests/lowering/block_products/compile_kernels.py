@@ -62,7 +62,7 @@ def operands_turned(template: str, options: dict[str, Parameter]) -> int:
 
 
 def turned_features(kind: str, sides: tuple[int, int]) -> None:
-    kernel = load(render("turned_features", waits=True)).turned_features
+    kernel = load(render("turned_features")).turned_features
     types = {"source": f"*{kind}", "target": f"*{kind}", "rows": "i32", "A": "i32", "B": "i32"}
     rows = 8192 // (sides[0] * sides[1])
     compile_one(kernel, types, {"ROWS": rows, "TILE_A": sides[0], "TILE_B": sides[1]}, 4)
@@ -183,7 +183,7 @@ def blast_mixing(kind: str, blocks: tuple[int, int], gradients: bool, ragged: bo
     types |= {"scale": f"*{kind}", "eighths": "i32", "components": "i32"}
     options: dict[str, Parameter] = {"rows": rows, "columns": columns, "gradients": gradients, "ragged": ragged}
     sides: dict[str, Parameter] = {"side_rows": mixing.side(rows), "side_columns": mixing.side(columns)}
-    source = render("blast_mixing", **options, **sides, bfloat16=kind == "bf16", interpreted=False, waits=True)
+    source = render("blast_mixing", **options, **sides, bfloat16=kind == "bf16", interpreted=False)
     tokens = mixing.tile([rows, columns], 16384, 4 if kind == TF32 else 2)
     constants = {"BT": tokens, "TILES": 8, "RANGES": 1}
     made = compile_one(load(source).blast_mixing, types, constants, mixing.WARPS, mixing.STAGES, aligned=True)
@@ -220,8 +220,7 @@ def range_sums(kind: str, results: int) -> None:
     for i in range(results):
         types |= {f"c_{i}": f"*{kind}", f"first_{i}": "i32", f"size_{i}": "i32"}
     types |= {"ranges": "i32", "total": "i32"}
-    options = {"interpreted": False, "bfloat16": kind == "bf16", "waits": True}
-    kernel = load(render("range_sums", results=results, **options)).range_sums
+    kernel = load(render("range_sums", results=results, interpreted=False, bfloat16=kind == "bf16")).range_sums
     compile_one(kernel, types, {"BLOCK": 1024}, warps=4)
 
 
