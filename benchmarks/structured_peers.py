@@ -122,7 +122,8 @@ def _torch_structured(blocks: int) -> Provider:
                 weight: Tensor = self.convert_to_dense_weight()
                 return weight
 
-        return Monarch(*sizes, nblocks=blocks, bias=False, device=place.device, dtype=place.dtype)
+        made: nn.Module = Monarch(*sizes, nblocks=blocks, bias=False)
+        return made.to(place.device, place.dtype)  # its factors are made where nothing is said of device and dtype
 
     return Provider(build, None)
 
