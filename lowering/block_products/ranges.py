@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -21,9 +22,10 @@ _BLOCK = 1024
 
 
 @lru_cache(maxsize=1024)
-def ranges(tiles: int, tokens: int, step: int, programs: int, itemsize: int = 2) -> int:
-    """In how many ranges ``tokens`` are cut, of ``step`` or more, so that the sums of ``tiles`` take least time."""
-    most = min(-(-tokens // step), _MOST_ROUNDS * programs // tiles)
+def ranges(tiles: int, tokens: int, step: int, programs: int, itemsize: int = 2, fit: float = math.inf) -> int:
+    """In how many ranges ``tokens`` are cut, of ``step`` or more, so that the sums of ``tiles`` take least time; of no
+    more than ``fit`` in memory, but one."""
+    most = int(min(-(-tokens // step), _MOST_ROUNDS * programs // tiles, fit))
     return min(range(1, max(most, 1) + 1), key=lambda split: rounds(split, tiles, tokens, programs, itemsize))
 
 

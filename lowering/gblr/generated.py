@@ -6,6 +6,8 @@ group are summed over by ``collect``, those that stand in one tile of rows by ``
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -75,15 +77,22 @@ def padded_features(features: int, tiles: Tensor) -> int:
     return -(-features // tiles.shape[1]) * tiles.shape[1]
 
 
-def tiles_of(dense: Tensor, components: Tensor, tiles: Tensor, index: Tensor, room: Tensor | None = None) -> Tensor:
-    """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0.  ``room`` is as in
-    :func:`block_gradients`."""
+def tiles_of(
+    dense: Tensor,
+    components: Tensor,
+    tiles: Tensor,
+    index: Tensor,
+    room: Tensor | None = None,
+    spare: float = math.inf,
+) -> Tensor:
+    """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0.  ``room`` and ``spare``
+    are as in :func:`block_gradients`."""
     _, tile, group = tiles.shape
     made = torch.empty_like(tiles)
     in_tiles, of_groups = _in_tiles(dense, tile), components.unflatten(0, (-1, group))
     shape = Gradients(in_tiles.shape[1], len(of_groups), tile, group, itemsize=tiles.element_size())
     places = remembered(_placed, index, shape, about(len(dense)))
-    block_gradients(in_tiles, of_groups, made, places, b_turned=True, room=room)
+    block_gradients(in_tiles, of_groups, made, places, b_turned=True, room=room, spare=spare)
     return made
 
 

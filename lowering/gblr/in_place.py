@@ -11,7 +11,8 @@ of dz, for each component holds numbers of all tokens.  dz of those tokens, C^2 
 Where that is more than the dense layer's gradient of its weight takes beyond those of the factors, it is moved to the
 end of the place, by way of copies of some components at a time, and the same is done with what is left.
 
-What is not written yet at the beginning holds the sums of ranges of the factors' gradients, which are made before dx.
+What is not written yet at the beginning holds the sums of ranges of the factors' gradients, which are made before dx:
+of no more ranges than it has room for, or the dense layer's gradient would.
 """
 
 from __future__ import annotations
@@ -45,16 +46,18 @@ def backward(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tensor
     begin = len(place) - between_numbers
     between, unused = place[begin:].view(len(order), -1), place[:begin]
     made: list[Tensor | None] = [None] * 6
+    room = room_of_copies(call)
+    gradients_of = partial(tiles_of, room=unused, spare=room * x.element_size())
     if wanted[3]:
         z = collect(x, right, right_index, order, between)[:, :tokens]
-        made[3] = tiles_of(grad, z, left, left_index, unused)
+        made[3] = gradients_of(grad, z, left, left_index)
     if wanted[0] or wanted[1]:
         dz = collect(grad, left, left_index, remembered(inverse, order), between)[:, :tokens]
         if wanted[1]:
-            made[1] = tiles_of(x, dz, right, right_index, unused)
+            made[1] = gradients_of(x, dz, right, right_index)
         if within:
             dx = place.view(tokens, width)
-            _make_in_place(dx, between, room_of_copies(call), partial(spread_to, tiles=right, index=right_index))
+            _make_in_place(dx, between, room, partial(spread_to, tiles=right, index=right_index))
             made[0] = dx[:, : x.shape[1]]
         elif wanted[0]:
             made[0] = spread(dz, right, right_index, x.shape[1])
@@ -62,7 +65,7 @@ def backward(grad: Tensor, call: Applied, wanted: Sequence[bool]) -> list[Tensor
 
 
 def room_of_copies(call: Applied) -> int:
-    """Numbers of dz that may be copied out."""
+    """Numbers of dz that may be copied out; before, sums of ranges may take as much."""
     return max(0, room_beside_factors(call))
 
 

@@ -140,14 +140,14 @@ def taken(grad: Tensor, call: Applied, wanted: Sequence[bool], monkeypatch: pyte
     return most
 
 
-def large(tokens: int, groups: int) -> tuple[Tensor, Applied]:
-    """4096 features to 4096, each group of 128 components seeing 8 of 32 tiles on each side; without numbers."""
+def large(tokens: int, groups: int, features: int = 4096) -> tuple[Tensor, Applied]:
+    """As many features to as many, each group of 128 components seeing 8 tiles of each side; without numbers."""
     number = torch.arange(8 * groups)
-    where = torch.stack((number // 8, number % 32)).int()
+    where = torch.stack((number // 8, number % (features // 128))).int()
     tiles = torch.empty(8 * groups, 128, 128, dtype=torch.bfloat16)
     order = torch.arange(128 * groups, dtype=torch.int32)
-    x = tiles.new_empty(tokens, 4096)
-    return torch.empty_like(x), Applied(x, [tiles, where, torch.empty_like(tiles), where, order], [4096])
+    x = tiles.new_empty(tokens, features)
+    return torch.empty_like(x), Applied(x, [tiles, where, torch.empty_like(tiles), where, order], [features])
 
 
 EVERY = [True, True, False, True, False, False]
@@ -176,6 +176,16 @@ def test_the_peak_is_what_is_given_and_a_small_copy(
     assert peak >= 0.99 * 2 * (tokens * 4096 + of_factors + copied)
     if groups < 30:
         assert peak <= 2 * (tokens * 4096 + 4096**2)  # of the dense layer, which has the same output beside
+
+
+@pytest.mark.parametrize("tokens", [1000, 4096])
+@pytest.mark.parametrize("groups", [2, 3])
+def test_on_a_device_of_many_programs_ranges_are_no_more_than_there_is_room_for(
+    tokens: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "programs_on", lambda *_: 10_000)
+    grad, call = large(tokens, groups, 1024)
+    assert taken(grad, call, EVERY, monkeypatch) <= 2 * (tokens * 1024 + 1024**2)  # the dense layer's
 
 
 def test_without_dx_both_between_are_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,6 +171,26 @@ def test_sums_of_ranges_lie_in_room_that_is_large_enough(monkeypatch: pytest.Mon
         assert bool((room == 7).all()) == (size < enough)
         assert (room[enough:] == 7).all()
     assert all(torch.equal(made[0], each) for each in made[1:])
+
+
+@pytest.mark.parametrize(
+    ("room", "spare", "expected"), [(None, math.inf, 4), (2, 0, 2), (0, 3, 3), (3, 2, 3), (1, 0, 1)]
+)
+def test_there_are_as_many_ranges_as_fit(
+    room: int | None, spare: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "programs_on", lambda *_: 8 * 4)
+    found: list[int] = []
+    monkeypatch.setattr(gradients, "add_ranges", lambda sums, _: found.append(len(sums)))
+    shape = Gradients(2, 2, 16, 16)
+    rows, columns = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in ((0, 0, 1, 1), (0, 1, 0, 1)))
+    a = random(torch.bfloat16, 0, 4000, 2, 16)
+    c = torch.empty(4, 16, 16, dtype=torch.bfloat16, device=DEVICE)
+    each = 4 * c.numel()  # bytes of a range
+    places = gradient_places(rows, columns, shape, Tiles(16, 16, 16, 2, 1, 1, 1), 1)
+    memory = None if room is None else torch.empty(room * each, dtype=torch.uint8, device=DEVICE)
+    block_gradients(a, a, c, places, room=memory, spare=spare * each)
+    assert [*found, 1][0] == expected
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,10 +34,15 @@ def test_ranges_are_added_in_order_and_rounded_once(
         assert torch.equal(mine.flatten(), expected)
 
 
-@given(tiles=st.integers(1, 2000), tokens=st.integers(1, 2**17), programs=st.integers(1, 600))
-def test_ranges_take_no_longer_than_whole_sums(tiles: int, tokens: int, programs: int) -> None:
-    split = ranges(tiles, tokens, 64, programs)
-    assert 1 <= split <= -(-tokens // 64)
+@given(
+    tiles=st.integers(1, 2000),
+    tokens=st.integers(1, 2**17),
+    programs=st.integers(1, 600),
+    fit=st.integers(0, 8) | st.just(math.inf),
+)
+def test_ranges_take_no_longer_than_whole_sums(tiles: int, tokens: int, programs: int, fit: float) -> None:
+    split = ranges(tiles, tokens, 64, programs, 2, fit)
+    assert 1 <= split <= min(-(-tokens // 64), max(fit, 1))
     assert rounds(split, tiles, tokens, programs) <= rounds(1, tiles, tokens, programs)
 
 
@@ -50,3 +57,4 @@ def test_ranges_take_no_longer_than_whole_sums(tiles: int, tokens: int, programs
 )
 def test_tokens_are_cut_where_programs_had_waited(tiles: int, tokens: int, programs: int, expected: int) -> None:
     assert ranges(tiles, tokens, 64, programs) == expected
+    assert ranges(tiles, tokens, 64, programs, 2, expected) == expected
