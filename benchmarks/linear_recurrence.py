@@ -70,8 +70,6 @@ BARS: Mapping[tuple[str, str], tuple[str, float]] = {
 MOST_MEMORY = 1 / 32
 """Of the states, what a backward may take above its gradients on a GPU."""
 _LONGEST_CHECKED = 2**16
-_LONGEST_LAUNCH = 5e-3
-"""Seconds of the host that other work hides: eager loops take it longer than the GPU has room for launches."""
 
 
 @dataclass
@@ -113,7 +111,7 @@ class Bench:
             else:
                 working[who] = call
         timings, host = busy.times_behind_work(
-            working, self.device, repeats=self.repeats, warmups=1, longest=_LONGEST_LAUNCH
+            working, self.device, repeats=self.repeats, warmups=1, longest=busy.LONGEST
         )
         for row in busy.host_rows(KERNEL, mode, host):
             self.note(row)

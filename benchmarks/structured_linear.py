@@ -3,9 +3,9 @@
 Every layer is the module that a user has, without bias, compiled as a user compiles it; peers are compiled by Inductor
 or, where their packages say nothing of that, eager.  Times are taken in one process, the providers in rotation; those
 of a GPU behind products that keep it busy, as the layers before it do within a model: what the host takes to launch is
-no part of them.  It stands beside them; benchmarks.structured_model has whole models, where it counts.  "x dense" is
-the median over rounds of the dense layer's time over the provider's.  Errors are relative Frobenius errors against the
-layer's own dense weight in float64.
+no part of them, up to 5 ms.  It stands beside them; benchmarks.structured_model has whole models, where it counts.
+"x dense" is the median over rounds of the dense layer's time over the provider's.  Errors are relative Frobenius errors
+against the layer's own dense weight in float64.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def measure_case(
     torch.compiler.reset()
     layers, rows = layers_of(case, providers, x, upstream, say)
     calls = {name: partial(step, layer, x, upstream, training=case.training) for name, layer in layers.items()}
-    timings, host = busy.times_behind_work(calls, case.device, repeats=repeats)
+    timings, host = busy.times_behind_work(calls, case.device, repeats=repeats, longest=busy.LONGEST)
     rows += busy.host_rows(KERNEL, case.mode, host)
     ratios = {
         name: measure.summarize([d / t for d, t in zip(timings[DENSE].samples, timing.samples, strict=True)])
