@@ -53,14 +53,17 @@ def linear_recurrence_reference(
     before = torch.zeros(len(bounds) - 1, batch, width, dtype=wide, device=input.device)
     if initial is not None:
         before = initial.to(wide).view_as(before)
+    # Steps are taken apart at once: the gradient of each slice of all steps would be as long as all of them.
+    f_of, z_of = f.unbind(1), z.unbind(1)
+    let_out = None if output_gate is None else activated(output_gate).unbind(1)
     finals: list[Tensor] = []
     outputs = [z[:, :0]] * length
     for state, first, end in zip(before, bounds, bounds[1:], strict=False):
         for t in reversed(range(first, end)) if reverse else range(first, end):
             if reset is not None:
                 state = torch.where(reset[:, t, None], 0.0, state)
-            state = f[:, t] * state + z[:, t]
-            outputs[t] = state if output_gate is None else activated(output_gate[:, t]) * state
+            state = f_of[t] * state + z_of[t]
+            outputs[t] = state if let_out is None else let_out[t] * state
         finals.append(state)
     output = torch.stack(outputs, 1) if length else z
     return output.to(input.dtype), torch.cat(finals)
