@@ -5,7 +5,7 @@ registers, and with at most 168 three programs of 8 rows of 32 channels fit a mu
 in flight, several times the 23 KiB that 3 TB/s for 1 us come to.  In 16 bits f and b take 64, and four programs of 8
 rows, or two of 16, have up to 128 KiB in flight.  A word of 8 bytes a chunk is 1/128 of the states or less.  Threads
 have two channels because then a tile of words, of which a thread reads two, lies in the registers as the other tiles
-do, and no step has to be exchanged between threads.
+do, and no step has to be exchanged between threads.  For that a step's rows and channels are as many as threads have.
 
 A hop from group to group takes about a microsecond, a store and a load between two multiprocessors, however many
 channels there are.  With many, groups are small, for of what a chunk reads of its group the next one reads most again;
@@ -58,7 +58,17 @@ numbers of 16 bits, at 3 TB/s."""
 
 def forward_shape(call: Arguments) -> Shape:
     """Numbers of 16 bits lie two to a register, so that more threads fit.  More arrays, and activations, whose results
-    a thread keeps in float32, leave room for fewer steps, and the time to compile grows faster than the steps."""
+    a thread keeps in float32, leave room for fewer steps."""
+    return _filled(_forward_shape(call), call)
+
+
+def backward_shape(call: Arguments) -> Shape:
+    """As :func:`forward_shape`; with an output gate, chunks are those of the forward, and without one they are no
+    shorter, for a word of 8 bytes would be 1/32 of 128 states of 16 bits."""
+    return _filled(_backward_shape(call), call)
+
+
+def _forward_shape(call: Arguments) -> Shape:
     if not _plain(call):
         return Shape(16, 16, 16, 4, registers=128 if _short(call) and call.input_gate is None else None)
     if not _short(call):
@@ -68,12 +78,16 @@ def forward_shape(call: Arguments) -> Shape:
     return Shape(32, 16, 32, 8, registers=128)
 
 
-def backward_shape(call: Arguments) -> Shape:
-    """As :func:`forward_shape`; with an output gate, chunks are those of the forward, and without one they are no
-    shorter, for a word of 8 bytes would be 1/32 of 128 states of 16 bits."""
+def _backward_shape(call: Arguments) -> Shape:
     if not (_plain(call) and _short(call)):
         return Shape(16, 16, 16, 4)
     return Shape(16, 16, 16, 4, group=4) if _has_many(call) else Shape(16, 16, 32, 8, registers=80)
+
+
+def _filled(shape: Shape, call: Arguments) -> Shape:
+    """As many steps, in more rows where there are so few channels that threads would else be without any."""
+    rows = max(shape.rows, 64 // shape.fitted(call.input.shape[2]).block)
+    return shape._replace(steps=shape.chunk // rows, rows=rows)
 
 
 def _plain(call: Arguments) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from structfly.lowering.linear_recurrence import recurrence_triton
 from structfly.lowering.linear_recurrence.arguments import Arguments
 from structfly.lowering.linear_recurrence.reference import linear_recurrence_reference
-from structfly.lowering.linear_recurrence.shapes import Shape
+from structfly.lowering.linear_recurrence.shapes import Shape, backward_shape, forward_shape
 from tests.lowering.linear_recurrence.cases import (
     backward_by,
     calls,
@@ -74,6 +74,16 @@ def check(call: Arguments, shape: Shape = SMALL) -> None:
 )
 def test_as_accurate_as_the_loop(call: Arguments, shape: Shape) -> None:
     check(call, shape)
+
+
+@given(call=calls((torch.float32, torch.bfloat16), LENGTHS), width=st.integers(1, 64))
+def test_a_warp_has_all_its_threads_in_one_step(call: Arguments, width: int) -> None:
+    """So that steps are not shared out among threads; a thread has two channels."""
+    call = call._replace(input=torch.empty(2, 1, width, dtype=call.input.dtype, device="meta"))
+    for of in (forward_shape, backward_shape):
+        shape = of(call)
+        assert shape.rows * shape.fitted(width).block >= 64
+        assert shape.chunk in (256, 512)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
