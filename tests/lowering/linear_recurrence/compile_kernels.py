@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,8 +23,15 @@ _STATES = ("final", "kept", "grad_initial", "initial", "ending")
 _CONSTANTS = ("STEPS", "ROWS", "BLOCK", "GROUP")
 
 
-def compiled(function: Any, kind: str, shape: Shape) -> str:
-    """The PTX of a kernel whose tensors have rows of channels, begin at 16 bytes and are of ``kind``."""
+class Code(NamedTuple):
+    """What a kernel is as Triton begins with it, and as it leaves it."""
+
+    ttir: str
+    ptx: str
+
+
+def compiled(function: Any, kind: str, shape: Shape) -> Code:
+    """A kernel whose tensors have rows of channels, begin at 16 bytes and are of ``kind``."""
     values = dict(zip(_CONSTANTS, (shape.steps, shape.rows, shape.block, shape.group), strict=True))
     types, constants, aligned = {}, {}, {}
     for index, name in enumerate(function.arg_names):
@@ -39,10 +46,11 @@ def compiled(function: Any, kind: str, shape: Shape) -> str:
             aligned[index,] = [["tt.divisibility", 16]]
     source = ASTSource(function, types, constexprs=constants, attrs=aligned)
     options = {"num_warps": shape.warps}
-    return str(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    return Code(str(made["ttir"]), str(made["ptx"]))
 
 
-def both(shape: Shape, given: tuple[str, ...], kind: str, **options: bool) -> tuple[str, str]:
+def both(shape: Shape, given: tuple[str, ...], kind: str, **options: bool) -> tuple[Code, Code]:
     """The forward and the backward of a call that ``given`` tensors are of."""
     common: dict[str, Any] = {
         "rounded": (),
@@ -81,8 +89,26 @@ def check_halves(ptx: str, kind: str) -> None:
     assert ("{low, high}" in ptx) == (kind == "*fp16"), "float16 widened otherwise"
 
 
-def barriers(ptx: str) -> int:
-    return ptx.count("bar.sync")
+def barriers(code: Code) -> int:
+    return code.ptx.count("bar.sync")
+
+
+def accesses(code: Code) -> int:
+    return len(re.findall(r"\btt\.(?:load|store)\b", code.ttir))
+
+
+def operations(code: Code) -> int:
+    return code.ttir.count(" = ")
+
+
+def check_steps(given: tuple[str, ...], **options: bool) -> None:
+    """Steps are operations of whole tensors: the time that Triton takes grows with the square of the operations."""
+    few, many = (both(SHORT._replace(steps=steps), given, "*bf16", **options) for steps in (4, 16))
+    for name, less, more in zip(("forward", "backward"), few, many, strict=True):
+        of = f"{name} of {given} with 4 and with 16 steps"
+        assert barriers(less) == barriers(more), f"barriers, {of}: a step is exchanged between threads"
+        assert accesses(less) == accesses(more), f"loads and stores, {of}: {accesses(less)}, {accesses(more)}"
+        assert operations(more) <= 1.25 * operations(less), f"operations, {of}: {operations(less)}, {operations(more)}"
 
 
 def main() -> None:
@@ -95,17 +121,16 @@ def main() -> None:
             given += ["upstream"] if not (sigmoid and not more) else []
             given += ["reset", "initial", "ending"] if more == tanh else []
             options = {"complement": weight == "complement", "sigmoid": sigmoid, "tanh": tanh, "reverse": tanh}
-            for ptx in both(SHORT, tuple(given), kind, packed=more, ragged=more or tanh, **options):
-                check_words(ptx)
-                check_halves(ptx, kind)
+            for code in both(SHORT, tuple(given), kind, packed=more, ragged=more or tanh, **options):
+                check_words(code.ptx)
+                check_halves(code.ptx, kind)
                 if sigmoid:
-                    check_quotients(ptx)
+                    check_quotients(code.ptx)
     plain = {"complement": False, "sigmoid": False, "tanh": False, "reverse": False, "packed": False, "ragged": False}
-    for some in (("gate", "input", "upstream"), ("gate", "input", "upstream", "reset", "initial", "ending")):
-        few, many = (
-            [barriers(ptx) for ptx in both(SHORT._replace(steps=steps), some, "*bf16", **plain)] for steps in (4, 8)
-        )
-        assert few == many, f"barriers with 4 and with 8 steps: {few}, {many}: a step is exchanged between threads"
+    ends = ("upstream", "reset", "initial", "ending")
+    check_steps(("gate", "input", "upstream"), **plain)
+    check_steps(("gate", "input", *ends), **plain)
+    check_steps((*SEQUENCES, *ends), **{**plain, "sigmoid": True, "tanh": True, "packed": True, "ragged": True})
     print("compiled")
 
 
