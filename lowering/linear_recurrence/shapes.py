@@ -58,7 +58,8 @@ numbers of 16 bits, at 3 TB/s."""
 
 def forward_shape(call: Arguments) -> Shape:
     """Numbers of 16 bits lie two to a register, so that more threads fit.  More arrays, and activations, whose results
-    a thread keeps in float32, leave room for fewer steps."""
+    a thread keeps in float32, leave room for fewer steps.  Limits are registers that suffice, with which another program
+    fits a multiprocessor."""
     return _filled(_forward_shape(call), call)
 
 
@@ -70,7 +71,8 @@ def backward_shape(call: Arguments) -> Shape:
 
 def _forward_shape(call: Arguments) -> Shape:
     if not _plain(call):
-        return Shape(16, 16, 16, 4, registers=128 if _short(call) and call.input_gate is None else None)
+        few = 128 if call.input_gate is None else 168
+        return Shape(16, 16, 16, 4, registers=few if _short(call) else None)
     if not _short(call):
         return Shape(32, 8, 32, 4, registers=168)
     if _has_many(call):
@@ -81,7 +83,9 @@ def _forward_shape(call: Arguments) -> Shape:
 def _backward_shape(call: Arguments) -> Shape:
     if not (_plain(call) and _short(call)):
         return Shape(16, 16, 16, 4)
-    return Shape(16, 16, 16, 4, group=4) if _has_many(call) else Shape(16, 16, 32, 8, registers=80)
+    if _has_many(call):
+        return Shape(16, 16, 16, 4, group=4, registers=96 if call.reset is None else None)
+    return Shape(16, 16, 32, 8, registers=80)
 
 
 def _filled(shape: Shape, call: Arguments) -> Shape:
