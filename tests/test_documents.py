@@ -196,16 +196,63 @@ def test_figures_are_committed_results(document: Path, line: str, name: str, mod
     [
         ("| dense |", "dense"),
         ("| Monarch, 4 blocks, kept |", "monarch, 4 blocks"),
-        ("| the same, made again |", "monarch, 4 blocks, nothing kept"),
+        ("| Monarch, 4 blocks, made again |", "monarch, 4 blocks, nothing kept"),
         ("| Monarch, 16 blocks, kept |", "monarch, 16 blocks"),
-        ("| the same, made again |", "monarch, 16 blocks, nothing kept"),
+        ("| Monarch, 16 blocks, made again |", "monarch, 16 blocks, nothing kept"),
+        ("| GBLR, a third, kept |", "gblr, masks of a quarter"),
+        ("| GBLR, a third, made again |", "gblr, masks of a quarter, nothing kept"),
+        ("| BLAST, 16 x 16 blocks, rank 512, kept |", "blast, 16 x 16 blocks, rank 512"),
+        ("| BLAST, 16 x 16 blocks, rank 512, made again |", "blast, 16 x 16 blocks, rank 512, nothing kept"),
     ],
 )
-def test_speed_and_memory_of_monarch_in_training_are_committed_results(line: str, provider: str) -> None:
+def test_speed_and_memory_in_training_are_committed_results(line: str, provider: str) -> None:
     mode = "16384x4096x4096 bfloat16, forward+backward"
     speed, memory = (median("structured_linear_h100", mode, provider, each) for each in ("x_dense", "peak_extra_bytes"))
     text = (ROOT / "docs" / "restructure.md").read_text(encoding="utf-8")
     assert f"{line} {speed:.2f} | {memory / 2**20:.0f} MiB |" in text.splitlines()
+
+
+def kernels(mode: str, provider: str) -> list[tuple[str, float]]:
+    """Of a training step, by name, in microseconds."""
+    rows = json.loads((RESULTS / "structured_kernels_h100.json").read_text(encoding="utf-8"))["rows"]
+    found = [row for row in rows if row["mode"] == f"{mode} bfloat16, forward+backward" and row["provider"] == provider]
+    return [(row["metric"], 1e6 * row["p50"]) for row in found]
+
+
+@pytest.mark.parametrize(
+    ("line", "mode", "provider"),
+    [
+        ("BLAST, 16 x 16 blocks, rank 512", "16384x4096x4096", "blast, 16 x 16 blocks, rank 512"),
+        ("BLAST, nothing kept", "16384x4096x4096", "blast, 16 x 16 blocks, rank 512, nothing kept"),
+        ("Monarch, 4 blocks", "16384x4096x4096", "monarch, 4 blocks"),
+        ("Monarch, 4 blocks, nothing kept", "16384x4096x4096", "monarch, 4 blocks, nothing kept"),
+        ("Pixelfly, grid 8, 2 factors, rank 64", "32768x768x3072", "pixelfly, grid 8, 2 factors, rank 64"),
+    ],
+)
+def test_what_bounds_layers_is_committed_results(line: str, mode: str, provider: str) -> None:
+    mine, dense = (
+        sum(time for metric, time in kernels(mode, each) if metric.startswith("device_s")) for each in (provider, "dense")
+    )
+    bounds = dict(kernels(mode, provider))
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    found = (mine, dense, bounds["multiplying_s"], bounds["moving_s"])
+    assert f"| {line} | {mode} | {' | '.join(f'{time:.0f}' for time in found)} |" in page.splitlines()
+
+
+def test_what_kernels_of_layers_take_is_committed_results() -> None:
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
+    (copy,) = {median("structured_kernels_h100", "536870912 bytes", "torch", "rate_byte_per_s")}
+    of_x, of_z = 2 * 16384 * 4096, 2 * 16384 * 16 * 512
+    blast = kernels("16384x4096x4096", "blast, 16 x 16 blocks, rank 512")
+    forward = sum(time for _, time in blast[:3])
+    assert f"({1e6 * (2 * of_x + 4 * of_z) / copy:.0f} us of {forward:.0f} forward" in page
+    assert f"{1e6 * (6 * of_x + 12 * of_z) / copy:.0f} of {sum(time for m, time in blast if '_s of ' in m):.0f}" in page
+    monarch = kernels("16384x4096x4096", "monarch, 4 blocks, nothing kept")
+    last = sum(time for metric, time in monarch[6:] if metric.startswith("device_s"))
+    assert f"{last:.0f} us in 16 launches where {monarch[0][1]:.0f} is one's" in page
+    pixelfly = kernels("32768x768x3072", "pixelfly, grid 8, 2 factors, rank 64")
+    y, dz, factors, sums, dx = (pixelfly[number][1] for number in (3, 4, 5, 6, 7))
+    assert f"y {y:.0f} us, dz {dz:.0f}, the factors' gradients {factors + sums:.0f}, dx {dx:.0f}" in page
 
 
 def test_times_of_models_of_structured_layers_are_committed_results() -> None:
