@@ -231,7 +231,8 @@ def kernels(mode: str, provider: str) -> list[tuple[str, float]]:
 )
 def test_what_bounds_layers_is_committed_results(line: str, mode: str, provider: str) -> None:
     mine, dense = (
-        sum(time for metric, time in kernels(mode, each) if metric.startswith("device_s")) for each in (provider, "dense")
+        sum(time for metric, time in kernels(mode, each) if metric.startswith("device_s"))
+        for each in (provider, "dense")
     )
     bounds = dict(kernels(mode, provider))
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")

@@ -58,8 +58,8 @@ numbers of 16 bits, at 3 TB/s."""
 
 def forward_shape(call: Arguments) -> Shape:
     """Numbers of 16 bits lie two to a register, so that more threads fit.  More arrays, and activations, whose results
-    a thread keeps in float32, leave room for fewer steps.  Limits are registers that suffice, with which another program
-    fits a multiprocessor."""
+    a thread keeps in float32, leave room for fewer steps.  Limits are registers that suffice, with which another
+    program fits a multiprocessor."""
     return _filled(_forward_shape(call), call)
 
 

@@ -76,7 +76,7 @@ def spilt(binary: bytes) -> int:
 
 
 def both(
-    shapes: Shape | tuple[Shape, Shape], given: tuple[str, ...], kind: str, apart: tuple[str, ...] = (), **options: bool
+    shapes: Shape | tuple[Shape, Shape], given: tuple[str, ...], kind: str, apart: tuple[str, ...], **options: bool
 ) -> tuple[Code, Code]:
     """The forward and the backward of a call that ``given`` tensors are of."""
     shape, shape_backward = (shapes, shapes) if isinstance(shapes, Shape) else shapes
@@ -149,7 +149,7 @@ def check_layouts(code: Code, shape: Shape, of: str) -> None:
     assert not others, f"accesses, {of}: which axis of {others} is shared out first depends on Triton's version"
 
 
-def check_steps(given: tuple[str, ...], apart: tuple[str, ...] = (), **options: bool) -> None:
+def check_steps(given: tuple[str, ...], apart: tuple[str, ...], **options: bool) -> None:
     """Steps are operations of whole tensors: the time that Triton takes grows with the square of the operations."""
     few, many = (both(SHORT._replace(steps=steps), given, "*bf16", apart, **options) for steps in (4, 16))
     for name, less, more in zip(("forward", "backward"), few, many, strict=True):
@@ -168,7 +168,7 @@ def check_registers() -> None:
         data = torch.empty(8, 2048, 1024, dtype=dtype, device="meta")
         call = Arguments(data, data, *(None,) * 5, *(False,) * 4, keep=True)
         shapes = forward_shape(call), backward_shape(call)
-        for code in both(shapes, ("gate", "input", "upstream"), kind, **PLAIN):
+        for code in both(shapes, ("gate", "input", "upstream"), kind, (), **PLAIN):
             assert code.spilt <= most, f"{code.spilt} bytes of a thread of {shapes} have no register"
 
 
@@ -182,16 +182,16 @@ def main() -> None:
             given += ["upstream"] if not (sigmoid and not more) else []
             given += ["reset", "initial", "ending"] if more == tanh else []
             options = {"complement": weight == "complement", "sigmoid": sigmoid, "tanh": tanh, "reverse": tanh}
-            for code in both(SHORT, tuple(given), kind, packed=more, ragged=more or tanh, **options):
+            for code in both(SHORT, tuple(given), kind, (), packed=more, ragged=more or tanh, **options):
                 check_words(code.ptx)
                 check_halves(code.ptx, kind)
                 if sigmoid:
                     check_quotients(code.ptx)
     ends = ("upstream", "reset", "initial", "ending")
-    check_steps(("gate", "input", "upstream"), **PLAIN)
-    check_steps(("gate", "input", *ends), **PLAIN)
+    check_steps(("gate", "input", "upstream"), (), **PLAIN)
+    check_steps(("gate", "input", *ends), (), **PLAIN)
     check_steps(("gate", "input", "upstream"), ("gate", "input", "output", "upstream"), **PLAIN)
-    check_steps((*SEQUENCES, *ends), **{**PLAIN, "sigmoid": True, "tanh": True, "packed": True, "ragged": True})
+    check_steps((*SEQUENCES, *ends), (), **{**PLAIN, "sigmoid": True, "tanh": True, "packed": True, "ragged": True})
     check_registers()
     print("compiled")
 
