@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.structured_layers import GBLR, SETTINGS
+from benchmarks.structured_peers import PEERS
 from structfly import Budget
 from structfly.layer_times.store import TimesFile
 from structfly.lowering.gemm import Tiles
@@ -210,6 +212,33 @@ def test_speed_and_memory_in_training_are_committed_results(line: str, provider:
     speed, memory = (median("structured_linear_h100", mode, provider, each) for each in ("x_dense", "peak_extra_bytes"))
     text = (ROOT / "docs" / "restructure.md").read_text(encoding="utf-8")
     assert f"{line} {speed:.2f} | {memory / 2**20:.0f} MiB |" in text.splitlines()
+
+
+LAYERS = [*SETTINGS, GBLR, f"{GBLR}, nothing kept", *PEERS]
+
+
+def layer_row(provider: str, *shapes: str) -> str:
+    """Of the table of layers: how many times as fast as the dense one they are, and their share of its memory."""
+    rows = json.loads((RESULTS / "structured_linear_h100.json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["mode"], row["provider"], row["metric"]): row["p50"] for row in rows}
+    cells = [provider]
+    for shape in shapes:
+        modes = [f"{shape} bfloat16, {passes}" for passes in ("forward", "forward+backward")]
+        cells += [f"{found[mode, provider, 'x_dense']:.2f}" for mode in modes if (mode, provider, "x_dense") in found]
+        if (modes[1], provider, "x_dense") in found:
+            peaks = [found[modes[1], each, "peak_extra_bytes"] for each in (provider, "dense")]
+            cells.append(f"{peaks[0] / peaks[1]:.2f}")
+        else:
+            cells += ["", ""]
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+
+
+@pytest.mark.parametrize("provider", LAYERS)
+def test_speed_and_memory_of_layers_are_committed_results(provider: str) -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()
+    assert layer_row(provider, "16384x4096x4096", "16384x4096x16384") in page
+    if "pixelfly" in provider or provider in ("low rank, a quarter", "two products"):
+        assert layer_row(provider, "32768x768x3072") in page
 
 
 def kernels(mode: str, provider: str) -> list[tuple[str, float]]:
