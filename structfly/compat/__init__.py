@@ -1,0 +1,91 @@
+"""The only package that names private parts of torch.
+
+Checked against torch 2.11 and 2.13.  Everything else in structfly reaches these parts through the functions here,
+so that a new torch release is one folder's work.
+"""
+
+from structfly.compat.compiling import (
+    compile_with_inductor,
+    constant_in_graphs,
+    graph_breaks,
+    inductor_modes,
+    inductor_option_type,
+    inductor_options,
+    original_callable,
+    with_code_of_its_own,
+)
+from structfly.compat.graphs import (
+    PAD,
+    autocast_change,
+    batched,
+    functorch_nesting,
+    graph_module,
+    is_state,
+    keep_sources,
+    sets_grad_mode,
+    size_checks,
+    source_of_input,
+    subgraph_kind,
+    value_of_input,
+    written_arguments,
+)
+from structfly.compat.run_time import (
+    TorchDispatchMode,
+    assert_on_device,
+    current_stream,
+    inside_functional_gradient,
+    recording_gradients,
+    register_autograd,
+    sees_operations,
+    unseen_by_modes,
+)
+from structfly.compat.sizes import (
+    equal_sizes,
+    example_mode,
+    expression,
+    fake_mode_of,
+    size_hint,
+    size_hints,
+)
+from structfly.compat.tensors import storage_key, version, wrapper_subclass
+
+__all__ = [
+    "PAD",
+    "TorchDispatchMode",
+    "assert_on_device",
+    "autocast_change",
+    "batched",
+    "compile_with_inductor",
+    "constant_in_graphs",
+    "current_stream",
+    "equal_sizes",
+    "example_mode",
+    "expression",
+    "fake_mode_of",
+    "functorch_nesting",
+    "graph_breaks",
+    "graph_module",
+    "inductor_modes",
+    "inductor_option_type",
+    "inductor_options",
+    "inside_functional_gradient",
+    "is_state",
+    "keep_sources",
+    "original_callable",
+    "recording_gradients",
+    "register_autograd",
+    "sees_operations",
+    "sets_grad_mode",
+    "size_checks",
+    "size_hint",
+    "size_hints",
+    "source_of_input",
+    "storage_key",
+    "subgraph_kind",
+    "unseen_by_modes",
+    "value_of_input",
+    "version",
+    "with_code_of_its_own",
+    "wrapper_subclass",
+    "written_arguments",
+]
