@@ -144,6 +144,13 @@ def example(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def example_of(node: object) -> torch.Tensor:
+    """The example value of a node that is known to have one."""
+    value = example(node)
+    assert value is not None, node
+    return value
+
+
 def example_tensors(node: fx.Node) -> list[torch.Tensor]:
     """The tensors in a node's example value: one, or those of a tuple, or none."""
     value = node.meta.get("example_value")

@@ -16,12 +16,11 @@ from structfly.patterns.batched_chain.products import read_products
 from structfly.patterns.batched_chain.reader import Chain, read_chain
 from structfly.patterns.batched_chain.rewrite import rewrite_chain
 from structfly.patterns.batched_chain.site import ChainSite
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear.reads import rows_of
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.records.layer import TOKENS
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import Region, needs_gradient, qualified_name
+from structfly.rewriter.region import Region, example_of, needs_gradient, qualified_name
 
 
 class BatchedChain:

@@ -16,11 +16,10 @@ from structfly.patterns.factored_linear.reader import Factored, Matrix
 from structfly.patterns.factored_linear.zeros import Kept, Zeros
 from structfly.patterns.followed import Followed
 from structfly.patterns.gblr_tiles import GPU_TILES, USUAL_TILES, Cut, cut_to_tiles
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear.projection import plainly
 from structfly.rewriter.constants import Constant
 from structfly.rewriter.inputs import UnfitError
-from structfly.rewriter.region import Region
+from structfly.rewriter.region import Region, example_of
 
 
 @dataclass(frozen=True)

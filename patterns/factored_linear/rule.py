@@ -13,13 +13,12 @@ from structfly.patterns.factored_linear.menu import factored_menu
 from structfly.patterns.factored_linear.reader import Factored, factored, made_of_state
 from structfly.patterns.factored_linear.rewrite import rewrite_factored
 from structfly.patterns.factored_linear.site import FactoredSite
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear.reads import rows_of
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.records.layer import TOKENS, LayerSizes
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import read_linear
-from structfly.rewriter.region import Region, needs_gradient, qualified_name
+from structfly.rewriter.region import Region, example_of, needs_gradient, qualified_name
 
 
 class FactoredLinear:

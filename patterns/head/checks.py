@@ -9,8 +9,8 @@ from torch import fx
 
 from structfly.compat import wrapper_subclass
 from structfly.lowering.head.linear import DEVICES, DTYPES, Wanted
-from structfly.patterns.head.logits import LogitsPath, example_of
-from structfly.rewriter.region import example
+from structfly.patterns.head.path import LogitsPath
+from structfly.rewriter.region import example, example_of
 
 # Progress of a miss beyond the walk itself: later conditions are further than any walk.
 AFTER_TRACE = 10**6

@@ -8,7 +8,7 @@ from torch import fx
 
 from structfly.lowering.head.linear import Wanted
 from structfly.patterns.head.chain import TensorOperand
-from structfly.patterns.head.logits import LogitsPath
+from structfly.patterns.head.path import LogitsPath
 from structfly.rewriter.calls import read
 from structfly.rewriter.region import Region, example_tensors, needs_gradient
 

@@ -9,9 +9,10 @@ from torch import fx
 
 from structfly.lowering.head.chunks import wide_dtype
 from structfly.patterns.head.chain import LeadingClasses, Operand, Place
-from structfly.patterns.head.logits import LogitsPath, example_of
+from structfly.patterns.head.path import LogitsPath
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import LinearLike
+from structfly.rewriter.region import example_of
 from structfly.rewriter.views import RowView
 
 

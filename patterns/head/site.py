@@ -12,10 +12,11 @@ from torch import fx
 from structfly.compat import expression
 from structfly.lowering.head.epilogue import Epilogue
 from structfly.lowering.head.linear import Wanted
-from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.patterns.head.menu import contiguous_row
+from structfly.patterns.head.path import LogitsPath
 from structfly.records import Site
 from structfly.rewriter.linear import LinearLike
+from structfly.rewriter.region import example_of
 
 
 @dataclass(frozen=True)

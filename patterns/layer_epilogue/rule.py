@@ -16,14 +16,13 @@ from structfly.config import SiteSettings
 from structfly.lowering.activations import ACTIVATIONS
 from structfly.lowering.layer_op import FORWARD_OPS
 from structfly.lowering.layer_products import Applied
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.layer_epilogue.activations import activation_of, is_written
 from structfly.patterns.layer_epilogue.menu import epilogue_menu
 from structfly.patterns.layer_epilogue.site import EpilogueSite
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.records.cost import at_sizes
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import Region, needs_gradient, qualified_name
+from structfly.rewriter.region import Region, example_of, needs_gradient, qualified_name
 
 
 class LayerEpilogue:

@@ -10,11 +10,10 @@ from torch import Tensor, fx, nn
 from structfly import compat
 from structfly.lowering.layer_op import DEVICES
 from structfly.patterns.head.chain import describe
-from structfly.patterns.head.logits import example_of
 from structfly.records.cost import at_sizes
 from structfly.rewriter.calls import read
 from structfly.rewriter.linear import LinearLike, is_cast, read_linear
-from structfly.rewriter.region import Region, needs_gradient
+from structfly.rewriter.region import Region, example_of, needs_gradient
 
 TRAINS = (
     "this graph trains, and factors made inside it would not: call structfly.restructure_(model, ...) before the "

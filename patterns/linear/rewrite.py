@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.head.operands import cast
 from structfly.patterns.linear.projection import Projections, Wanted
 from structfly.patterns.linear.reads import transposes
@@ -14,6 +13,7 @@ from structfly.patterns.structure import Structure
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.inputs import InputLike
 from structfly.rewriter.linear import read_linear
+from structfly.rewriter.region import example_of
 
 
 def rewrite_layer(site: LinearSite, structure: Structure, editor: Editor) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from structfly.patterns.head.logits import example_of
 from structfly.records import Site
 from structfly.records.layer import LayerSizes
 from structfly.rewriter.linear import LinearLike
+from structfly.rewriter.region import example_of
 
 
 @dataclass(frozen=True)

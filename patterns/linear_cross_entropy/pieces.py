@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from structfly.patterns.head.chain import TensorOperand
-from structfly.patterns.head.logits import LogitsPath
+from structfly.patterns.head.path import LogitsPath
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.mean import mean_divisor
 from structfly.patterns.linear_cross_entropy.picks import read_picks

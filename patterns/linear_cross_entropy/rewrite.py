@@ -10,9 +10,9 @@ from torch import fx
 
 from structfly.compat import storage_key
 from structfly.lowering.linear_cross_entropy.arguments import Arguments, Outputs
-from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.patterns.head.menu import FusedCandidate
 from structfly.patterns.head.operands import cast, chain_operand, class_bias, class_rows, matrix, moved_rows
+from structfly.patterns.head.path import LogitsPath
 from structfly.patterns.head.weighted_sum import Weights, write_weights
 from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
 from structfly.patterns.linear_cross_entropy.loss import LossForm
@@ -21,7 +21,7 @@ from structfly.patterns.linear_cross_entropy.row_operands import RowWriter, add_
 from structfly.patterns.linear_cross_entropy.same_rows import SameRows, choices, values
 from structfly.patterns.linear_cross_entropy.site import CrossEntropySite
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import example_tensors
+from structfly.rewriter.region import example_of, example_tensors
 from structfly.rewriter.views import RowView
 from structfly.rewriter.writes import written
 

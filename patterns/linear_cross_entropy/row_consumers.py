@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.program_writer import ProgramWriter
 from structfly.patterns.linear_cross_entropy.row_axes import Axis, OfConsumer, RowAxes, Size, leaves_of
 from structfly.patterns.linear_cross_entropy.row_loss import LiveRows, MeanDivisor
 from structfly.patterns.linear_cross_entropy.row_values import RowValue, reshaped_rows
-from structfly.rewriter.region import needs_gradient
+from structfly.rewriter.region import example_of, needs_gradient
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.mean import live_rows, mean_divisor
 from structfly.patterns.linear_cross_entropy.row_axes import Axis, OfConsumer, OfReshape, Quotient, leaves_of
 from structfly.patterns.linear_cross_entropy.row_loss import Count, LiveRows, MeanDivisor, Operand, RowLoss
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import example
+from structfly.rewriter.region import example, example_of
 
 
 def add_terms(loss: RowLoss, value: fx.Node, editor: Editor) -> fx.Node:

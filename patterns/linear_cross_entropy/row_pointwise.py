@@ -8,13 +8,13 @@ import torch
 from torch import fx
 
 from structfly.compat import expression
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.class_values import shape_of
 from structfly.patterns.linear_cross_entropy.program_writer import ProgramWriter
 from structfly.patterns.linear_cross_entropy.row_axes import Axis, Dims, RowAxes, Size, leaves, leaves_of
 from structfly.patterns.linear_cross_entropy.row_sums import RowSums
 from structfly.patterns.linear_cross_entropy.row_values import NoProgramError, RowValue, class_without
 from structfly.rewriter.calls import Call
+from structfly.rewriter.region import example_of
 
 # Canonical call -> the program's operation, and the call's operands in its order.
 _POINTWISE: dict[str, tuple[str, tuple[str, ...]]] = {

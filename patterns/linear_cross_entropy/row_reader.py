@@ -10,7 +10,6 @@ from torch import fx
 
 from structfly.compat import storage_key
 from structfly.patterns.head.gradients import carries_gradient
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
 from structfly.patterns.linear_cross_entropy.loss import LossForm
 from structfly.patterns.linear_cross_entropy.picks import is_split, read_picks
@@ -24,7 +23,7 @@ from structfly.patterns.linear_cross_entropy.row_sums import RowSums
 from structfly.patterns.linear_cross_entropy.row_values import NoProgramError, RowValue, reshaped_rows
 from structfly.rewriter.calls import Call, read
 from structfly.rewriter.linear import changes_dtype
-from structfly.rewriter.region import Region, example, example_tensors
+from structfly.rewriter.region import Region, example, example_of, example_tensors
 from structfly.rewriter.views import PICKS, RESHAPES
 from structfly.rewriter.writes import writes_in, written
 

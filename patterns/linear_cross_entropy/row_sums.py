@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import fx
 
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_cross_entropy.class_values import shape_of
 from structfly.patterns.linear_cross_entropy.program_writer import ProgramWriter
 from structfly.patterns.linear_cross_entropy.row_axes import Axis, RowAxes, leaves, leaves_of
 from structfly.patterns.linear_cross_entropy.row_loss import Count, Term
 from structfly.patterns.linear_cross_entropy.row_values import NoProgramError, RowValue, class_without
 from structfly.rewriter.calls import Call, flat
+from structfly.rewriter.region import example_of
 
 
 class RowSums:

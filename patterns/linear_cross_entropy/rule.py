@@ -15,8 +15,9 @@ from structfly.lowering.head.linear import Wanted
 from structfly.lowering.linear_cross_entropy import transforms as _transforms  # noqa: F401  registers the op
 from structfly.patterns.head.checks import AFTER_TRACE, stranger, why_too_steep, why_unsupported
 from structfly.patterns.head.gradients import carries_gradient, no_gradients, wanted_gradients
-from structfly.patterns.head.logits import LogitsPath, Obstacle, example_of, foreign_users, trace
+from structfly.patterns.head.logits import trace
 from structfly.patterns.head.menu import FusedCandidate
+from structfly.patterns.head.path import LogitsPath, Obstacle, foreign_users
 from structfly.patterns.head.site import adapter_rank, class_count, hidden_size, row_count
 from structfly.patterns.linear_cross_entropy.consumers import statistic_forms
 from structfly.patterns.linear_cross_entropy.directions import (
@@ -42,7 +43,7 @@ from structfly.patterns.linear_cross_entropy.same_rows import (
 from structfly.patterns.linear_cross_entropy.site import CrossEntropySite
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import Region, example, qualified_name
+from structfly.rewriter.region import Region, example, example_of, qualified_name
 from structfly.rewriter.writes import unused
 
 _Site = CrossEntropySite | TwoWaySite

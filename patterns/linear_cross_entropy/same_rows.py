@@ -14,7 +14,7 @@ from torch import fx
 
 from structfly.patterns.head.chain import TensorOperand
 from structfly.patterns.head.gradients import carries_gradient
-from structfly.patterns.head.logits import LogitsPath, example_of
+from structfly.patterns.head.path import LogitsPath
 from structfly.patterns.head.weighted_sum import WeightedSum, read_weighted_sum
 from structfly.patterns.linear_cross_entropy.consumers import StatisticForm
 from structfly.patterns.linear_cross_entropy.loss import LossForm
@@ -22,7 +22,7 @@ from structfly.patterns.linear_cross_entropy.mean import live_rows, mean_divisor
 from structfly.patterns.linear_cross_entropy.row_loss import NoRowLoss, RowLoss
 from structfly.patterns.linear_cross_entropy.row_reader import read_row_loss
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import Region
+from structfly.rewriter.region import Region, example_of
 from structfly.rewriter.writes import why_late
 
 Traced = tuple[LogitsPath, LossForm | StatisticForm]

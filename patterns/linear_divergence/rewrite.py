@@ -8,13 +8,14 @@ import torch
 from torch import fx
 
 from structfly.lowering.linear_divergence.arguments import Arguments
-from structfly.patterns.head.logits import LogitsPath, example_of
 from structfly.patterns.head.menu import FusedCandidate
 from structfly.patterns.head.operands import class_bias, class_rows, matrix, moved_rows
+from structfly.patterns.head.path import LogitsPath
 from structfly.patterns.head.weighted_sum import write_weights
 from structfly.patterns.linear_divergence.site import DivergenceSite
 from structfly.patterns.linear_divergence.teacher import teacher_dtype
 from structfly.rewriter.editor import Editor
+from structfly.rewriter.region import example_of
 
 
 def rewrite_divergence(site: DivergenceSite, candidate: FusedCandidate, editor: Editor) -> None:

@@ -15,8 +15,9 @@ from structfly.lowering.head.linear import DTYPES, Wanted
 from structfly.lowering.linear_divergence import transforms as _transforms  # noqa: F401  registers the op
 from structfly.patterns.head.checks import AFTER_TRACE, stranger, why_too_steep, why_unsupported
 from structfly.patterns.head.gradients import no_gradients, wanted_gradients
-from structfly.patterns.head.logits import LogitsPath, Obstacle, example_of, trace
+from structfly.patterns.head.logits import trace
 from structfly.patterns.head.menu import FusedCandidate
+from structfly.patterns.head.path import LogitsPath, Obstacle
 from structfly.patterns.head.site import adapter_rank, class_count, hidden_size, row_count
 from structfly.patterns.head.weighted_sum import read_weighted_sum
 from structfly.patterns.linear_divergence.kinds import Kind, classify
@@ -34,7 +35,7 @@ from structfly.patterns.linear_divergence.teacher import (
 )
 from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.rewriter.editor import Editor
-from structfly.rewriter.region import Region, example, needs_gradient, qualified_name
+from structfly.rewriter.region import Region, example, example_of, needs_gradient, qualified_name
 from structfly.rewriter.writes import overwritten
 
 

@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from structfly.patterns.head.logits import LogitsPath
+from structfly.patterns.head.path import LogitsPath
 from structfly.patterns.head.site import HeadSite
 from structfly.patterns.head.weighted_sum import WeightedSum
 from structfly.patterns.linear_divergence.kinds import Kind

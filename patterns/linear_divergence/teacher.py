@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from structfly.compat import expression, wrapper_subclass
-from structfly.patterns.head.logits import LogitsPath, Obstacle, trace
+from structfly.patterns.head.logits import trace
+from structfly.patterns.head.path import LogitsPath, Obstacle
 from structfly.patterns.linear_divergence.reader import is_exact_cast
 from structfly.patterns.linear_divergence.readings import Distribution, Divergence
 from structfly.rewriter.calls import read

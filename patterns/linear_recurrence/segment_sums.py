@@ -21,7 +21,6 @@ import sympy
 from torch import fx
 
 from structfly.compat import expression
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_recurrence.expressions import Expression, Operation
 from structfly.patterns.linear_recurrence.menu import multiplied
 from structfly.patterns.linear_recurrence.step_matrices import StepMatrix, read_step_matrix, repeated
@@ -29,7 +28,7 @@ from structfly.patterns.linear_recurrence.whole import Source, WholeSite, whole_
 from structfly.records import Miss
 from structfly.rewriter.calls import read
 from structfly.rewriter.labelled import ONE, Labelled, read_labelled
-from structfly.rewriter.region import Region, qualified_name
+from structfly.rewriter.region import Region, example_of, qualified_name
 from structfly.rewriter.writes import written
 
 

@@ -9,12 +9,11 @@ from typing import NamedTuple
 from torch import fx
 
 from structfly.compat import expression
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear_recurrence.gates import cumulated, exponential_of
 from structfly.patterns.linear_recurrence.masks import Mask, Masked, masked, why_no_triangle
 from structfly.patterns.linear_recurrence.whole import Source
 from structfly.rewriter.calls import Call, index_entries, read
-from structfly.rewriter.region import Region, example
+from structfly.rewriter.region import Region, example, example_of
 
 
 class StepMatrix(NamedTuple):

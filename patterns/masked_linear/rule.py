@@ -11,7 +11,6 @@ from structfly.errors import ArgumentError
 from structfly.lowering.block_sparse.layout import layout_of_mask
 from structfly.lowering.layer_op import DEVICES
 from structfly.patterns.head.chain import describe
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.linear.projection import plainly
 from structfly.patterns.linear.reads import rows_of
 from structfly.patterns.masked_linear.masks import Masked, masked_weights
@@ -23,7 +22,7 @@ from structfly.records.layer import TOKENS, LayerSizes
 from structfly.rewriter.constants import Constant, read_constant
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import LinearLike, read_linear
-from structfly.rewriter.region import Region, needs_gradient, qualified_name
+from structfly.rewriter.region import Region, example_of, needs_gradient, qualified_name
 
 _CONSTANT, _MASK = 1, 2  # how far a reading got: its mask is a constant, and has no values but 0 and 1
 

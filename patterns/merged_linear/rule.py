@@ -16,7 +16,6 @@ from torch import fx, nn
 from structfly import compat
 from structfly.config import SiteSettings
 from structfly.lowering.layer_op import FORWARD_OPS
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.head.operands import cast
 from structfly.patterns.linear.reads import rows_of
 from structfly.patterns.merged_linear.site import MergedSite
@@ -27,7 +26,7 @@ from structfly.records.layer import AppliedOp, LayerSeconds, LayerSizes, Shape, 
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.inputs import InputLike
 from structfly.rewriter.layer_costs import Conditions, dense_cost
-from structfly.rewriter.region import Region, needs_gradient, qualified_name
+from structfly.rewriter.region import Region, example_of, needs_gradient, qualified_name
 
 
 class Times(Protocol):

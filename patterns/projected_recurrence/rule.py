@@ -19,7 +19,6 @@ from structfly.lowering.linear_recurrence.arguments import ProjectedArguments
 from structfly.lowering.linear_recurrence.projected_op import PROJECTED
 from structfly.lowering.linear_recurrence.projected_steps import why_in_two
 from structfly.lowering.precision import tf32_allowed
-from structfly.patterns.head.logits import example_of
 from structfly.patterns.projected_recurrence.menu import projected_menu
 from structfly.patterns.projected_recurrence.projections import Projection, read_projection, readers_beside
 from structfly.patterns.projected_recurrence.recurrences import RecurrenceCall, read_recurrence
@@ -29,7 +28,7 @@ from structfly.records import Candidate, DeviceProfile, Menu, Miss
 from structfly.records.cost import at_sizes
 from structfly.rewriter.editor import Editor
 from structfly.rewriter.linear import LinearLike
-from structfly.rewriter.region import Region, example_tensors, needs_gradient, qualified_name
+from structfly.rewriter.region import Region, example_of, example_tensors, needs_gradient, qualified_name
 
 
 class ProjectedRecurrence:
