@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -65,17 +68,29 @@ def test_value_and_gradients(loss: Loss, dtype: torch.dtype) -> None:
     assert gradient.stride() == arguments[1].stride()
 
 
+ROWS, HIDDEN, CLASSES = 2, 256, 32768
+
+
+def peaks(*losses: Loss, dtype: torch.dtype) -> list[int]:
+    """Of a step of each, in bytes."""
+    found = []
+    for loss in losses:
+        arguments = inputs(ROWS, HIDDEN, CLASSES, dtype, usual=loss is usual)
+        fast = Rewritten(loss)
+        step = partial(_step, fast, arguments)
+        found.append(min(peak_extra_memory(step, "cpu") for _ in range(3)))
+    return found
+
+
+def _step(fast: Rewritten, arguments: tuple[Tensor, Tensor, Tensor]) -> None:
+    fast(*arguments).backward()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak counter is Linux's")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weight_is_never_copied(dtype: torch.dtype) -> None:
-    rows, hidden, classes = 2, 256, 32768
-
-    def peak(loss: Loss) -> int:
-        arguments = inputs(rows, hidden, classes, dtype, usual=loss is usual)
-        fast = Rewritten(loss)
-        return peak_extra_memory(lambda: fast(*arguments).backward(), "cpu")
-
-    weight = hidden * classes * dtype.itemsize
-    reference = peak(usual)
-    for loss in (product, linear_of_the_transpose):
-        assert peak(loss) < reference + weight // 4, loss.__name__
+    """In a process of its own: the counter is of a whole process, whatever it has done before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        reference, *found = process.submit(peaks, usual, product, linear_of_the_transpose, dtype=dtype).result()
+    weight = HIDDEN * CLASSES * dtype.itemsize
+    assert max(found) < reference + weight // 4, found
