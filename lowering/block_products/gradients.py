@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -44,7 +43,7 @@ def block_gradients(
     b_turned: bool = False,
     beside: LowRankGradients | None = None,
     room: Tensor | None = None,
-    spare: float = math.inf,
+    spare: int | None = None,
 ) -> None:
     """c[i] = a[:, row]^T b[:, column] of the part of each that ``places`` has for i, summed over the tokens.
 
@@ -57,7 +56,8 @@ def block_gradients(
         places: which parts those are, and the tiles; with those of ``beside``.
         beside: what else is made, or None.
         room: memory of any numbers, contiguous, that holds the sums of ranges where it is large enough, or None.
-        spare: bytes that they may take elsewhere.  The tokens are cut in as many ranges as fit in one of both.
+        spare: bytes that they may take elsewhere: the tokens are cut in no more ranges than fit in one of both.  None
+            for any number.
 
     Raises:
         UnsupportedError: an operand's layout has no tensor descriptor.
@@ -73,8 +73,8 @@ def block_gradients(
     if not count:
         return
     entries = sum(each.numel() for each in results)
-    held = max(spare, 0 if room is None else room.numel() * room.itemsize)
-    fit = held // (entries * torch.float32.itemsize)
+    held = None if spare is None else max(spare, 0 if room is None else room.numel() * room.itemsize)
+    fit = None if held is None else held // (entries * torch.float32.itemsize)
     split = ranges(count, tokens, tiles.k, programs_on(a.device, tiles), a.element_size(), fit)
     sums = _sums(c, split, entries, room) if split > 1 else None
     operands = [a, b] if beside is None else [a, b, beside.dz, beside.z]

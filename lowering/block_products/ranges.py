@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -22,10 +21,11 @@ _BLOCK = 1024
 
 
 @lru_cache(maxsize=1024)
-def ranges(tiles: int, tokens: int, step: int, programs: int, itemsize: int = 2, fit: float = math.inf) -> int:
-    """In how many ranges ``tokens`` are cut, of ``step`` or more, so that the sums of ``tiles`` take least time; of no
-    more than ``fit`` in memory, but one."""
-    most = int(min(-(-tokens // step), _MOST_ROUNDS * programs // tiles, fit))
+def ranges(tiles: int, tokens: int, step: int, programs: int, itemsize: int = 2, fit: int | None = None) -> int:
+    """In how many ranges ``tokens`` are cut, of ``step`` or more, so that the sums of ``tiles`` take least time;
+    in no more than ``fit`` in memory, if that is given, but one."""
+    most = min(-(-tokens // step), _MOST_ROUNDS * programs // tiles)
+    most = most if fit is None else min(most, fit)
     return min(range(1, max(most, 1) + 1), key=lambda split: rounds(split, tiles, tokens, programs, itemsize))
 
 

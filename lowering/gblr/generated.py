@@ -6,8 +6,6 @@ group are summed over by ``collect``, those that stand in one tile of rows by ``
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -83,7 +81,7 @@ def tiles_of(
     tiles: Tensor,
     index: Tensor,
     room: Tensor | None = None,
-    spare: float = math.inf,
+    spare: int | None = None,
 ) -> Tensor:
     """The tiles of (``components`` ``dense``)^T, shaped as ``tiles``; rows beyond M's are 0.  ``room`` and ``spare``
     are as in :func:`block_gradients`."""

@@ -9,9 +9,7 @@ from typing import Protocol
 from torch import fx
 
 from structfly.compat import expression
-from structfly.patterns.head.chain import (
-    Chain,
-)
+from structfly.patterns.head.chain import Chain
 from structfly.rewriter.linear import LinearLike
 from structfly.rewriter.region import example
 from structfly.rewriter.views import RowView
