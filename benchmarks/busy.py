@@ -13,8 +13,8 @@ from benchmarks.recording import Row
 from structfly import measure
 
 LONGEST = 5e-3
-"""Seconds of the host that may be hidden where one call of many takes it longer: with more products before each call a
-device that they heat is slower than among the layers of a model, and queues have room for no more launches."""
+"""Seconds of the host that may be hidden where one call of many takes it longer: queues have room for no more
+launches, and what stands before the calls would be many times as long as they are."""
 _SIZE = 8192
 _MARGIN = 2.0  # times as long as the host takes, for it is not as fast at every time
 
