@@ -12,6 +12,9 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():  # Triton kernels run interpreted; read when triton is first imported
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests import interpreting
+
+    interpreting.quicken()
 
 settings.register_profile("dev", deadline=None)  # the first call of a case may compile
 settings.register_profile("ci", deadline=None, derandomize=True)

@@ -101,7 +101,7 @@ def calls(
     sigmoid = draw(st.booleans())
     # torch's own gradient of sigmoid cancels next to 1, and in float64 it is the oracle.
     gates = "any" if wide and sigmoid else draw(st.sampled_from(GATES))
-    packed = st.lists(st.sampled_from((0, 1, 5, 16, 33)), max_size=5).filter(any)
+    packed = st.lists(st.sampled_from((0, 1, 5, 17)), max_size=5).filter(any)
     return make_call(
         batch=draw(st.integers(0, 3)),
         length=draw(st.sampled_from(lengths)),

@@ -67,7 +67,7 @@ def check(call: Arguments, shape: Shape = SMALL) -> None:
     assert_like_eager(fast, reference, leaves_of(call), call.input.dtype, upstream_for(call))
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(
     call=calls((torch.float32, torch.bfloat16, torch.float16), LENGTHS, device=DEVICE),
     shape=st.sampled_from((SMALL, Shape(4, 1, 2, 1, 4), Shape(1, 4, 8, 1, 2, prefetch=False))),

@@ -76,7 +76,7 @@ def butterfly(x: Tensor, twiddle: Tensor, stage: Stage, increasing: bool) -> Ten
     return y.reshape(rows, n)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     form=st.sampled_from(sorted(STAGES)),
     count=st.integers(2, 6),

@@ -19,7 +19,7 @@ OP = torch.ops.structfly.kronecker_v3.default
 SIZES = st.integers(1, 5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=45, deadline=None)
 @given(
     form=st.sampled_from(sorted(FORMS)),
     k=st.integers(2, 5),
@@ -60,7 +60,7 @@ def test_value_and_gradients_are_eagers(
     assert not {torch.bmm, torch.einsum, torch.functional.einsum, torch.matmul, "bmm"}.intersection(left)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     axes=st.tuples(*[st.integers(2, 4)] * 3),
     outs=st.tuples(*[st.integers(2, 4)] * 3),

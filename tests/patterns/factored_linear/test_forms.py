@@ -28,7 +28,7 @@ class Given(nn.Module):
         return self.layer.apply_to(x, self.layer.u, self.layer.v, bias).flatten(0, -2)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     form=st.sampled_from(sorted(FORMS)),
     masking=st.sampled_from(sorted(MASKINGS)),

@@ -82,7 +82,7 @@ def operations(fast: Rewritten, arguments: tuple[Tensor, ...], named: Mapping[st
     return int(counter.get_total_flops())
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     layout=st.sampled_from(sorted(LAYOUTS)),
     loss=st.sampled_from(sorted(LOSSES)),
