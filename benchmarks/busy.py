@@ -15,8 +15,9 @@ from structfly import measure
 LONGEST = 5e-3
 """Seconds of the host that may be hidden where one call of many takes it longer: queues have room for no more
 launches, and what stands before the calls would be many times as long as they are."""
+MARGIN = 2.0
+"""Times as long as the host takes that a GPU is kept busy, for it is not as fast at every time."""
 _SIZE = 8192
-_MARGIN = 2.0  # times as long as the host takes, for it is not as fast at every time
 
 
 def host_seconds(call: Callable[[], object]) -> float:
@@ -69,15 +70,16 @@ def times_behind_work(
     if device != "cuda":
         return Times(measure.times_in_rotation(calls, device, repeats=repeats, warmups=warmups), {})
     host = host_times(calls, repeats)
-    before = _work_for(max((each.p80 for each in host.values() if each.p80 <= longest), default=longest))
+    hidden = max((each.p80 for each in host.values() if each.p80 <= longest), default=longest)
+    before = work_for(MARGIN * hidden)
     return Times(measure.times_in_rotation(calls, device, repeats=repeats, warmups=warmups, before=before), host)
 
 
-def _work_for(seconds: float) -> Callable[[], object]:
-    """Products that keep a GPU busy for longer than so: what a program does before it comes to what is measured."""
+def work_for(seconds: float) -> Callable[[], object]:
+    """Products that keep a GPU busy for at least so long: what a program does before it comes to what is measured."""
     a, b, c = (torch.randn(_SIZE, _SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     once = measure.median_time(lambda: torch.mm(a, b, out=c), "cuda", repeats=5).median
-    count = math.ceil(_MARGIN * seconds / once)
+    count = math.ceil(seconds / once)
 
     def work() -> None:
         for _ in range(count):
