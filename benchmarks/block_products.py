@@ -87,7 +87,7 @@ def butterfly(tokens: int, inside: int, out: int, grid: int, factors: int, rank:
     @cache
     def places(cut: Cut, rank: int) -> Places:
         shape = Gradients(grid, grid, side_n, side_k, rank)
-        return gradient_places(rows, columns, shape, cut.tiles, cut.abreast)
+        return gradient_places(rows, columns, shape, cut.cutting)
 
     shape = f"{tokens}x{inside}x{out} bfloat16, blocks {side_k}x{side_n}"
     yield Case(
@@ -128,7 +128,7 @@ def components(tokens: int, features: int, groups: int, share: float) -> Iterato
 
     @cache
     def gradients(cut: Cut) -> Places:
-        return gradient_places(index[1], index[0], Gradients(places, groups, TILE, TILE), cut.tiles, cut.abreast)
+        return gradient_places(index[1], index[0], Gradients(places, groups, TILE, TILE), cut.cutting)
 
     shape = f"{tokens}x{features}x{groups * TILE} bfloat16, {index.shape[1]} tiles {TILE}x{TILE}"
     flat = z.flatten(0, 1)
@@ -176,6 +176,7 @@ def _narrow(cuts: Sequence[Cut], side: int) -> list[Cut]:
 def name_of(cut: Cut) -> str:
     """Sides, how many abreast, warps, stages, and programs a multiprocessor."""
     tiles, several = cut.tiles, f", {cut.abreast} abreast" if cut.abreast > 1 else ""
+    several += ", spanning" * cut.spans
     return (
         f"{tiles.m}x{tiles.n}x{tiles.k}{several}, {tiles.warps} warps, {tiles.stages} stages, {tiles.resident} resident"
     )

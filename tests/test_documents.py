@@ -282,6 +282,12 @@ def test_what_kernels_of_layers_take_is_committed_results() -> None:
     last = sum(time for metric, time in monarch[6:] if metric.startswith("device_s"))
     assert f"{last:.0f} us in 16 launches where {monarch[0][1]:.0f} is one's" in page
     pixelfly = kernels("32768x768x3072", "pixelfly, grid 8, 2 factors, rank 64")
+    mode = "gradients with low rank 32768x768x3072 bfloat16, blocks 96x384"
+    spanning, within = (
+        1e6 * median("block_products_h100", mode, f"128x{n}x64, {cut} resident", "time_s")
+        for n, cut in ((64, "3 abreast, spanning, 4 warps, 2 stages, 2"), (128, "2 abreast, 8 warps, 3 stages, 1"))
+    )
+    assert f"{spanning:.0f} us where tiles within a cell take {within:.0f}" in page
     y, dz, factors, sums, dx = (pixelfly[number][1] for number in (3, 4, 5, 6, 7))
     assert f"y {y:.0f} us, dz {dz:.0f}, the factors' gradients {factors + sums:.0f}, dx {dx:.0f}" in page
 

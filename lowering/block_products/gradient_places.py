@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from structfly.lowering.block_products.gradient_boxes import Half, boxes
 from structfly.lowering.gemm import Tiles
 
 BLOCK, LEFT, RIGHT = range(3)
@@ -33,6 +33,32 @@ class Gradients(NamedTuple):
     itemsize: int = 2
 
 
+class Cutting(NamedTuple):
+    """How a launch is cut.
+
+    Attributes:
+        tiles: of each product.
+        abreast: how many products a tile is of, side by side, which share what they take of a.
+        spans: whether what a product takes of b may reach over parts that lie side by side: a
+            :class:`~structfly.lowering.block_products.gradient_boxes.Box`, where it is else a :class:`Place`.
+    """
+
+    tiles: Tiles
+    abreast: int = 1
+    spans: bool = False
+
+    def why_not(self, made: Gradients) -> str:
+        """Why gradients are not cut so, or ""."""
+        half = self.tiles.n // 2
+        if not self.spans:
+            return ""
+        if made.side_n % half:
+            return f"a part's side of {made.side_n} is no multiple of {half}, half of a tile's"
+        if self.tiles.with_parts(self.tiles.parts).parts < 2:
+            return f"tiles of n {self.tiles.n} in {self.tiles.parts} parts are not written in halves"
+        return f"numbers of {made.itemsize} bytes are not multiplied turned" if made.itemsize > 2 else ""
+
+
 class Place(NamedTuple):
     """Of one product of a tile: whose it is, which part of b it takes and from where on, and which block or part of the
     result it is."""
@@ -47,29 +73,30 @@ class Places(NamedTuple):
     """The tiles of a launch.
 
     Attributes:
-        tiles: how the products are cut.
-        abreast: how many products a tile is of, which share what they take of a.
-        listed: int32 (count, 2 + 4 * abreast): of each the part of a and m0, and a :class:`Place` for each product.
+        cutting: how the products are cut.
+        listed: int32 (count, 2 + width * abreast): of each the part of a and m0, and the numbers of each product.
     """
 
-    tiles: Tiles
-    abreast: int
+    cutting: Cutting
     listed: Tensor
 
 
-def count_tiles(members: Sequence[int], made: Gradients, tiles: Tiles, abreast: int) -> int:
-    """How many tiles :func:`gradient_places` lists.
-
-    Args:
-        members: how many blocks each part of ``a`` is in.
-    """
-    tall, across = -(-made.side_m // tiles.m), -(-made.side_n // tiles.n)
-    thin = -(-made.rank // tiles.n)
-    of_right = -(-made.rank // tiles.m) * -(-made.columns * across // abreast)
-    return tall * sum(-(-(each * across + thin) // abreast) for each in members) + of_right
+def columns_of_rows(rows: Tensor, columns: Tensor, count: int) -> list[list[tuple[int, int]]]:
+    """For each of so many parts of a the blocks it is in: the part of b, and which block; read on the host."""
+    found: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    for member, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+        found[row].append((column, member))
+    return found
 
 
-def gradient_places(rows: Tensor, columns: Tensor, made: Gradients, tiles: Tiles, abreast: int) -> Places:
+def count_tiles(blocks: Sequence[Sequence[tuple[int, int]]], made: Gradients, cutting: Cutting) -> int:
+    """How many tiles :func:`gradient_places` lists, of what :func:`columns_of_rows` gives."""
+    tall, abreast = -(-made.side_m // cutting.tiles.m), cutting.abreast
+    of_rows = sum(-(-len(_of_row(row, of_row, made, cutting)) // abreast) for row, of_row in enumerate(blocks))
+    return tall * of_rows + -(-made.rank // cutting.tiles.m) * -(-len(_of_right(made, cutting)) // abreast)
+
+
+def gradient_places(rows: Tensor, columns: Tensor, made: Gradients, cutting: Cutting) -> Places:
     """The tiles of the gradients, on the device of ``rows``, which the host reads.
 
     Those with the same part of ``a`` follow one another: programs that run at one time read the same tokens, and so the
@@ -80,29 +107,44 @@ def gradient_places(rows: Tensor, columns: Tensor, made: Gradients, tiles: Tiles
     Args:
         rows, columns: int32 (blocks,), the parts of a and b that each block's gradient takes.
     """
-    blocks: defaultdict[int, list[Place]] = defaultdict(list)
-    for member, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
-        blocks[row] += [Place(BLOCK, column, n0, member) for n0 in range(0, made.side_n, tiles.n)]
-    nothing = Place(BLOCK, made.columns, 0, len(rows))
+    tiles, abreast = cutting.tiles, cutting.abreast
+    blocks = columns_of_rows(rows, columns, made.rows)
+    (nothing,) = _products(BLOCK, [(made.columns, len(rows))], made.side_n, tiles.n, cutting)[:1]
     listed: list[list[int]] = []
 
-    def add(row: int, m0: int, places: Sequence[Place]) -> None:
-        for first in range(0, len(places), abreast):
-            group = places[first : first + abreast]
+    def add(row: int, m0: int, products: Sequence[tuple[int, ...]]) -> None:
+        for first in range(0, len(products), abreast):
+            group = products[first : first + abreast]
             group = [*group, *[nothing] * (abreast - len(group))]
-            listed.append([row, m0, *(number for place in group for number in place)])
+            listed.append([row, m0, *(number for product in group for number in product)])
 
     for row in range(made.rows):
-        places = [*blocks[row], *(Place(LEFT, 0, n0, row) for n0 in range(0, made.rank, tiles.n))]
+        products = _of_row(row, blocks[row], made, cutting)
         for m0 in range(0, made.side_m, tiles.m):
-            add(row, m0, places)
+            add(row, m0, products)
+    of_right = _of_right(made, cutting)
     for m0 in range(0, made.rank, tiles.m):
-        add(0, m0, list(_of_right(made, tiles)))
-    width = 2 + len(Place._fields) * abreast
-    return Places(tiles, abreast, torch.tensor(listed, dtype=torch.int32, device=rows.device).view(-1, width))
+        add(0, m0, of_right)
+    width = 2 + len(nothing) * abreast
+    return Places(cutting, torch.tensor(listed, dtype=torch.int32, device=rows.device).view(-1, width))
 
 
-def _of_right(made: Gradients, tiles: Tiles) -> Iterator[Place]:
-    for column in range(made.columns):
-        for n0 in range(0, made.side_n, tiles.n):
-            yield Place(RIGHT, column, n0, column)
+def _of_row(row: int, blocks: Sequence[tuple[int, int]], made: Gradients, cutting: Cutting) -> list[tuple[int, ...]]:
+    of_blocks = _products(BLOCK, blocks, made.side_n, made.side_n, cutting)
+    return of_blocks + _products(LEFT, [(0, row)], made.rank, made.rank, cutting)
+
+
+def _of_right(made: Gradients, cutting: Cutting) -> list[tuple[int, ...]]:
+    columns = [(column, column) for column in range(made.columns)]
+    return _products(RIGHT, columns, made.side_n, made.side_n, cutting)
+
+
+def _products(
+    whose: int, parts: Sequence[tuple[int, int]], side: int, until: int, cutting: Cutting
+) -> list[tuple[int, ...]]:
+    """Of parts of b and the members of the result that they are multiplied for, up to a column of each."""
+    width = cutting.tiles.n
+    if not cutting.spans:
+        return [Place(whose, column, n0, member) for column, member in parts for n0 in range(0, until, width)]
+    halves = [Half(column * side + n0, member, n0) for column, member in parts for n0 in range(0, until, width // 2)]
+    return [*boxes(whose, halves, width // 2, nowhere=side)]

@@ -9,12 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from structfly.lowering.block_products.gradient_places import Gradients, Places, gradient_places
+from structfly.lowering.block_products.gradient_places import (
+    Cutting,
+    Gradients,
+    Places,
+    columns_of_rows,
+    gradient_places,
+)
 from structfly.lowering.block_products.ranges import add_ranges, ranges
 from structfly.lowering.block_products.ready import REMEMBERED, Ready, ready
 from structfly.lowering.block_products.tiles import gradient_cut
 from structfly.lowering.descriptor import Boxes, Form, form
-from structfly.lowering.gemm import Tiles, programs_on
+from structfly.lowering.gemm import programs_on
 from structfly.lowering.template import Parameter
 
 
@@ -51,7 +57,8 @@ def block_gradients(
 
     Args:
         a: (tokens, rows, side_m).
-        b: (tokens, columns, side_n), or if ``b_turned`` (columns, side_n, tokens).
+        b: (tokens, columns, side_n), or if ``b_turned`` (columns, side_n, tokens); if ``places`` are of tiles that span
+            its parts, these lie side by side.
         c: (blocks, side_m, side_n), contiguous, written.
         places: which parts those are, and the tiles; with those of ``beside``.
         beside: what else is made, or None.
@@ -68,8 +75,8 @@ def block_gradients(
         for each in results:
             each.zero_()
         return
-    tiles, abreast, listed = places
-    count = len(listed)
+    cutting, listed = places
+    tiles, count = cutting.tiles, len(listed)
     if not count:
         return
     entries = sum(each.numel() for each in results)
@@ -78,7 +85,7 @@ def block_gradients(
     split = ranges(count, tokens, tiles.k, programs_on(a.device, tiles), a.element_size(), fit)
     sums = _sums(c, split, entries, room) if split > 1 else None
     operands = [a, b] if beside is None else [a, b, beside.dz, beside.z]
-    made = _ready(tuple(map(form, operands)), tuple(map(form, results)), count, abreast, tiles, split, b_turned)
+    made = _ready(tuple(map(form, operands)), tuple(map(form, results)), count, cutting, split, b_turned)
     written = results if sums is None else list(sums.split([each.numel() for each in results], dim=1))
     if not len(c):  # of which there is no descriptor
         written[0] = written[0].new_empty(1, 1, *c.shape[1:])
@@ -100,13 +107,13 @@ def _ready(
     of_operands: tuple[Form, ...],
     of_results: tuple[Form, ...],
     count: int,
-    abreast: int,
-    tiles: Tiles,
+    cutting: Cutting,
     split: int,
     b_turned: bool,
 ) -> Ready:
     """Gradients of tensors of such forms, in the order of the template's arguments."""
     a, b, *thin = (each.like() for each in of_operands)
+    tiles, abreast, spans = cutting
     results = [each.like() for each in of_results]
     side_m, side_n = results[0].shape[1:]
     written = [each[None] for each in results]
@@ -118,6 +125,8 @@ def _ready(
     if not len(results[0]):
         written[0] = written[0].new_empty(1, 1, side_m, side_n)
     box_a, box_b = (1, tiles.k, tiles.m), (1, tiles.n, tiles.k) if b_turned else (1, tiles.k, tiles.n)
+    if spans:  # one part of all columns
+        b = b.view(1, -1, b.shape[2]) if b_turned else b.view(len(b), 1, -1)
     of_b = b if b_turned else b.transpose(0, 1)
     operands = [Boxes(a.transpose(0, 1), box_a, operand=True), Boxes(of_b, box_b, operand=True)]
     if thin:
@@ -130,6 +139,7 @@ def _ready(
         "side_n": side_n,
         "rank": thin[0].shape[1] if thin else 0,
         "abreast": abreast,
+        "spans": spans,
         "b_turned": b_turned,
     }
     takes = [*operands, None, *(Boxes(each, (1, 1, tiles.m, tiles.part)) for each in written)]
@@ -149,9 +159,8 @@ def placed(rows: Tensor, columns: Tensor, made: Gradients, tokens: int) -> Place
         rows, columns: int32 (blocks,), the parts of a and b that each block's gradient takes; the host reads them.
         tokens: as :func:`about` has them, for callers that remember what is found.
     """
-    members = torch.bincount(rows, minlength=made.rows).tolist()
-    cut = gradient_cut(rows.device, tokens, members, made)
-    return gradient_places(rows, columns, made, cut.tiles, cut.abreast)
+    cut = gradient_cut(rows.device, tokens, columns_of_rows(rows, columns, made.rows), made)
+    return gradient_places(rows, columns, made, cut.cutting)
 
 
 def _of_ranges(sums: Tensor, results: Sequence[Tensor]) -> list[Tensor]:

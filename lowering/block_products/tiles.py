@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from structfly.lowering.block_products.gradient_places import Gradients, count_tiles
+from structfly.lowering.block_products.gradient_places import Cutting, Gradients, count_tiles
 from structfly.lowering.block_products.ranges import ranges, rounds
 from structfly.lowering.device_profile import device_model
 from structfly.lowering.gemm import Tiles, processors_of, programs_on
@@ -26,12 +26,19 @@ class Cut(NamedTuple):
         cost: how long a multiprocessor takes for an entry of them, against the first of its list.
         abreast: how many of them, side by side, a program makes of gradients, which share what they take of a.
         reaching: how many times as long it takes where tiles reach beyond a side of b that its rows lie along.
+        spans: whether tiles of gradients reach over parts of b, as :class:`Cutting` has it.
     """
 
     tiles: Tiles
     cost: float
     abreast: int = 1
     reaching: float = 1.0
+    spans: bool = False
+
+    @property
+    def cutting(self) -> Cutting:
+        """Of gradients."""
+        return Cutting(self.tiles, self.abreast, self.spans)
 
 
 # Costs are means of benchmarks/results/block_products_h100.json, at 16384 tokens or more, over the products that leave
@@ -62,6 +69,7 @@ GRADIENTS = (
     Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.84),
     Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 2.1),
     Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.9, abreast=3),
+    Cut(Tiles(m=128, n=64, k=64, group=8, parts=2, warps=4, stages=2, resident=2), 1.1, abreast=3, spans=True),
 )
 
 
@@ -90,18 +98,21 @@ def sum_cuts(side_k: int, itemsize: int = 2) -> Sequence[Cut]:
     return SHORT_SUMS if shorter else SUMS
 
 
-def gradient_cut(device: torch.device, tokens: int, members: Sequence[int], made: Gradients) -> Cut:
-    """Of gradients summed over ``tokens``, where each part of a is in so many blocks."""
+def gradient_cut(
+    device: torch.device, tokens: int, blocks: Sequence[Sequence[tuple[int, int]]], made: Gradients
+) -> Cut:
+    """Of gradients summed over ``tokens``, where each part of a is in such blocks: see
+    :func:`~structfly.lowering.block_products.gradient_places.columns_of_rows`."""
 
     def time(cut: Cut, processors: int) -> float:
-        count = count_tiles(members, made, cut.tiles, cut.abreast)
+        count = count_tiles(blocks, made, cut.cutting)
         programs, step = programs_on(device, cut.tiles), cut.tiles.for_itemsize(made.itemsize).k
         split = ranges(count, tokens, step, programs, made.itemsize) if count else 1
         area = cut.tiles.m * cut.tiles.n * cut.abreast
         cost = cut.cost * (cut.reaching if made.side_n % cut.tiles.n else 1.0)
         return rounds(split, count, tokens, processors, made.itemsize) * area * cost
 
-    return _best(device, made.itemsize, GRADIENTS, time)
+    return _best(device, made.itemsize, [cut for cut in GRADIENTS if not cut.cutting.why_not(made)], time)
 
 
 def _best(device: torch.device, itemsize: int, cuts: Sequence[Cut], time: Callable[[Cut, int], float]) -> Cut:

@@ -116,7 +116,15 @@ def sums(
     compile_template("block_sums", types, kind, tiles, side_n=96, side_k=384, **options)
 
 
-def gradients(kind: str, split: bool, turned: bool, rank: int = 0, abreast: int = 1, tiles: Tiles = TILES) -> None:
+def gradients(
+    kind: str,
+    split: bool,
+    turned: bool,
+    rank: int = 0,
+    abreast: int = 1,
+    tiles: Tiles = TILES,
+    spans: bool = False,
+) -> None:
     tiles = tiles.with_parts(2 * tiles.parts) if split and kind != TF32 else tiles
     b = (1, tiles.n, tiles.k) if turned else (1, tiles.k, tiles.n)
     types = {"a": box(kind, 1, tiles.k, tiles.m), "b": box(kind, *b)}
@@ -125,6 +133,7 @@ def gradients(kind: str, split: bool, turned: bool, rank: int = 0, abreast: int 
     types |= {"places": "*i32", "c": written}
     types |= {"of_left": written, "of_right": written} if rank else {}
     options: dict[str, Parameter] = {"split": split, "b_turned": turned, "rank": rank, "abreast": abreast}
+    options["spans"] = spans
     compile_template("block_gradients", types, kind, tiles, side_m=96, side_n=384, **options)
 
 
@@ -232,7 +241,8 @@ def products_in_tf32() -> None:
         sums(TF32, turned=False, each=4, listed=True, bias=True, rank=rank, components=components, tiles=tiles)
     for number, cut in enumerate(BLOCK_GRADIENTS):
         tiles, split, b_turned = cut.tiles.for_itemsize(4), number % 2 == 0, number % 3 == 2
-        gradients(TF32, split, b_turned, rank=128 * (not b_turned), abreast=cut.abreast, tiles=tiles)
+        if not cut.spans:
+            gradients(TF32, split, b_turned, rank=128 * (not b_turned), abreast=cut.abreast, tiles=tiles)
     for tiles in (PRODUCTS.for_itemsize(4), FEW_TOKENS.for_itemsize(4)):
         matrix_products(TF32, (4, 256), (1, 1024), turned=False, bias=False, tiles=tiles)
         matrix_products(TF32, (1, 1024), (1, 256), turned=False, bias=True, tiles=tiles, activation="gelu")
@@ -256,6 +266,9 @@ if __name__ == "__main__":
         gradients(kind, split, turned)
         gradients(kind, split, turned, rank=72, abreast=1 + number % 2)
     gradients("bf16", split=True, turned=False, rank=128, abreast=3, tiles=THREE_ABREAST)
+    for number, (cut, split) in enumerate(itertools.product([c for c in BLOCK_GRADIENTS if c.spans], (False, True))):
+        kind, turned, rank = KINDS[number % 2], number % 2 == 1, 64 * (number % 2 == 0)
+        gradients(kind, split, turned, rank, cut.abreast, cut.tiles, spans=True)
     for kind in KINDS:
         sums(kind, turned=True, each=0, listed=True, bias=False, components="written")
         sums(kind, turned=False, each=0, listed=True, bias=False, components="read")

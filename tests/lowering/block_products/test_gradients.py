@@ -13,7 +13,9 @@ from structfly.lowering.block_products.gradient_places import (
     BLOCK,
     LEFT,
     RIGHT,
+    Cutting,
     Gradients,
+    columns_of_rows,
     count_tiles,
     gradient_places,
 )
@@ -33,9 +35,9 @@ from tests.lowering.block_products.test_products import (
 from tests.oracle import assert_as_accurate
 
 SEVERAL = (  # sums that a program has side by side
-    (Tiles(m=128, n=128, k=64, group=8, parts=2, warps=8, stages=4), 2),
-    (Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=3, resident=2), 3),
-    (Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=4, resident=2), 5),
+    Cutting(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=8, stages=4), 2),
+    Cutting(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=3, resident=2), 3),
+    Cutting(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=4, resident=2), 5),
 )
 RANKS = st.sampled_from((8, 24, 40))
 
@@ -53,29 +55,17 @@ def drawn_places(shape: Gradients, blocks: int, seed: int) -> tuple[Tensor, Tens
     return rows.to(DEVICE, torch.int32), columns.to(DEVICE, torch.int32)
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    tokens=st.integers(0, 50),
-    shape=shapes(st.sampled_from((0, 8, 24, 40))),
-    blocks=st.integers(0, 5),
-    turned=st.booleans(),
-    abreast=st.integers(1, 3),
-    split=st.integers(1, 3),
-    dtype=st.sampled_from(DTYPES),
-    tiles=cuts(),
-    seed=st.integers(0, 100),
-)
-def test_gradients_are_as_accurate_as_eager(
+def check(
     tokens: int,
     shape: Gradients,
     blocks: int,
     turned: bool,
-    abreast: int,
+    cutting: Cutting,
     split: int,
     dtype: torch.dtype,
-    tiles: Tiles,
     seed: int,
 ) -> None:
+    """All that is made is as accurate as eager."""
     rows, columns = drawn_places(shape, blocks, seed)
     a, b = random(dtype, 0, tokens, shape.rows, shape.side_m), random(dtype, 1, tokens, shape.columns, shape.side_n)
     dz, z = random(dtype, 2, tokens, shape.rank), random(dtype, 3, tokens, shape.rank)
@@ -89,7 +79,7 @@ def test_gradients_are_as_accurate_as_eager(
     beside = LowRankGradients(dz, seen_z, left, right) if shape.rank else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradients, "ranges", lambda *_: split)
-        places = gradient_places(rows, columns, shape, tiles, abreast)
+        places = gradient_places(rows, columns, shape, cutting)
         block_gradients(a, with_tokens_along(b) if turned else b, c, places, b_turned=turned, beside=beside)
 
     def reference(wide: torch.dtype) -> list[Tensor]:
@@ -105,6 +95,54 @@ def test_gradients_are_as_accurate_as_eager(
         assert_as_accurate(mine, single.to(dtype), exact, dtype, what, roundings(dtype))
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens=st.integers(0, 50),
+    shape=shapes(st.sampled_from((0, 8, 24, 40))),
+    blocks=st.integers(0, 5),
+    turned=st.booleans(),
+    abreast=st.integers(1, 3),
+    split=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    tiles=cuts(),
+    spans=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_gradients_are_as_accurate_as_eager(
+    tokens: int,
+    shape: Gradients,
+    blocks: int,
+    turned: bool,
+    abreast: int,
+    split: int,
+    dtype: torch.dtype,
+    tiles: Tiles,
+    spans: bool,
+    seed: int,
+) -> None:
+    cutting = Cutting(tiles, abreast, spans)
+    if cutting.why_not(shape._replace(itemsize=dtype.itemsize)):
+        cutting = Cutting(tiles, abreast)
+    check(tokens, shape, blocks, turned, cutting, split, dtype, seed)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize(("abreast", "rank"), [(1, 0), (2, 40), (3, 24)])
+def test_boxes_that_span_parts(turned: bool, split: int, abreast: int, rank: int) -> None:
+    tiles = Tiles(64, 64, 32, 2, 2, 4, 2) if DEVICE == "cuda" else Tiles(16, 32, 16, 2, 2, 1, 1)
+    check(
+        45,
+        Gradients(2, 4, 24, 96 if DEVICE == "cuda" else 48, rank),
+        5,
+        turned,
+        Cutting(tiles, abreast, spans=True),
+        split,
+        torch.bfloat16,
+        3,
+    )
+
+
 @settings(deadline=None)
 @given(
     shape=shapes(st.sampled_from((0, 8, 24, 40))),
@@ -117,9 +155,9 @@ def test_every_entry_is_listed_once_and_as_many_tiles_are_counted(
     shape: Gradients, blocks: int, abreast: int, tiles: Tiles, seed: int
 ) -> None:
     rows, columns = drawn_places(shape, blocks, seed)
-    listed = gradient_places(rows, columns, shape, tiles, abreast).listed.tolist()
-    members = torch.bincount(rows, minlength=shape.rows).tolist()
-    assert count_tiles(members, shape, tiles, abreast) == len(listed)
+    listed = gradient_places(rows, columns, shape, Cutting(tiles, abreast)).listed.tolist()
+    of_rows = columns_of_rows(rows, columns, shape.rows)
+    assert count_tiles(of_rows, shape, Cutting(tiles, abreast)) == len(listed)
     made = [(*numbers[:2], *numbers[first : first + 4]) for numbers in listed for first in range(2, 2 + 4 * abreast, 4)]
     kept = list(enumerate(zip(rows.tolist(), columns.tolist(), strict=True)))
     m, n = range(0, shape.side_m, tiles.m), range(0, shape.side_n, tiles.n)
@@ -136,6 +174,63 @@ def test_every_entry_is_listed_once_and_as_many_tiles_are_counted(
     inside = [each for each in made if each[5] < blocks or each[2] != BLOCK]
     assert sorted(inside) == sorted(expected)
     assert all(column == shape.columns for _, _, whose, column, _, member in made if (whose, member) == (BLOCK, blocks))
+
+
+@settings(deadline=None)
+@given(
+    shape=shapes(st.sampled_from((0, 8, 24, 40))).map(lambda shape: shape._replace(side_n=2 * shape.side_n)),
+    blocks=st.integers(0, 9),
+    abreast=st.integers(1, 4),
+    m=st.sampled_from((16, 32)),
+    seed=st.integers(0, 100),
+)
+def test_every_column_is_in_one_half_of_a_spanning_box(
+    shape: Gradients, blocks: int, abreast: int, m: int, seed: int
+) -> None:
+    tiles = Tiles(m, 32, 16, 2, 2, 1, 1)
+    cutting = Cutting(tiles, abreast, spans=True)
+    assert not cutting.why_not(shape)
+    rows, columns = drawn_places(shape, blocks, seed)
+    listed = gradient_places(rows, columns, shape, cutting).listed.tolist()
+    of_rows = columns_of_rows(rows, columns, shape.rows)
+    assert count_tiles(of_rows, shape, cutting) == len(listed)
+    half = tiles.n // 2
+    made = []
+    for row, m0, *products in listed:
+        for whose, at, *halves in (products[first : first + 6] for first in range(0, len(products), 6)):
+            side = shape.rank if whose == LEFT else shape.side_n
+            for number, (member, n0) in enumerate((halves[:2], halves[2:])):
+                if n0 < side and (whose, member) != (BLOCK, blocks):
+                    made.append((row, m0, whose, at + number * half, member, n0))
+    n, ranks = range(0, shape.side_n, half), range(0, shape.rank, half)
+    expected = [
+        (row, m0, BLOCK, column * shape.side_n + n0, member, n0)
+        for row, of_row in enumerate(of_rows)
+        for column, member in of_row
+        for m0 in range(0, shape.side_m, tiles.m)
+        for n0 in n
+    ]
+    expected += [
+        (row, m0, LEFT, n0, row, n0)
+        for row in range(shape.rows)
+        for m0 in range(0, shape.side_m, tiles.m)
+        for n0 in ranks
+    ]
+    expected += [
+        (0, m0, RIGHT, column * shape.side_n + n0, column, n0)
+        for column in range(shape.columns)
+        for m0 in range(0, shape.rank, tiles.m)
+        for n0 in n
+    ]
+    assert sorted(made) == sorted(expected)
+
+
+def test_parts_that_lie_side_by_side_share_boxes() -> None:
+    """Two of three of 96 columns are three boxes of 64, and the third alone is two."""
+    shape, cutting = Gradients(1, 4, 128, 96), Cutting(Tiles(128, 64, 64, 8, 2, 4, 2), 1, spans=True)
+    assert count_tiles([[(0, 0), (1, 1), (3, 2)]], shape, cutting) == 5
+    assert count_tiles([[(0, 0), (2, 1)]], shape, cutting) == 4
+    assert count_tiles([[(0, 0), (1, 1), (3, 2)]], shape, cutting._replace(spans=False)) == 6
 
 
 def test_the_same_bits_every_time() -> None:
@@ -186,7 +281,7 @@ def test_there_are_as_many_ranges_as_fit(
     a = random(torch.bfloat16, 0, 4000, 2, 16)
     c = torch.empty(4, 16, 16, dtype=torch.bfloat16, device=DEVICE)
     each = 4 * c.numel()  # bytes of a range
-    places = gradient_places(rows, columns, shape, Tiles(16, 16, 16, 2, 1, 1, 1), 1)
+    places = gradient_places(rows, columns, shape, Cutting(Tiles(16, 16, 16, 2, 1, 1, 1)))
     memory = None if room is None else torch.empty(room * each, dtype=torch.uint8, device=DEVICE)
     for _ in range(2):
         misses = ranges.cache_info().misses
@@ -196,10 +291,10 @@ def test_there_are_as_many_ranges_as_fit(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tiles", "abreast"), [*((cut.tiles, cut.abreast) for cut in GRADIENTS), *SEVERAL])
+@pytest.mark.parametrize("cutting", [*(cut.cutting for cut in GRADIENTS), *SEVERAL], ids=str)
 @pytest.mark.parametrize("split", [1, 3])
 def test_every_cut_on_a_gpu_is_as_accurate_as_eager(
-    tiles: Tiles, abreast: int, split: int, monkeypatch: pytest.MonkeyPatch
+    cutting: Cutting, split: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gradients, "ranges", lambda *_: split)
     shape, tokens, dtype = Gradients(3, 3, 384, 96, 72), 1000, torch.bfloat16
@@ -210,7 +305,7 @@ def test_every_cut_on_a_gpu_is_as_accurate_as_eager(
     beside = LowRankGradients(
         dz, z, a.new_empty(3 * shape.side_m, shape.rank), a.new_empty(shape.rank, 3 * shape.side_n)
     )
-    block_gradients(a, b, c, gradient_places(rows, columns, shape, tiles, abreast), beside=beside)
+    block_gradients(a, b, c, gradient_places(rows, columns, shape, cutting), beside=beside)
     pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
 
     def reference(wide: torch.dtype) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structfly.errors import UnsupportedError
 from structfly.lowering.block_products import axes, gradients, matrices, products
-from structfly.lowering.block_products.gradient_places import Gradients, gradient_places
+from structfly.lowering.block_products.gradient_places import Cutting, Gradients, gradient_places
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.descriptor import form
 from structfly.lowering.gemm import Tiles
@@ -87,7 +87,8 @@ def of_sums(
 def of_block_gradients(seed: int, dtype: torch.dtype, tokens: int, rows_apart: bool, **kind: Any) -> Any:
     a, b = operand(dtype, seed, rows_apart, tokens, 1, 24), random(dtype, seed + 1, tokens, 1, 40)
     nought = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    places = gradient_places(nought, nought, Gradients(1, 1, 24, 40), kind["tiles"], kind.get("abreast", 1))
+    cutting = Cutting(kind["tiles"], kind.get("abreast", 1))
+    places = gradient_places(nought, nought, Gradients(1, 1, 24, 40), cutting)
     c, turned = torch.empty(1, 24, 40, dtype=dtype, device=DEVICE), kind["turned"]
     stored = torch.nn.functional.pad(b.permute(1, 2, 0), (0, -tokens % 8)).contiguous()[..., :tokens] if turned else b
     gradients.block_gradients(a, stored, c, places, b_turned=turned)

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.block_products import CASES, TILE, TILES, intervals, name_of
 from structfly.lowering.block_products import matrix_tiles, tiles
-from structfly.lowering.block_products.gradient_places import Gradients
+from structfly.lowering.block_products.gradient_places import Gradients, columns_of_rows
 from structfly.lowering.block_products.tiles import Cut
 from structfly.lowering.gemm import Tiles
 from structfly.records import DeviceModel
@@ -40,7 +40,8 @@ def chosen(name: str, tokens: int, inside: int, out: int, grid: int, factors: in
     if name == "sums turned":
         return of_sums(tokens, grid, side_k, side_n, turned=True)
     shape = Gradients(grid, grid, side_n, side_k, rank if "low rank" in name else 0)
-    return tiles.gradient_cut(torch.device("cuda"), tokens, [1 + factors] * grid, shape)
+    kept = [[(row if f < 0 else row ^ (1 << f), 0) for f in range(-1, factors)] for row in range(grid)]
+    return tiles.gradient_cut(torch.device("cuda"), tokens, kept, shape)
 
 
 def of_sums(tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False) -> Cut:
@@ -73,7 +74,8 @@ def test_steps_leave_as_little_empty_of_wider_numbers(side_k: int, itemsize: int
 @pytest.mark.parametrize("tokens", [100, 16384])
 def test_gradients_are_cut_for_their_numbers(tokens: int, itemsize: int) -> None:
     made = Gradients(16, 16, 256, 256, itemsize=itemsize)
-    cut = tiles.gradient_cut(torch.device("cuda"), tokens, [4] * 16, made)
+    blocks = [[(column, 0) for column in range(4)]] * 16
+    cut = tiles.gradient_cut(torch.device("cuda"), tokens, blocks, made)
     assert cut.tiles in [each.tiles.for_itemsize(itemsize) for each in tiles.GRADIENTS]
 
 
@@ -94,8 +96,8 @@ def test_no_product_of_tiles_takes_much_longer_than_in_the_best_ones(case: tuple
     index, places = intervals(features // TILE, groups, share), features // TILE
     mode = f"{name} {tokens}x{features}x{groups * TILE} bfloat16, {index.shape[1]} tiles {TILE}x{TILE}"
     if name == "gradients":
-        members = torch.bincount(index[1], minlength=places).tolist()
-        cut = tiles.gradient_cut(torch.device("cuda"), tokens, members, Gradients(places, groups, TILE, TILE))
+        blocks = columns_of_rows(index[1], index[0], places)
+        cut = tiles.gradient_cut(torch.device("cuda"), tokens, blocks, Gradients(places, groups, TILE, TILE))
     else:
         turned = name == "components"
         cut = of_sums(tokens, groups if turned else places, TILE, TILE, turned=turned)
