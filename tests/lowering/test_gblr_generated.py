@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from structfly.lowering.block_products import gradients
 from structfly.lowering.block_products.support import padded_rows
+from structfly.lowering.block_products.tiles import Cut
 from structfly.lowering.gblr import generated
 from structfly.lowering.gblr.op import GBLR
 from structfly.lowering.gblr.reference import gblr_reference
 from structfly.lowering.gblr.tile_products import dense_of
+from structfly.lowering.gemm import Tiles
 from tests.lowering.block_products.test_products import DEVICE, DTYPES, roundings
 from tests.lowering.test_gblr import index
 from tests.oracle import assert_as_accurate, assert_like_eager
@@ -158,3 +161,18 @@ def test_gradients_can_be_differentiated_on_a_gpu() -> None:
     square = weight.t() @ weight
     exact = 8 * x.double() @ square @ square
     assert (again[0].double() - exact).norm() <= 2**-5 * exact.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="forces tiles of the interpreter; a GPU chooses its own of that kind")
+def test_tiles_are_the_same_in_boxes_that_span_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense, held = (torch.randn(shape, generator=generator).bfloat16() for shape in ((45, 64), (3 * 48, 48)))
+    tiles = torch.empty(5, 32, 48, dtype=torch.bfloat16)
+    spanning = Cut(Tiles(16, 32, 16, 2, 2, 1, 1), 1.0, abreast=3, spans=True)
+    made = []
+    for cut in (None, spanning):
+        if cut is not None:
+            monkeypatch.setattr(gradients, "gradient_cut", lambda *_: spanning)
+        where = torch.tensor([[0, 1, 2, 0, 2], [0, 0, 0, 1, 1]], dtype=torch.int32)
+        made.append(generated.tiles_of(dense, held[:, :45], tiles, where))
+    torch.testing.assert_close(made[1], made[0])
