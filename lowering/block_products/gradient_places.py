@@ -109,7 +109,7 @@ def gradient_places(rows: Tensor, columns: Tensor, made: Gradients, cutting: Cut
     """
     tiles, abreast = cutting.tiles, cutting.abreast
     blocks = columns_of_rows(rows, columns, made.rows)
-    (nothing,) = _products(BLOCK, [(made.columns, len(rows))], made.side_n, tiles.n, cutting)[:1]
+    nothing = _products(BLOCK, [(made.columns, len(rows))], made.side_n, cutting)[0]
     listed: list[list[int]] = []
 
     def add(row: int, m0: int, products: Sequence[tuple[int, ...]]) -> None:
@@ -130,21 +130,17 @@ def gradient_places(rows: Tensor, columns: Tensor, made: Gradients, cutting: Cut
 
 
 def _of_row(row: int, blocks: Sequence[tuple[int, int]], made: Gradients, cutting: Cutting) -> list[tuple[int, ...]]:
-    of_blocks = _products(BLOCK, blocks, made.side_n, made.side_n, cutting)
-    return of_blocks + _products(LEFT, [(0, row)], made.rank, made.rank, cutting)
+    return _products(BLOCK, blocks, made.side_n, cutting) + _products(LEFT, [(0, row)], made.rank, cutting)
 
 
 def _of_right(made: Gradients, cutting: Cutting) -> list[tuple[int, ...]]:
-    columns = [(column, column) for column in range(made.columns)]
-    return _products(RIGHT, columns, made.side_n, made.side_n, cutting)
+    return _products(RIGHT, [(column, column) for column in range(made.columns)], made.side_n, cutting)
 
 
-def _products(
-    whose: int, parts: Sequence[tuple[int, int]], side: int, until: int, cutting: Cutting
-) -> list[tuple[int, ...]]:
-    """Of parts of b and the members of the result that they are multiplied for, up to a column of each."""
+def _products(whose: int, parts: Sequence[tuple[int, int]], side: int, cutting: Cutting) -> list[tuple[int, ...]]:
+    """Of parts of b, so many columns each, and the members of the result that they are multiplied for."""
     width = cutting.tiles.n
     if not cutting.spans:
-        return [Place(whose, column, n0, member) for column, member in parts for n0 in range(0, until, width)]
-    halves = [Half(column * side + n0, member, n0) for column, member in parts for n0 in range(0, until, width // 2)]
+        return [Place(whose, column, n0, member) for column, member in parts for n0 in range(0, side, width)]
+    halves = [Half(column * side + n0, member, n0) for column, member in parts for n0 in range(0, side, width // 2)]
     return [*boxes(whose, halves, width // 2, nowhere=side)]
