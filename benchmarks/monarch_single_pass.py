@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,9 +24,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import recording
 from benchmarks.arguments import sizes
+from benchmarks.block_products import name_of
 from benchmarks.busy import times_behind_work
 from benchmarks.recording import Row
 from structfly import measure
+from structfly.lowering.block_products.tiles import Cut
+from structfly.lowering.gemm import Tiles
 from structfly.lowering.kronecker import monarch
 from structfly.lowering.layer_products import Applied
 
@@ -43,30 +46,19 @@ SHAPES = (
 _ROUNDING = 2.0**-7  # of y relative to the two launches' y, which round what is between the factors as often
 
 
-class Cut(NamedTuple):
-    """Sides of a tile: tokens, outputs and inputs; warps and stages of a program, and programs of a multiprocessor."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    resident: int
-
-    def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}, {self.warps} warps, {self.stages} stages, {self.resident} resident"
-
-
-TILES = (
-    (64, 64, 64, 4, 2),
-    (64, 128, 64, 4, 2),
-    (64, 128, 64, 4, 3),
-    (128, 64, 64, 4, 2),
-    (128, 128, 64, 4, 2),
-    (128, 128, 64, 8, 2),
-    (128, 128, 64, 8, 3),
+CUTS = tuple(
+    replace(tiles, resident=resident)
+    for tiles in (
+        Tiles(m=64, n=64, k=64, group=1, parts=1, warps=4, stages=2),
+        Tiles(m=64, n=128, k=64, group=1, parts=1, warps=4, stages=2),
+        Tiles(m=64, n=128, k=64, group=1, parts=1, warps=4, stages=3),
+        Tiles(m=128, n=64, k=64, group=1, parts=1, warps=4, stages=2),
+        Tiles(m=128, n=128, k=64, group=1, parts=1, warps=4, stages=2),
+        Tiles(m=128, n=128, k=64, group=1, parts=1, warps=8, stages=2),
+        Tiles(m=128, n=128, k=64, group=1, parts=1, warps=8, stages=3),
+    )
+    for resident in (1, 2, 3)
 )
-CUTS = tuple(Cut(*tiles, resident) for tiles in TILES for resident in (1, 2, 3))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -106,7 +98,7 @@ def single_pass(  # type: ignore[no-untyped-def]
             y.store([block, m0, n0], tl.reshape(made.to(tl.bfloat16), (1, tile_m, tile_n)))
 
 
-def in_one_launch(x: Tensor, first: Tensor, second: Tensor, y: Tensor, cut: Cut) -> Callable[[], object]:
+def in_one_launch(x: Tensor, first: Tensor, second: Tensor, y: Tensor, cut: Tiles) -> Callable[[], object]:
     """A launch that writes y (tokens, blocks, outputs) of x (tokens, blocks, inputs)."""
     blocks, _, rank, inputs = first.shape
     side = max(16, triton.next_power_of_2(rank))
@@ -149,16 +141,18 @@ def calls_of(shape: Sequence[int], say: Callable[[str], object]) -> Iterator[tup
     wanted = two().view(tokens, blocks, outputs).float()
     for cut in CUTS:
         y = torch.full((tokens, blocks, outputs), float("nan"), device="cuda", dtype=torch.bfloat16)
-        one = in_one_launch(x, first, second, y, cut)
+        one, name = in_one_launch(x, first, second, y, cut), name_of(Cut(cut, 1.0))
         try:
             one()
         except triton.runtime.errors.OutOfResources as problem:
-            say(f"{cut} is left out: {problem}")
+            say(f"{name} is left out: {problem}")
             continue
         error = ((y.float() - wanted).norm() / wanted.norm()).item()
         if not error <= _ROUNDING:
-            raise RuntimeError(f"{cut}: y is off by {error:.2g} of its norm, where rounding is at most {_ROUNDING:.2g}")
-        yield str(cut), one
+            raise RuntimeError(
+                f"{name}: y is off by {error:.2g} of its norm, where rounding is at most {_ROUNDING:.2g}"
+            )
+        yield name, one
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

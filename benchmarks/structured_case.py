@@ -4,28 +4,50 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import relative_error
 from benchmarks.arguments import sizes
-from benchmarks.structured_layers import BARS, Bar, Place, Provider, dense_weight
+from benchmarks.structured_layers import BARS, OURS, Bar, Place, Provider, dense_weight
 from structfly import StructuredLinear, measure
+from structfly.errors import ArgumentError
 from structfly.records.layer import LayerSizes
 
 PASSES = ("forward", "forward+backward")
 
 
+WARM = 4
+"""Calls of a layer after which it is replayed."""
+
+
 def add_case_arguments(parser: argparse.ArgumentParser, devices: Iterable[str]) -> None:
     """The options that say which cases are measured."""
     parser.add_argument("--device", choices=devices, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", type=sizes("tokens x in x out"), metavar="TOKENSxINxOUT")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    _add_shapes_and_passes(parser, None, PASSES)
+
+
+def add_layer_arguments(
+    parser: argparse.ArgumentParser, shapes: Sequence[Sequence[int]], passes: Sequence[str]
+) -> None:
+    """The options that say which of structfly's layers are measured on a GPU, and their defaults."""
+    _add_shapes_and_passes(parser, shapes, passes)
+    parser.add_argument("--providers", nargs="+", choices=OURS, metavar="NAME", default=list(OURS))
+    parser.add_argument("--masks", type=Path, help="learned masks of the GBLR layers, a result of gblr_training")
+
+
+def _add_shapes_and_passes(
+    parser: argparse.ArgumentParser, shapes: Sequence[Sequence[int]] | None, passes: Sequence[str]
+) -> None:
+    kind = sizes("tokens x in x out")
+    parser.add_argument("--shapes", nargs="+", type=kind, metavar="TOKENSxINxOUT", default=shapes)
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(passes))
 
 
 @dataclass(frozen=True)
@@ -113,6 +135,28 @@ def step(layer: Layer, x: Tensor, upstream: Tensor, *, training: bool) -> Tensor
     y = layer.run(x)
     y.backward(upstream)
     return y
+
+
+def warm_calls(
+    case: Case, providers: Mapping[str, Provider], say: Callable[[str], object]
+) -> Iterator[tuple[str, Layer, Callable[[], Tensor]]]:
+    """Steps of each provider's layer that has been called often enough; what fits no such layer is said."""
+    x, upstream = make_inputs(case)
+    for name, provider in providers.items():
+        try:
+            layer = make_layer(provider, case.sizes, Place(case.device, getattr(torch, case.dtype)))
+        except ArgumentError as problem:
+            say(f"{name} is left out: {' '.join(str(problem).split())}")
+            continue
+        call = partial(step, layer, x, upstream, training=case.training)
+        for _ in range(WARM):
+            call()
+        yield name, layer, call
+
+
+def x_dense(dense: measure.Timing, mine: measure.Timing) -> measure.Timing:
+    """How many times as fast as the dense layer each round was."""
+    return measure.summarize([d / t for d, t in zip(dense.samples, mine.samples, strict=True)])
 
 
 def clear(layer: Layer, x: Tensor) -> None:

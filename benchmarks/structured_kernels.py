@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,19 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import recording, structured_layers
-from benchmarks.arguments import sizes
 from benchmarks.device_trace import Kernel, read_kernels, trace_of
 from benchmarks.matmul import matmul_rate
 from benchmarks.recording import Row
-from benchmarks.structured_case import PASSES, Case, Layer, make_inputs, make_layer, step
-from benchmarks.structured_layers import DENSE, OURS, Place
+from benchmarks.structured_case import PASSES, Case, Layer, add_layer_arguments, warm_calls
+from benchmarks.structured_layers import DENSE
 from structfly import measure
-from structfly.errors import ArgumentError
 from structfly.records.layer import LayerSizes
 
 KERNEL = "structured_kernels"
 _COPIED = 2**30  # bytes, that a copy reads and writes
-_WARM = 4  # calls of a form, after which it is replayed
 
 
 class Rates(NamedTuple):
@@ -104,12 +100,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", type=sizes("tokens x in x out"), metavar="TOKENSxINxOUT", default=[(16384, 4096, 4096)]
-    )
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=[PASSES[True]])
-    parser.add_argument("--providers", nargs="+", choices=OURS, metavar="NAME", default=list(OURS))
-    parser.add_argument("--masks", type=Path, help="learned masks of the GBLR layers, a result of gblr_training")
+    add_layer_arguments(parser, [(16384, 4096, 4096)], [PASSES[True]])
     parser.add_argument("--calls", type=int, default=10, help="traced steps of each layer")
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     return parser.parse_args(arguments)
@@ -121,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse_arguments(given)
     console = Console(width=None if sys.stdout.isatty() else 120)
     known = {DENSE: structured_layers.dense(), **structured_layers.structured(chosen.masks)}
+    providers = {name: known[name] for name in (DENSE, *chosen.providers)}
     measured = [matmul_rate("cuda", "bfloat16", 8192, chosen.calls), copy_rate(chosen.calls)]
     rates = Rates(*(row.p50 for row in measured))
     rows: list[Row] = []
@@ -128,16 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for tokens, *of_layer in chosen.shapes:
             for passes in chosen.passes:
                 case = Case(tokens, LayerSizes(*of_layer), "bfloat16", "cuda", passes == PASSES[True])
-                x, upstream = make_inputs(case)
-                for name in (DENSE, *chosen.providers):
-                    try:
-                        layer = make_layer(known[name], case.sizes, Place("cuda", torch.bfloat16))
-                    except ArgumentError as problem:
-                        console.print(f"{name} is left out: {' '.join(str(problem).split())}")
-                        continue
-                    call = partial(step, layer, x, upstream, training=case.training)
-                    for _ in range(_WARM):
-                        call()
+                for name, layer, call in warm_calls(case, providers, console.print):
                     kernels = read_kernels(trace_of(call, chosen.calls), chosen.calls)
                     found = rows_of(case, name, kernels, least(case, layer, rates))
                     console.print(table_of(found))

@@ -39,6 +39,7 @@ from benchmarks.structured_case import (
     make_layer,
     peak_memory,
     step,
+    x_dense,
 )
 from benchmarks.structured_layers import BARS, DENSE, OURS, Place, Provider
 from benchmarks.structured_peers import PEERS
@@ -62,13 +63,13 @@ def precise(*, tf32: bool = False) -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def wanted(provider: str, case: Case, x_dense: Mapping[str, float], allowed: float) -> float | None:
+def wanted(provider: str, case: Case, ratios: Mapping[str, float], allowed: float) -> float | None:
     """How many times as fast as the dense layer a provider must be, or None where no bar is known."""
     bar = case.bars.get(provider)
-    if bar is None or bar.base not in x_dense:
+    if bar is None or bar.base not in ratios:
         return None
     factor = bar.training if case.training else bar.forward
-    return max(factor * x_dense[bar.base], bar.of_fill * allowed)
+    return max(factor * ratios[bar.base], bar.of_fill * allowed)
 
 
 def layers_of(
@@ -114,10 +115,7 @@ def measure_case(
     calls = {name: partial(step, layer, x, upstream, training=case.training) for name, layer in layers.items()}
     timings, host = busy.times_behind_work(calls, case.device, repeats=repeats, longest=busy.LONGEST)
     rows += busy.host_rows(KERNEL, case.mode, host)
-    ratios = {
-        name: measure.summarize([d / t for d, t in zip(timings[DENSE].samples, timing.samples, strict=True)])
-        for name, timing in timings.items()
-    }
+    ratios = {name: x_dense(timings[DENSE], timing) for name, timing in timings.items()}
     medians = {name: each.median for name, each in ratios.items()}
     for layer in layers.values():
         clear(layer, x)

@@ -8,7 +8,6 @@ calls for so long, as in a model of such layers alone, with products ahead of th
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,17 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import recording, structured_layers
-from benchmarks.arguments import sizes
 from benchmarks.busy import MARGIN, times_behind_work, work_for
 from benchmarks.recording import Row
-from benchmarks.structured_case import PASSES, Case, make_inputs, make_layer, step
-from benchmarks.structured_layers import BARS, DENSE, OURS, Place
+from benchmarks.structured_case import PASSES, Case, add_layer_arguments, warm_calls, x_dense
+from benchmarks.structured_layers import BARS, DENSE
 from structfly import measure
-from structfly.errors import ArgumentError
 from structfly.records.layer import LayerSizes
 
 KERNEL = "work_before"
-_WARM = 4  # calls of a form, after which it is replayed
 
 Turn = tuple[str, "Work"]
 """A call's name, and what stands before it."""
@@ -72,30 +68,26 @@ def measure_case(
 ) -> list[Row]:
     """Times and "x dense" of every call behind every work; a round is each once, in an order of its own."""
     before = befores(calls, works)
-    times: dict[Turn, list[float]] = {each: [] for each in before}
-    order, shuffle = list(before), random.Random(0).shuffle
-    for turn in range(2 + repeats):
-        shuffle(order)
-        for each in order:
-            call = {"": calls[each[0]]}
-            timed = measure.times_in_rotation(call, "cuda", repeats=1, warmups=0, before=before[each])
-            if turn >= 2:
-                times[each].append(timed[""].median)
+    turns = {_mode(case, work) + name: (name, work) for name, work in before}
+    times = measure.times_in_rotation(
+        {turn: calls[name] for turn, (name, _) in turns.items()},
+        "cuda",
+        repeats=repeats,
+        before={turn: before[each] for turn, each in turns.items()},
+    )
     rows = []
-    for (name, work), samples in times.items():
-        ratios = [d / t for d, t in zip(times[DENSE, work], samples, strict=True)]
-        of_metrics = {"time_s": samples, "x_dense": ratios}
+    for turn, (name, work) in turns.items():
+        mode = _mode(case, work)
+        of = {"time_s": times[turn], "x_dense": x_dense(times[mode + DENSE], times[turn])}
         rows += [
-            Row.of_timing(
-                measure.summarize(values),
-                kernel=KERNEL,
-                provider=name,
-                mode=f"{case.mode}, behind {work}",
-                metric=metric,
-            )
-            for metric, values in of_metrics.items()
+            Row.of_timing(timing, kernel=KERNEL, provider=name, mode=mode, metric=metric)
+            for metric, timing in of.items()
         ]
     return rows
+
+
+def _mode(case: Case, work: Work) -> str:
+    return f"{case.mode}, behind {work}"
 
 
 def case_table(case: Case, rows: Sequence[Row], works: Sequence[Work]) -> Table:
@@ -108,7 +100,7 @@ def case_table(case: Case, rows: Sequence[Row], works: Sequence[Work]) -> Table:
     for provider in dict.fromkeys(row.provider for row in rows):
         cells = []
         for work in works:
-            time, ratio = (values[provider, f"{case.mode}, behind {work}", each] for each in ("time_s", "x_dense"))
+            time, ratio = (values[provider, _mode(case, work), each] for each in ("time_s", "x_dense"))
             cells.append(f"{1e3 * time:.3f} {ratio:.3f}")
         table.add_row(provider, *cells)
     return table
@@ -118,12 +110,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = [tuple(map(int, shape.split("x"))) for shape in BARS]
-    parser.add_argument("--shapes", nargs="+", type=sizes("tokens x in x out"), metavar="TOKENSxINxOUT", default=shapes)
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--providers", nargs="+", choices=OURS, metavar="NAME", default=list(OURS))
+    add_layer_arguments(parser, shapes, PASSES)
     parser.add_argument("--products", nargs="+", type=float, metavar="MS", default=[5, 20])
     parser.add_argument("--own", nargs="+", type=float, metavar="MS", default=[20])
-    parser.add_argument("--masks", type=Path, help="learned masks of the GBLR layers, a result of gblr_training")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--output", type=Path, help="write this path with .csv and .json added")
     return parser.parse_args(arguments)
@@ -136,22 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 170)
     works = [Work(1e-3 * each, own=own) for own in (False, True) for each in (chosen.own if own else chosen.products)]
     known = {DENSE: structured_layers.dense(), **structured_layers.structured(chosen.masks)}
+    providers = {name: known[name] for name in (DENSE, *chosen.providers)}
     rows: list[Row] = []
     for tokens, *of_layer in chosen.shapes:
         for passes in chosen.passes:
             case = Case(tokens, LayerSizes(*of_layer), "bfloat16", "cuda", passes == PASSES[True])
-            x, upstream = make_inputs(case)
-            calls: dict[str, Callable[[], object]] = {}
             with torch._dynamo.config.patch(recompile_limit=64):
-                for name in (DENSE, *chosen.providers):
-                    try:
-                        layer = make_layer(known[name], case.sizes, Place(case.device, torch.bfloat16))
-                    except ArgumentError as problem:
-                        console.print(f"{name} is left out: {' '.join(str(problem).split())}")
-                        continue
-                    calls[name] = partial(step, layer, x, upstream, training=case.training)
-                    for _ in range(_WARM):
-                        calls[name]()
+                calls = {name: call for name, _, call in warm_calls(case, providers, console.print)}
                 found = measure_case(case, calls, works, chosen.repeats)
             console.print(case_table(case, found, works))
             rows += found

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +94,7 @@ def times_in_rotation(
     *,
     repeats: int = 10,
     warmups: int = 2,
-    before: Callable[[], object] | None = None,
+    before: Callable[[], object] | Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
     """Time several callables side by side: each round runs every one once, so that drift hits all alike.
 
@@ -110,7 +109,8 @@ def times_in_rotation(
         device: where their tensors lie, "cpu" or "cuda".
         repeats: measured rounds.
         warmups: rounds that come first, uncounted.
-        before: launches work on a GPU ahead of every call, uncounted; None leaves the device idle.
+        before: launches work on a GPU ahead of every call, uncounted, or by name ahead of each; None leaves the
+            device idle.
 
     Returns:
         One :class:`Timing` for each name, in seconds.
@@ -126,13 +126,13 @@ def times_in_rotation(
         raise UnsupportedError(
             "before is given and the device is a CPU, which works on one call at a time; leave it out"
         )
-    clock = partial(_time_cuda_call, before=before) if device.type == "cuda" else _time_cpu_call
+    ahead = before if isinstance(before, Mapping) else dict.fromkeys(fns, before)
     samples: dict[str, list[float]] = {name: [] for name in fns}
     order, shuffle = list(fns), random.Random(0).shuffle
     for turn in range(warmups + repeats):
         shuffle(order)
         for name in order:
-            seconds = clock(fns[name])
+            seconds = _time_cuda_call(fns[name], ahead[name]) if device.type == "cuda" else _time_cpu_call(fns[name])
             if turn >= warmups:
                 samples[name].append(seconds)
     return {name: summarize(values) for name, values in samples.items()}
@@ -192,7 +192,7 @@ def _time_cpu_call(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _time_cuda_call(fn: Callable[[], object], *, before: Callable[[], object] | None) -> float:
+def _time_cuda_call(fn: Callable[[], object], before: Callable[[], object] | None) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     if before is not None:

@@ -328,7 +328,7 @@ def test_what_work_before_calls_does_is_committed_results() -> None:
         ),
     ],
 )
-def test_bars_that_two_machines_are_on_either_side_of_are_named(text: str, provider: str, mode: str) -> None:
+def test_bars_that_two_runs_are_on_either_side_of_are_named(text: str, provider: str, mode: str) -> None:
     rows = json.loads((RESULTS / "structured_linear_h100.json").read_text(encoding="utf-8"))["rows"]
     of = {row["metric"]: row["p50"] for row in rows if (row["mode"], row["provider"]) == (mode, provider)}
     one, wanted = of["x_dense"], of["x_dense_wanted"]

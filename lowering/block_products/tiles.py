@@ -41,7 +41,7 @@ class Cut(NamedTuple):
         return Cutting(self.tiles, self.abreast, self.spans)
 
 
-# Costs are means of benchmarks/results/block_products_h100.json, at 16384 tokens or more, over the products that leave
+# Costs are about the means of benchmarks/results/block_products_h100.json, at 16384 tokens or more, over the products that leave
 # none of a cut's tiles partly empty, each against the first cut there, or one that was measured against it elsewhere;
 # those of tiles that reach beyond a side are of the products there that do.
 SUMS = (

@@ -114,6 +114,14 @@ def test_work_before_a_call_is_not_counted_and_hides_the_host() -> None:
     assert timings[1] < 2e-4
 
 
+def test_each_call_has_work_of_its_own_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_check_device", torch.device)
+    monkeypatch.setattr(measure, "_time_cuda_call", lambda call, before: float(10 * before() + call()))
+    calls, before = {"a": lambda: 1, "b": lambda: 2}, {"a": lambda: 3, "b": lambda: 4}
+    timings = measure.times_in_rotation(calls, "cuda", repeats=3, before=before)
+    assert {name: timing.samples for name, timing in timings.items()} == {"a": (31.0,) * 3, "b": (42.0,) * 3}
+
+
 def test_work_before_a_call_of_a_cpu_is_an_error() -> None:
     with pytest.raises(UnsupportedError, match="the device is a CPU, which works on one call at a time"):
         measure.times_in_rotation({"": lambda: None}, "cpu", before=lambda: None)

@@ -26,8 +26,8 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> None:
     def befores(calls: Mapping[str, Any], works: Any) -> dict[tuple[str, Work], Callable[[], Any]]:
         return {(name, work): partial(int, SECONDS[name, work]) for name in calls for work in works}
 
-    def times(calls: Mapping[str, Any], device: str, *, before: Callable[[], Any], **_: Any) -> dict[str, Any]:
-        return {name: measure.summarize([float(before())]) for name in calls}
+    def times(calls: Mapping[str, Any], device: str, *, before: Mapping[str, Any], repeats: int) -> dict[str, Any]:
+        return {turn: measure.summarize([float(before[turn]())] * repeats) for turn in calls}
 
     monkeypatch.setattr(work_before, "befores", befores)
     monkeypatch.setattr(measure, "times_in_rotation", times)
