@@ -41,9 +41,9 @@ class Cut(NamedTuple):
         return Cutting(self.tiles, self.abreast, self.spans)
 
 
-# Costs are about the means of benchmarks/results/block_products_h100.json, at 16384 tokens or more, over the products that leave
-# none of a cut's tiles partly empty, each against the first cut there, or one that was measured against it elsewhere;
-# those of tiles that reach beyond a side are of the products there that do.
+# Costs are about the means of benchmarks/results/block_products_h100.json, at 16384 tokens or more, over the products
+# that leave none of a cut's tiles partly empty, each against the first cut there, or one that was measured against it
+# elsewhere; those of tiles that reach beyond a side are of the products there that do.
 SUMS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
     Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.06),
