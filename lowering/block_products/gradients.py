@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -148,8 +149,8 @@ def _ready(
 
 
 def about(tokens: int) -> int:
-    """So many tokens as tiles are placed for, of which few numbers are told apart."""
-    return 1 << tokens.bit_length()
+    """So many tokens as tiles are placed for, of which few numbers are told apart: the nearest power of two."""
+    return 1 << round(math.log2(max(tokens, 1)))
 
 
 def placed(rows: Tensor, columns: Tensor, made: Gradients, tokens: int) -> Places:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.block_products import CASES, TILE, TILES, intervals, name_of
 from structfly.lowering.block_products import matrix_tiles, tiles
 from structfly.lowering.block_products.gradient_places import Gradients, columns_of_rows
+from structfly.lowering.block_products.gradients import about
 from structfly.lowering.block_products.tiles import Cut
 from structfly.lowering.gemm import Tiles
 from structfly.records import DeviceModel
@@ -41,7 +44,7 @@ def chosen(name: str, tokens: int, inside: int, out: int, grid: int, factors: in
         return of_sums(tokens, grid, side_k, side_n, turned=True)
     shape = Gradients(grid, grid, side_n, side_k, rank if "low rank" in name else 0)
     kept = [[(row if f < 0 else row ^ (1 << f), 0) for f in range(-1, factors)] for row in range(grid)]
-    return tiles.gradient_cut(torch.device("cuda"), tokens, kept, shape)
+    return tiles.gradient_cut(torch.device("cuda"), about(tokens), kept, shape)
 
 
 def of_sums(tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False) -> Cut:
@@ -79,6 +82,12 @@ def test_gradients_are_cut_for_their_numbers(tokens: int, itemsize: int) -> None
     assert cut.tiles in [each.tiles.for_itemsize(itemsize) for each in tiles.GRADIENTS]
 
 
+@given(st.integers(1, 1 << 40))
+def test_tiles_are_placed_for_about_as_many_tokens(tokens: int) -> None:
+    assert 2**-0.5 <= about(tokens) / tokens <= 2**0.5
+    assert about(about(tokens)) == about(tokens)
+
+
 @pytest.mark.usefixtures("h100")
 @pytest.mark.parametrize("name", ["sums", "sums turned", "gradients", "gradients with low rank"])
 @pytest.mark.parametrize("case", [case for case in CASES if case[0] >= 16384])
@@ -97,7 +106,7 @@ def test_no_product_of_tiles_takes_much_longer_than_in_the_best_ones(case: tuple
     mode = f"{name} {tokens}x{features}x{groups * TILE} bfloat16, {index.shape[1]} tiles {TILE}x{TILE}"
     if name == "gradients":
         blocks = columns_of_rows(index[1], index[0], places)
-        cut = tiles.gradient_cut(torch.device("cuda"), tokens, blocks, Gradients(places, groups, TILE, TILE))
+        cut = tiles.gradient_cut(torch.device("cuda"), about(tokens), blocks, Gradients(places, groups, TILE, TILE))
     else:
         turned = name == "components"
         cut = of_sums(tokens, groups if turned else places, TILE, TILE, turned=turned)
