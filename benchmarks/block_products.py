@@ -93,13 +93,13 @@ def butterfly(tokens: int, inside: int, out: int, grid: int, factors: int, rank:
     yield Case(
         f"sums {shape}",
         _narrow(sum_cuts(side_k), side_n),
-        lambda cut: block_sums(x, values, y, by_rows, tiles=cut.tiles),
+        lambda cut: block_sums(x, values, y, by_rows, cut=cut.summing),
         lambda: x.flatten(1) @ weight.t(),
     )
     yield Case(
         f"sums turned {shape}",
         _narrow(sum_cuts(side_n), side_k),
-        lambda cut: block_sums(grad, values, dx, by_columns, turned=True, tiles=cut.tiles),
+        lambda cut: block_sums(grad, values, dx, by_columns, turned=True, cut=cut.summing),
         lambda: grad.flatten(1) @ weight,
     )
     cuts = _narrow(GRADIENTS, side_k)
@@ -135,13 +135,13 @@ def components(tokens: int, features: int, groups: int, share: float) -> Iterato
     yield Case(
         f"components {shape}",
         _narrow(sum_cuts(TILE), TILE),
-        lambda cut: block_sums(x, tiles, z.flatten(0, 1), by_group, turned=True, rows=order, tiles=cut.tiles),
+        lambda cut: block_sums(x, tiles, z.flatten(0, 1), by_group, turned=True, rows=order, cut=cut.summing),
         lambda: weight.t() @ x.flatten(1).t(),
     )
     yield Case(
         f"features {shape}",
         _narrow(sum_cuts(TILE), TILE),
-        lambda cut: block_sums(z, tiles, y, by_place, a_turned=True, tiles=cut.tiles),
+        lambda cut: block_sums(z, tiles, y, by_place, a_turned=True, cut=cut.summing),
         lambda: flat.t() @ weight.t(),
     )
     yield Case(
@@ -176,7 +176,7 @@ def _narrow(cuts: Sequence[Cut], side: int) -> list[Cut]:
 def name_of(cut: Cut) -> str:
     """Sides, how many abreast, warps, stages, and programs a multiprocessor."""
     tiles, several = cut.tiles, f", {cut.abreast} abreast" if cut.abreast > 1 else ""
-    several += ", spanning" * cut.spans
+    several += ", spanning" * cut.spans + ", swapped" * cut.swapped
     return (
         f"{tiles.m}x{tiles.n}x{tiles.k}{several}, {tiles.warps} warps, {tiles.stages} stages, {tiles.resident} resident"
     )

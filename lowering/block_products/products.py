@@ -11,6 +11,7 @@ from torch import Tensor
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.ready import REMEMBERED, Ready, ready
 from structfly.lowering.block_products.support import with_inner_side_last
+from structfly.lowering.block_products.tiles import Summing
 from structfly.lowering.block_products.turns import turns
 from structfly.lowering.descriptor import Boxes, Form, form
 from structfly.lowering.gemm import Tiles, launched
@@ -24,7 +25,7 @@ def block_sums(
     c: Tensor,
     members: Listing,
     *,
-    tiles: Tiles,
+    cut: Summing,
     turned: bool = False,
     a_turned: bool = False,
     rows: Tensor | None = None,
@@ -40,7 +41,7 @@ def block_sums(
         c: (tokens, parts, side_n), written; with ``rows`` (parts * side_n, at least tokens),
             all of it written.
         members: which blocks and parts of ``a`` each part is the sum of.
-        tiles: how the products are cut.
+        cut: in which tiles they are made.
         rows: int32 (parts * side_n,), the row of ``c`` where each column of the result lies, or None.
         beside: (tokens, rank), or if ``a_turned`` (rank, tokens), and (parts, side_n, rank), or if ``turned``
             (rank, parts, side_n): a product of low rank that is added, or None.
@@ -66,10 +67,11 @@ def block_sums(
         turned=turned,
         a_turned=a_turned,
         scattered=rows is not None,
+        swapped=cut.swapped,
         bias=None if bias is None else bias.dtype,
         activation=activation,
     )
-    made = _ready(form(a), form(b), form(c), beside and (form(beside[0]), form(beside[1])), kind, tiles)
+    made = _ready(form(a), form(b), form(c), beside and (form(beside[0]), form(beside[1])), kind, cut.tiles)
     by_starts = () if each else (starts, remembered(turns, starts, *made.turns))
     listed = [each for each in (sources, blocks, *by_starts, bias) if each is not None]
     made.sums(a, b, *(beside or ()), *listed, *(() if rows is None else (rows, c.stride(0))), c)
@@ -84,6 +86,7 @@ class _Sums(NamedTuple):
     turned: bool
     a_turned: bool
     scattered: bool
+    swapped: bool
     bias: torch.dtype | None
     activation: str
 
@@ -103,6 +106,7 @@ def _ready(of_a: Form, of_b: Form, of_c: Form, of_beside: tuple[Form, Form] | No
     tokens, side_n, side_k = a.shape[2 if a_turned else 0], b.shape[2 if turned else 1], b.shape[1 if turned else 2]
     box_b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
     box_a = (1, tiles.k, tiles.m) if a_turned else (1, tiles.m, tiles.k)
+    box_c = (1, tiles.m // tiles.parts, tiles.n) if kind.swapped else (1, tiles.m, tiles.part)
     operands = [Boxes(a if a_turned else a.transpose(0, 1), box_a, operand=True), Boxes(b, box_b, operand=True)]
     rank = 0
     if of_beside is not None:
@@ -119,7 +123,7 @@ def _ready(of_a: Form, of_b: Form, of_c: Form, of_beside: tuple[Form, Form] | No
     }
     del parameters["parts"]
     plain = (1 + kind.blocks_listed + 2 * (not kind.each) + (kind.bias is not None)) * [None]
-    written = [None, None, None] if kind.scattered else [Boxes(c.transpose(0, 1), (1, tiles.m, tiles.part))]
+    written = [None, None, None] if kind.scattered else [Boxes(c.transpose(0, 1), box_c)]
     tall, across = -(-tokens // tiles.m), -(-side_n // tiles.n)
     count, takes = tall * across * kind.parts, [*operands, *plain, *written]
     steps, more = -(-side_k // tiles.k), -(-rank // tiles.k)

@@ -19,26 +19,49 @@ _HOPPER = (9, 0)
 _WHOLE_STEP, _SHORT_STEP = 64, 32  # of an inner side
 
 
+class Summing(NamedTuple):
+    """How a launch of sums is cut.
+
+    Attributes:
+        tiles: of each sum.
+        swapped: whether they are made as their transposes, b a^T, of numbers of 2 bytes.  Tensor cores read the columns
+            of a product, up to 256, from shared memory once for each 64 of its rows: so tokens, which are many, are
+            its columns where few columns of b are in a tile.
+    """
+
+    tiles: Tiles
+    swapped: bool = False
+
+
 class Cut(NamedTuple):
     """Tiles, and what they cost.
 
     Attributes:
         cost: how long a multiprocessor takes for an entry of them, against the first of its list.
         abreast: how many of them, side by side, a program makes of gradients, which share what they take of a.
-        reaching: how many times as long it takes where tiles reach beyond a side of b that its rows lie along.
+        turned: how many times as long sums take where b is turned.
+        reaching: the same where tiles reach beyond a side of b that its rows lie along.
         spans: whether tiles of gradients reach over parts of b, as :class:`Cutting` has it.
+        swapped: whether sums are made as their transposes, as :class:`Summing` has it.
     """
 
     tiles: Tiles
     cost: float
     abreast: int = 1
+    turned: float = 1.0
     reaching: float = 1.0
     spans: bool = False
+    swapped: bool = False
 
     @property
     def cutting(self) -> Cutting:
         """Of gradients."""
         return Cutting(self.tiles, self.abreast, self.spans)
+
+    @property
+    def summing(self) -> Summing:
+        """Of sums."""
+        return Summing(self.tiles, self.swapped)
 
 
 # Costs are about the means of benchmarks/results/block_products_h100.json, at 16384 tokens or more, over the products
@@ -46,25 +69,25 @@ class Cut(NamedTuple):
 # elsewhere; those of tiles that reach beyond a side are of the products there that do.
 SUMS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
-    Cut(Tiles(m=256, n=128, k=64, group=8, parts=2, warps=8, stages=4), 1.06),
+    Cut(Tiles(m=256, n=128, k=64, group=4, parts=2, warps=8, stages=4), 1.02, turned=0.95, reaching=1.1, swapped=True),
     Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.01, reaching=1.2),
-    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.27),
+    Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.13, swapped=True),
     Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.69),
     Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.84),
 )
 # Where steps of 64 leave more of an inner side's last one empty than steps of 32.
 SHORT_SUMS = (
     Cut(Tiles(m=128, n=128, k=32, group=8, parts=2, warps=4, stages=5, resident=2), 1.0),
-    Cut(Tiles(m=256, n=128, k=32, group=8, parts=2, warps=8, stages=6), 1.01),
+    Cut(Tiles(m=256, n=128, k=32, group=8, parts=2, warps=8, stages=6), 0.97, swapped=True),
     Cut(Tiles(m=128, n=256, k=32, group=8, parts=2, warps=8, stages=6), 0.93),
-    Cut(Tiles(m=256, n=64, k=32, group=2, parts=1, warps=4, stages=6), 1.26),
+    Cut(Tiles(m=256, n=64, k=32, group=2, parts=1, warps=4, stages=6), 1.22, swapped=True),
     Cut(Tiles(m=128, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 1.43),
     Cut(Tiles(m=64, n=64, k=32, group=8, parts=1, warps=4, stages=6, resident=2), 2.3),
 )
 GRADIENTS = (
     Cut(Tiles(m=128, n=256, k=64, group=8, parts=2, warps=8, stages=4), 1.0),
     Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=8, stages=3), 0.97, abreast=2, reaching=1.2),
-    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.06, reaching=1.35),
+    Cut(Tiles(m=128, n=128, k=64, group=8, parts=2, warps=4, stages=3, resident=2), 1.09, reaching=1.35),
     Cut(Tiles(m=256, n=64, k=64, group=2, parts=1, warps=4, stages=4), 1.41),
     Cut(Tiles(m=128, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 1.84),
     Cut(Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=4, resident=2), 2.1),
@@ -73,22 +96,30 @@ GRADIENTS = (
 )
 
 
-def sum_tiles(like: Tensor, tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False) -> Tiles:
-    """Of sums (tokens, parts, side_n) of products with blocks ``side_k`` long, which are stored ``turned`` or not."""
-    return _sum_tiles(like.device, like.element_size(), tokens, parts, side_n, side_k, turned)
+def sum_cut(
+    like: Tensor, tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False, even: bool = True
+) -> Summing:
+    """Of sums (tokens, parts, side_n) of products with blocks ``side_k`` long, which are stored ``turned`` or not.
+
+    Args:
+        even: whether all parts have as many members.  Where they have not, tiles are shared out so that no round of
+            them is waited for (:mod:`structfly.lowering.block_products.turns`).
+    """
+    return _sum_cut(like.device, like.element_size(), tokens, parts, side_n, side_k, turned, even)
 
 
 @lru_cache(maxsize=1024)  # every call asks for some
-def _sum_tiles(
-    device: torch.device, itemsize: int, tokens: int, parts: int, side_n: int, side_k: int, turned: bool
-) -> Tiles:
+def _sum_cut(
+    device: torch.device, itemsize: int, tokens: int, parts: int, side_n: int, side_k: int, turned: bool, even: bool
+) -> Summing:
     def time(cut: Cut, processors: int) -> float:
         tiles = cut.tiles
         count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
-        cost = cut.cost * (cut.reaching if turned and side_n % tiles.n else 1.0)
-        return -(-count // processors) * tiles.m * tiles.n * cost
+        cost = cut.cost * (cut.turned * (cut.reaching if side_n % tiles.n else 1.0) if turned else 1.0)
+        rounds = -(-count // processors) if even or count < processors else count / processors
+        return rounds * tiles.m * tiles.n * cost
 
-    return _best(device, itemsize, sum_cuts(side_k, itemsize), time).tiles
+    return _best(device, itemsize, sum_cuts(side_k, itemsize), time).summing
 
 
 def sum_cuts(side_k: int, itemsize: int = 2) -> Sequence[Cut]:
@@ -123,7 +154,7 @@ def _best(device: torch.device, itemsize: int, cuts: Sequence[Cut], time: Callab
         best = min(cuts, key=lambda cut: time(cut, processors))
     else:
         best = Cut(INTERPRETED if capability is None else SAFE, 1.0)
-    return best._replace(tiles=best.tiles.for_itemsize(itemsize))
+    return best._replace(tiles=best.tiles.for_itemsize(itemsize), swapped=best.swapped and itemsize == 2)
 
 
 def _padded(side: int, step: int) -> int:

@@ -8,7 +8,7 @@ from structfly.lowering.block_products.gradient_places import Gradients
 from structfly.lowering.block_products.gradients import LowRankGradients, block_gradients
 from structfly.lowering.block_products.products import block_sums
 from structfly.lowering.block_products.support import padded, why_no_products
-from structfly.lowering.block_products.tiles import sum_tiles
+from structfly.lowering.block_products.tiles import sum_cut
 from structfly.lowering.block_sparse.layout import BlockLayout, Grid
 from structfly.lowering.block_sparse.listing import by_columns, by_rows, of_gradients
 
@@ -43,12 +43,12 @@ def product(
     tokens = len(x)
     y = x.new_empty(tokens, grid.rows, grid.block_out)
     source = x.view(tokens, grid.columns, grid.block_in)
-    tiles = sum_tiles(values, tokens, grid.rows, grid.block_out, grid.block_in)
     thin = beside and (beside[0], beside[1].view(grid.rows, grid.block_out, -1))
     if bias is not None:
         bias = padded(bias[None], grid.rows * grid.block_out).view(grid.rows, grid.block_out)
     members = by_rows(layout)
-    block_sums(source, values, y, members, beside=thin, bias=bias, activation=activation, tiles=tiles)
+    cut = sum_cut(values, tokens, grid.rows, grid.block_out, grid.block_in, even=members.each > 0)
+    block_sums(source, values, y, members, beside=thin, bias=bias, activation=activation, cut=cut)
     return y.flatten(1)
 
 
@@ -57,9 +57,10 @@ def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid,
     tokens = len(grad)
     dx = grad.new_empty(tokens, grid.columns, grid.block_in)
     source = grad.view(tokens, grid.rows, grid.block_out)
-    tiles = sum_tiles(values, tokens, grid.columns, grid.block_in, grid.block_out, turned=True)
     thin = beside and (beside[0], beside[1].view(-1, grid.columns, grid.block_in))
-    block_sums(source, values, dx, by_columns(layout, grid.columns), turned=True, beside=thin, tiles=tiles)
+    members = by_columns(layout, grid.columns)
+    cut = sum_cut(values, tokens, grid.columns, grid.block_in, grid.block_out, turned=True, even=members.each > 0)
+    block_sums(source, values, dx, members, turned=True, beside=thin, cut=cut)
     return dx.flatten(1)
 
 

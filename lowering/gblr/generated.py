@@ -14,7 +14,7 @@ from structfly.lowering.block_products.gradients import about, block_gradients, 
 from structfly.lowering.block_products.listing import Listing, listed
 from structfly.lowering.block_products.products import block_sums
 from structfly.lowering.block_products.support import padded, padded_rows, why_no_products
-from structfly.lowering.block_products.tiles import sum_tiles
+from structfly.lowering.block_products.tiles import sum_cut
 from structfly.lowering.remembered import remembered
 
 
@@ -30,9 +30,9 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor, out: Ten
     _, tile, group = tiles.shape
     made = dense.new_empty(len(order), padded_rows(len(dense))) if out is None else out
     groups = len(order) // group
-    cut = sum_tiles(tiles, len(dense), groups, group, tile, turned=True)
     members = remembered(_by_group, index, groups)
-    block_sums(_in_tiles(dense, tile), tiles, made, members, turned=True, rows=order, tiles=cut)
+    cut = sum_cut(tiles, len(dense), groups, group, tile, turned=True, even=members.each > 0)
+    block_sums(_in_tiles(dense, tile), tiles, made, members, turned=True, rows=order, cut=cut)
     return made
 
 
@@ -64,10 +64,10 @@ def spread_to(
     places = made.shape[1]
     if bias is not None:
         bias = padded(bias[None], places * tile).view(places, tile)
-    cut = sum_tiles(tiles, len(made), places, tile, group)
     of_groups = components.unflatten(0, (-1, group))
     members = remembered(_by_place, index, places)
-    block_sums(of_groups, tiles, made, members, a_turned=True, bias=bias, activation=activation, tiles=cut)
+    cut = sum_cut(tiles, len(made), places, tile, group, even=members.each > 0)
+    block_sums(of_groups, tiles, made, members, a_turned=True, bias=bias, activation=activation, cut=cut)
 
 
 def padded_features(features: int, tiles: Tensor) -> int:

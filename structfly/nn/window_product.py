@@ -12,7 +12,7 @@ from torch.nn import functional
 from structfly.compat import sees_operations
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.support import padded, why_no_products
-from structfly.lowering.block_products.tiles import sum_tiles
+from structfly.lowering.block_products.tiles import sum_cut
 from structfly.lowering.descriptor import ALIGNED
 from structfly.lowering.precision import tf32_allowed
 from structfly.nn import window_gradients
@@ -112,8 +112,8 @@ def window_product(input: Tensor, beside: Tensor, weight: Tensor, bias: Tensor |
     rows = made.view(batch * length, 1, out)[: count if reverse else None][0 if reverse else reach :]
     starts = torch.arange(2, dtype=torch.int32, device=input.device)
     listing = Listing(starts[:1], None, starts, 1)  # one part, of one product
-    tiles = sum_tiles(weight, count, 1, out, weight.shape[1])
-    block_sums(seen, weight[None], rows, listing, tiles=tiles, bias=None if bias is None else padded(bias[None], out))
+    cut = sum_cut(weight, count, 1, out, weight.shape[1])
+    block_sums(seen, weight[None], rows, listing, cut=cut, bias=None if bias is None else padded(bias[None], out))
     edge = slice(length - reach, None) if reverse else slice(0, reach)
     made[:, edge] = functional.linear(windows(input[:, edge], beside, reverse=reverse), weight, bias)
     return made

@@ -20,13 +20,14 @@ from structfly.lowering.block_products.matrix_tiles import (
     PRODUCTS,
 )
 from structfly.lowering.block_products.tiles import GRADIENTS as BLOCK_GRADIENTS
-from structfly.lowering.block_products.tiles import SHORT_SUMS
+from structfly.lowering.block_products.tiles import SHORT_SUMS, Summing
 from structfly.lowering.block_products.tiles import SUMS as BLOCK_SUMS
 from structfly.lowering.gemm import Tiles
 from structfly.lowering.template import Parameter, load, render
 from tests.lowering.linear_cross_entropy.compile_kernels import compile_one
 
 TILES = Tiles(m=128, n=128, k=64, group=4, parts=2, warps=4, stages=3)
+SUMMING = Summing(TILES)
 THREE_ABREAST = Tiles(m=64, n=64, k=64, group=8, parts=1, warps=4, stages=3, resident=2)
 KINDS = ("bf16", "fp16")
 TF32 = "fp32"
@@ -90,9 +91,10 @@ def sums(
     rank: int = 0,
     components: str = "",
     activation: str = "",
-    tiles: Tiles = TILES,
+    cut: Summing = SUMMING,
 ) -> None:
     """``components``: "read" or "written" with the tokens along each."""
+    tiles = cut.tiles
     b = (1, tiles.k, tiles.n) if turned else (1, tiles.n, tiles.k)
     a = (1, tiles.k, tiles.m) if components == "read" else (1, tiles.m, tiles.k)
     types = {"a": box(kind, *a), "b": box(kind, *b)}
@@ -102,11 +104,13 @@ def sums(
     types |= {} if each else {"starts": "*i32", "turns": "*i32"}
     types |= {"bias": f"*{kind}"} if bias else {}
     written = {"rows": "*i32", "width": "i32", "c": f"*{kind}"}
-    types |= written if components == "written" else {"c": box(kind, 1, tiles.m, tiles.part)}
+    part = (tiles.m // tiles.parts, tiles.n) if cut.swapped else (tiles.m, tiles.part)
+    types |= written if components == "written" else {"c": box(kind, 1, *part)}
     options: dict[str, Parameter] = {
         "turned": turned,
         "a_turned": components == "read",
         "scattered": components == "written",
+        "swapped": cut.swapped,
         "each": each,
         "blocks_listed": listed,
         "rank": rank,
@@ -236,9 +240,9 @@ def range_sums(kind: str, results: int) -> None:
 def products_in_tf32() -> None:
     """All tiles that products take in TF32, with operands stored as launches have them there."""
     for number, cut in enumerate((*BLOCK_SUMS, *SHORT_SUMS)):
-        tiles, rank = cut.tiles.for_itemsize(4), 72 * (number % 2)
+        wide, rank = Summing(cut.tiles.for_itemsize(4)), 72 * (number % 2)
         components = ("", "read", "written")[number % 3]
-        sums(TF32, turned=False, each=4, listed=True, bias=True, rank=rank, components=components, tiles=tiles)
+        sums(TF32, turned=False, each=4, listed=True, bias=True, rank=rank, components=components, cut=wide)
     for number, cut in enumerate(BLOCK_GRADIENTS):
         tiles, split, b_turned = cut.tiles.for_itemsize(4), number % 2 == 0, number % 3 == 2
         if not cut.spans:
@@ -276,6 +280,11 @@ if __name__ == "__main__":
         itertools.product((False, True), (0, 4), (False, True), (False, True))
     ):
         sums(KINDS[number % 2], turned, each, listed, bias, rank=72 * (number % 2))
+    for number, (cut, components) in enumerate(
+        itertools.product([c for c in (*BLOCK_SUMS, *SHORT_SUMS) if c.swapped], ("", "read", "written"))
+    ):
+        kind, turned, rank = KINDS[number % 2], number % 4 < 2, 72 * (not components)
+        sums(kind, turned, 4 * (number % 2), listed=True, bias=True, rank=rank, components=components, cut=cut.summing)
     for number, (side, run) in enumerate(itertools.product(((16, 16), (4, 256), (3, 40)), ((1, 256), (1, 40)))):
         kind = KINDS[number % 2]
         matrix_products(kind, side, run, turned=False, bias=False)

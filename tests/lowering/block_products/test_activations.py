@@ -14,6 +14,7 @@ from structfly.lowering.block_products.axes import axis_products
 from structfly.lowering.block_products.chunks import chunk_products
 from structfly.lowering.block_products.matrices import matrix_products
 from structfly.lowering.block_products.products import block_sums
+from structfly.lowering.block_products.tiles import Summing
 from structfly.lowering.gemm import Tiles
 from tests.lowering.block_products.test_products import DEVICE, HALF, ONE
 
@@ -21,7 +22,7 @@ TILES = Tiles(16, 16, 16, 2, 1, 4, 1)
 
 
 def by_sums(a: Tensor, b: Tensor, c: Tensor, activation: str) -> None:
-    block_sums(a[:, None], b[None], c[:, None], ONE, tiles=TILES, activation=activation)
+    block_sums(a[:, None], b[None], c[:, None], ONE, cut=Summing(TILES), activation=activation)
 
 
 def by_matrices(a: Tensor, b: Tensor, c: Tensor, activation: str) -> None:

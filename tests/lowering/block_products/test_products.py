@@ -13,6 +13,7 @@ from structfly.errors import UnsupportedError
 from structfly.lowering.activations import ACTIVATIONS, activated
 from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.products import block_sums
+from structfly.lowering.block_products.tiles import Summing
 from structfly.lowering.gemm import Tiles
 from tests.oracle import FEW, TF32, assert_as_accurate
 
@@ -66,6 +67,7 @@ def with_tokens_along(a: Tensor) -> Tensor:
     activation=NAMES,
     dtype=st.sampled_from(DTYPES),
     tiles=cuts(),
+    swapped=st.booleans(),
     seed=st.integers(0, 100),
 )
 def test_sums_are_as_accurate_as_eager(
@@ -83,6 +85,7 @@ def test_sums_are_as_accurate_as_eager(
     activation: str,
     dtype: torch.dtype,
     tiles: Tiles,
+    swapped: bool,
     seed: int,
 ) -> None:
     side_k, side_n = sides
@@ -111,7 +114,7 @@ def test_sums_are_as_accurate_as_eager(
             starts,
             counts[0] if equal else 0,
         ),
-        tiles=tiles,
+        cut=Summing(tiles, swapped and dtype in HALF),
         turned=turned,
         a_turned=a_turned,
         rows=rows,
@@ -146,7 +149,7 @@ def test_the_same_bits_every_time() -> None:
     starts = torch.tensor([0, 2, 2, 5], dtype=torch.int32, device=DEVICE)
     made = [torch.empty(70, 3, 40, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
     for c in made:
-        block_sums(a, b, c, Listing(sources, None, starts, 0), tiles=Tiles(16, 16, 16, 2, 1, 1, 1))
+        block_sums(a, b, c, Listing(sources, None, starts, 0), cut=Summing(Tiles(16, 16, 16, 2, 1, 1, 1)))
     assert torch.equal(*made)
 
 
@@ -154,4 +157,4 @@ def test_operands_without_descriptors_are_refused() -> None:
     a, b = random(torch.bfloat16, 0, 8, 1, 12), random(torch.bfloat16, 1, 1, 16, 12)
     c = torch.empty(8, 1, 16, dtype=torch.bfloat16, device=DEVICE)
     with pytest.raises(UnsupportedError, match=r"strides \(12, 12, 1\).* begin at multiples of 16 bytes"):
-        block_sums(a, b, c, ONE, tiles=LARGE)
+        block_sums(a, b, c, ONE, cut=Summing(LARGE))

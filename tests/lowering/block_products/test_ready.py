@@ -14,6 +14,7 @@ from structfly.errors import UnsupportedError
 from structfly.lowering.block_products import axes, gradients, matrices, products
 from structfly.lowering.block_products.gradient_places import Cutting, Gradients, gradient_places
 from structfly.lowering.block_products.listing import Listing
+from structfly.lowering.block_products.tiles import Summing
 from structfly.lowering.descriptor import form
 from structfly.lowering.gemm import Tiles
 from tests.lowering.block_products.test_products import DEVICE, ONE, random
@@ -78,7 +79,8 @@ def of_sums(
     c = torch.empty(tokens, 1, 24, dtype=dtype, device=DEVICE)
     left, right = random(dtype, seed + 3, tokens, thin), random(dtype, seed + 4, 1, 24, thin)
     beside = (left, right.permute(2, 0, 1).contiguous() if kind["turned"] else right) if thin else None
-    products.block_sums(a, b, c, members, **{**kind, "bias": bias}, beside=beside)
+    cut = Summing(kind.pop("tiles"), kind.pop("swapped", False))
+    products.block_sums(a, b, c, members, **{**kind, "bias": bias}, beside=beside, cut=cut)
     used = b[0].double() if kind["turned"] else b[0].double().mT
     made = a[:, 0].double() @ used + left.double() @ right[0].double().mT
     return c[:, 0], finished(made, bias, kind["activation"])
@@ -114,7 +116,7 @@ UNEQUAL = ONE._replace(each=0)
 CASES: list[tuple[Callable[..., tuple[Tensor, Tensor]], Any, dict[str, Any]]] = [
     (of_matrices, matrices._products, OF_PRODUCTS),
     (of_matrix_gradients, matrices._gradients, EVERY),
-    (of_sums, products._ready, {**OF_PRODUCTS, "rank": 8, "members": LISTED}),
+    (of_sums, products._ready, {**OF_PRODUCTS, "rank": 8, "members": LISTED, "swapped": True}),
     (of_sums, products._ready, {"members": UNEQUAL}),
     (of_block_gradients, gradients._ready, {**EVERY, "turned": True, "abreast": 2}),
     (of_axes, axes._products, {**OF_PRODUCTS, "batch": 16}),

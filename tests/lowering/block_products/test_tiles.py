@@ -31,9 +31,9 @@ def h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tiles, "device_model", lambda _: DeviceModel("NVIDIA H100 80GB HBM3", (9, 0)))
     monkeypatch.setattr(tiles, "processors_of", lambda _: PROCESSORS)
     monkeypatch.setattr(tiles, "programs_on", lambda _, cut: PROCESSORS * cut.resident)
-    tiles._sum_tiles.cache_clear()
+    tiles._sum_cut.cache_clear()
     yield
-    tiles._sum_tiles.cache_clear()
+    tiles._sum_cut.cache_clear()
 
 
 def chosen(name: str, tokens: int, inside: int, out: int, grid: int, factors: int, rank: int) -> Cut:
@@ -47,9 +47,9 @@ def chosen(name: str, tokens: int, inside: int, out: int, grid: int, factors: in
     return tiles.gradient_cut(torch.device("cuda"), about(tokens), kept, shape)
 
 
-def of_sums(tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False) -> Cut:
-    made = tiles._sum_tiles(torch.device("cuda"), 2, tokens, parts, side_n, side_k, turned)
-    return next(cut for cut in tiles.sum_cuts(side_k) if cut.tiles == made)
+def of_sums(tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False, even: bool = True) -> Cut:
+    made = tiles._sum_cut(torch.device("cuda"), 2, tokens, parts, side_n, side_k, turned, even)
+    return next(cut for cut in tiles.sum_cuts(side_k) if cut.summing == made)
 
 
 ALL = {
@@ -69,7 +69,22 @@ def test_tiles_of_wider_numbers_are_of_as_many_bytes(cut: Tiles) -> None:
 @pytest.mark.usefixtures("h100")
 @pytest.mark.parametrize(("side_k", "itemsize", "step"), [(96, 2, 32), (128, 2, 64), (96, 4, 32), (48, 4, 16)])
 def test_steps_leave_as_little_empty_of_wider_numbers(side_k: int, itemsize: int, step: int) -> None:
-    assert tiles._sum_tiles(torch.device("cuda"), itemsize, 16384, 16, 256, side_k, False).k == step
+    assert tiles._sum_cut(torch.device("cuda"), itemsize, 16384, 16, 256, side_k, False, True).tiles.k == step
+
+
+@pytest.mark.usefixtures("h100")
+@pytest.mark.parametrize("side_k", [64, 96])
+def test_sums_of_wider_numbers_are_not_swapped(side_k: int) -> None:
+    two, four = (tiles._sum_cut(torch.device("cuda"), size, 32768, 8, 128, side_k, True, True) for size in (2, 4))
+    assert two.swapped
+    assert not four.swapped
+
+
+@pytest.mark.usefixtures("h100")
+def test_no_round_of_tiles_is_waited_for_where_they_are_shared_out() -> None:
+    """13 x 64 tiles of 256 x 128 are 6.3 rounds, 13 x 128 of 128 x 128, two on a processor, 12.6 half ones."""
+    even, uneven = (of_sums(16384, 13, 128, 128, turned=True, even=each) for each in (True, False))
+    assert (even.tiles.m, uneven.tiles.m) == (128, 256)
 
 
 @pytest.mark.usefixtures("h100")
