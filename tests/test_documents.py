@@ -313,22 +313,17 @@ def test_what_work_before_calls_does_is_committed_results() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "provider", "mode"),
+    ("text", "mode"),
     [
         (
-            "GBLR at 4096 with gradients is {} in the table below and {} there behind 5 ms, where {} is wanted",
-            "gblr, masks of a quarter",
-            "16384x4096x4096 bfloat16, forward+backward",
+            "Pixelfly at 768 with gradients is {} in the table below and {} there behind 5 ms, where {} is wanted",
+            "32768x768x3072 bfloat16, forward+backward",
         ),
-        ("at 16384 forward {} and {}, where {} is", "gblr, masks of a quarter", "16384x4096x16384 bfloat16, forward"),
-        (
-            "Pixelfly at 768 forward {} and {}, where {} is",
-            "pixelfly, grid 8, 2 factors, rank 64",
-            "32768x768x3072 bfloat16, forward",
-        ),
+        ("forward it is {} in both, which is its bar", "32768x768x3072 bfloat16, forward"),
     ],
 )
-def test_bars_that_two_runs_are_on_either_side_of_are_named(text: str, provider: str, mode: str) -> None:
+def test_bars_that_two_runs_are_on_either_side_of_are_named(text: str, mode: str) -> None:
+    provider = "pixelfly, grid 8, 2 factors, rank 64"
     rows = json.loads((RESULTS / "structured_linear_h100.json").read_text(encoding="utf-8"))["rows"]
     of = {row["metric"]: row["p50"] for row in rows if (row["mode"], row["provider"]) == (mode, provider)}
     one, wanted = of["x_dense"], of["x_dense_wanted"]
