@@ -3,8 +3,9 @@
 A result is right if its relative Frobenius error, and its largest relative row error, against eager in float64 are at
 most eager's own in the same dtype plus one rounding of that dtype.  Where a test draws a handful of numbers eager's own
 error is a matter of luck (it may be 0, or half of what another order of the same sum has), so small tests allow twice
-eager's error and a few roundings; tests of some size allow eager's error and one.  The gradient of a vector or a number
-is made of sums that may all but cancel: its error is taken relative to the value, where that is more.
+eager's error and a few roundings; tests of some size allow eager's error and one.  The gradient of a vector or a
+number, whatever sides of one it has besides, is made of sums that may all but cancel: its error is taken relative to
+the value, where that is more.
 """
 
 from __future__ import annotations
@@ -104,5 +105,5 @@ def assert_like_eager(
             assert mine is None or not mine.any(), f"gradient {index} should be absent"
             continue
         assert mine is not None, f"gradient {index} is missing"
-        floor = max(size, 1e-300) if reference.ndim < 2 else 1e-300
+        floor = max(size, 1e-300) if reference.squeeze().ndim < 2 else 1e-300
         assert_as_accurate(mine, theirs, reference, dtype, f"gradient {index}", roundings, floor)
