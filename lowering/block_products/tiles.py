@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structfly.lowering.block_products.gradient_places import Cutting, Gradients, count_tiles
+from structfly.lowering.block_products.listing import Listing
 from structfly.lowering.block_products.ranges import ranges, rounds
 from structfly.lowering.device_profile import device_model
 from structfly.lowering.gemm import Tiles, processors_of, programs_on
@@ -96,15 +97,10 @@ GRADIENTS = (
 )
 
 
-def sum_cut(
-    like: Tensor, tokens: int, parts: int, side_n: int, side_k: int, *, turned: bool = False, even: bool = True
-) -> Summing:
-    """Of sums (tokens, parts, side_n) of products with blocks ``side_k`` long, which are stored ``turned`` or not.
-
-    Args:
-        even: whether all parts have as many members.  Where they have not, tiles are shared out so that no round of
-            them is waited for (:mod:`structfly.lowering.block_products.turns`).
-    """
+def sum_cut(like: Tensor, tokens: int, members: Listing, side_n: int, side_k: int, *, turned: bool = False) -> Summing:
+    """Of sums (tokens, parts, side_n) of products with such blocks, ``side_k`` long, which are stored ``turned`` or
+    not."""
+    parts, even = len(members.starts) - 1, members.each > 0
     return _sum_cut(like.device, like.element_size(), tokens, parts, side_n, side_k, turned, even)
 
 
@@ -116,10 +112,12 @@ def _sum_cut(
         tiles = cut.tiles
         count = -(-tokens // tiles.m) * parts * -(-side_n // tiles.n)
         cost = cut.cost * (cut.turned * (cut.reaching if side_n % tiles.n else 1.0) if turned else 1.0)
+        # Of parts with unequal numbers of members tiles are shared out, so that no round is waited for: see turns.
         rounds = -(-count // processors) if even or count < processors else count / processors
         return rounds * tiles.m * tiles.n * cost
 
-    return _best(device, itemsize, sum_cuts(side_k, itemsize), time).summing
+    best = _best(device, itemsize, sum_cuts(side_k, itemsize), time)
+    return Summing(best.tiles, best.swapped and itemsize == 2)
 
 
 def sum_cuts(side_k: int, itemsize: int = 2) -> Sequence[Cut]:
@@ -154,7 +152,7 @@ def _best(device: torch.device, itemsize: int, cuts: Sequence[Cut], time: Callab
         best = min(cuts, key=lambda cut: time(cut, processors))
     else:
         best = Cut(INTERPRETED if capability is None else SAFE, 1.0)
-    return best._replace(tiles=best.tiles.for_itemsize(itemsize), swapped=best.swapped and itemsize == 2)
+    return best._replace(tiles=best.tiles.for_itemsize(itemsize))
 
 
 def _padded(side: int, step: int) -> int:

@@ -47,7 +47,7 @@ def product(
     if bias is not None:
         bias = padded(bias[None], grid.rows * grid.block_out).view(grid.rows, grid.block_out)
     members = by_rows(layout)
-    cut = sum_cut(values, tokens, grid.rows, grid.block_out, grid.block_in, even=members.each > 0)
+    cut = sum_cut(values, tokens, members, grid.block_out, grid.block_in)
     block_sums(source, values, y, members, beside=thin, bias=bias, activation=activation, cut=cut)
     return y.flatten(1)
 
@@ -59,7 +59,7 @@ def gradient_of_x(grad: Tensor, values: Tensor, layout: BlockLayout, grid: Grid,
     source = grad.view(tokens, grid.rows, grid.block_out)
     thin = beside and (beside[0], beside[1].view(-1, grid.columns, grid.block_in))
     members = by_columns(layout, grid.columns)
-    cut = sum_cut(values, tokens, grid.columns, grid.block_in, grid.block_out, turned=True, even=members.each > 0)
+    cut = sum_cut(values, tokens, members, grid.block_in, grid.block_out, turned=True)
     block_sums(source, values, dx, members, turned=True, beside=thin, cut=cut)
     return dx.flatten(1)
 

@@ -31,7 +31,7 @@ def collect(dense: Tensor, tiles: Tensor, index: Tensor, order: Tensor, out: Ten
     made = dense.new_empty(len(order), padded_rows(len(dense))) if out is None else out
     groups = len(order) // group
     members = remembered(_by_group, index, groups)
-    cut = sum_cut(tiles, len(dense), groups, group, tile, turned=True, even=members.each > 0)
+    cut = sum_cut(tiles, len(dense), members, group, tile, turned=True)
     block_sums(_in_tiles(dense, tile), tiles, made, members, turned=True, rows=order, cut=cut)
     return made
 
@@ -66,7 +66,7 @@ def spread_to(
         bias = padded(bias[None], places * tile).view(places, tile)
     of_groups = components.unflatten(0, (-1, group))
     members = remembered(_by_place, index, places)
-    cut = sum_cut(tiles, len(made), places, tile, group, even=members.each > 0)
+    cut = sum_cut(tiles, len(made), members, tile, group)
     block_sums(of_groups, tiles, made, members, a_turned=True, bias=bias, activation=activation, cut=cut)
 
 

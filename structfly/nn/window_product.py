@@ -112,7 +112,7 @@ def window_product(input: Tensor, beside: Tensor, weight: Tensor, bias: Tensor |
     rows = made.view(batch * length, 1, out)[: count if reverse else None][0 if reverse else reach :]
     starts = torch.arange(2, dtype=torch.int32, device=input.device)
     listing = Listing(starts[:1], None, starts, 1)  # one part, of one product
-    cut = sum_cut(weight, count, 1, out, weight.shape[1])
+    cut = sum_cut(weight, count, listing, out, weight.shape[1])
     block_sums(seen, weight[None], rows, listing, cut=cut, bias=None if bias is None else padded(bias[None], out))
     edge = slice(length - reach, None) if reverse else slice(0, reach)
     made[:, edge] = functional.linear(windows(input[:, edge], beside, reverse=reverse), weight, bias)

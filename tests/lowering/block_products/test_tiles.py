@@ -69,13 +69,17 @@ def test_tiles_of_wider_numbers_are_of_as_many_bytes(cut: Tiles) -> None:
 @pytest.mark.usefixtures("h100")
 @pytest.mark.parametrize(("side_k", "itemsize", "step"), [(96, 2, 32), (128, 2, 64), (96, 4, 32), (48, 4, 16)])
 def test_steps_leave_as_little_empty_of_wider_numbers(side_k: int, itemsize: int, step: int) -> None:
-    assert tiles._sum_cut(torch.device("cuda"), itemsize, 16384, 16, 256, side_k, False, True).tiles.k == step
+    made = tiles._sum_cut(torch.device("cuda"), itemsize, 16384, 16, 256, side_k, turned=False, even=True)
+    assert made.tiles.k == step
 
 
 @pytest.mark.usefixtures("h100")
 @pytest.mark.parametrize("side_k", [64, 96])
 def test_sums_of_wider_numbers_are_not_swapped(side_k: int) -> None:
-    two, four = (tiles._sum_cut(torch.device("cuda"), size, 32768, 8, 128, side_k, True, True) for size in (2, 4))
+    two, four = (
+        tiles._sum_cut(torch.device("cuda"), itemsize, 32768, 8, 128, side_k, turned=True, even=True)
+        for itemsize in (2, 4)
+    )
     assert two.swapped
     assert not four.swapped
 
